@@ -1,0 +1,140 @@
+/* Reading rows of a linear layer, whatever its format: tiles of QF_TILE rows and columns are unpacked to bytes and
+ * then copied or scaled. */
+#include "model/linear_formats.h"
+
+static int32_t min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
+
+void qf_unpack_k_words(const qf_linear_source *self, size_t word_stride, size_t row_stride, int32_t n0, int32_t rows,
+                       int32_t i0, int32_t cols, qf_tile *out)
+{
+    uint32_t bits = (uint32_t)self->bits;
+    uint32_t per_word = 32 / bits;
+    uint32_t mask = (1u << bits) - 1u;
+    for (int32_t r = 0; r < rows; r++) {
+        size_t at = (size_t)(n0 + r) * row_stride;
+        uint8_t *q = out->q[r];
+        if (self->perm != NULL) {
+            for (int32_t i = 0; i < cols; i++) {
+                uint32_t column = (uint32_t)self->perm[i0 + i];
+                uint32_t word = qf_load_u32(self->weight.data, at + column / per_word * word_stride);
+                q[i] = (uint8_t)((word >> (bits * (column % per_word))) & mask);
+            }
+            continue;
+        }
+        at += (size_t)i0 / per_word * word_stride;
+        /* A tile's width is a whole number of words, so the last word of a row may be written whole. */
+        for (uint32_t i = 0; i < (uint32_t)cols; i += per_word, at += word_stride) {
+            uint32_t word = qf_load_u32(self->weight.data, at);
+            if (bits == 4) {
+                uint64_t bytes = qf_spread_nibbles(word);
+                memcpy(q + i, &bytes, sizeof bytes);
+            } else {
+                memcpy(q + i, &word, sizeof word);
+            }
+        }
+    }
+}
+
+static void unpack(const qf_linear_source *self, int32_t n0, int32_t rows, int32_t i0, int32_t cols, qf_tile *out)
+{
+    switch (self->format) {
+    case QF_LINEAR_AWQ: qf_awq_unpack(self, n0, rows, i0, cols, out); break;
+    case QF_LINEAR_GPTQ: qf_gptq_unpack(self, n0, rows, i0, cols, out); break;
+    case QF_LINEAR_COMPRESSED_TENSORS: qf_compressed_tensors_unpack(self, n0, rows, i0, cols, out); break;
+    case QF_LINEAR_DUMMY: qf_dummy_unpack(self, n0, rows, i0, cols, out); break;
+    case QF_LINEAR_DENSE: break; /* has no integers */
+    }
+}
+
+static float scale_of(const qf_linear_source *self, int32_t n, int32_t g)
+{
+    if (self->format == QF_LINEAR_DUMMY) {
+        return QF_DUMMY_SCALE;
+    }
+    bool by_row = self->format == QF_LINEAR_COMPRESSED_TENSORS;
+    size_t index = by_row ? (size_t)n * (size_t)self->num_groups + (size_t)g : (size_t)g * (size_t)self->n + (size_t)n;
+    return qf_tensor_f32(&self->scales, index);
+}
+
+static uint8_t zero_of(const qf_linear_source *self, int32_t n, int32_t g)
+{
+    if (self->zeros.data == NULL) {
+        return (uint8_t)(1u << (self->bits - 1));
+    }
+    switch (self->format) {
+    case QF_LINEAR_AWQ: return qf_awq_zero(self, n, g);
+    case QF_LINEAR_GPTQ: return qf_gptq_zero(self, n, g);
+    default: return qf_compressed_tensors_zero(self, n, g);
+    }
+}
+
+/* One row of a tile as float32. out: (k), the whole row. */
+static void scale_row(const qf_linear_source *self, int32_t n, int32_t i0, int32_t cols, const uint8_t *q, float *out)
+{
+    int32_t i = 0;
+    while (i < cols) {
+        int32_t g = (i0 + i) / self->group_size;
+        int32_t end = min_i32(cols, (g + 1) * self->group_size - i0);
+        float scale = scale_of(self, n, g);
+        int32_t zero = zero_of(self, n, g);
+        if (self->perm != NULL) {
+            for (; i < end; i++) {
+                out[self->perm[i0 + i]] = scale * (float)(q[i] - zero);
+            }
+        }
+        for (; i < end; i++) {
+            out[i0 + i] = scale * (float)(q[i] - zero);
+        }
+    }
+}
+
+void qf_linear_source_read_f32(const qf_linear_source *self, int32_t n0, int32_t count, float *out)
+{
+    size_t k = (size_t)self->k;
+    if (self->format == QF_LINEAR_DENSE) {
+        qf_tensor_read_f32(&self->weight, (size_t)n0 * k, (size_t)count * k, out);
+        return;
+    }
+    if (self->format == QF_LINEAR_DUMMY && self->bits == 16) {
+        for (int32_t r = 0; r < count; r++) {
+            qf_dummy_f32(self->dummy_seed, n0 + r, self->k, out + (size_t)r * k);
+        }
+        return;
+    }
+    qf_tile tile;
+    for (int32_t r0 = 0; r0 < count; r0 += QF_TILE) {
+        int32_t rows = min_i32(QF_TILE, count - r0);
+        for (int32_t i0 = 0; i0 < self->k; i0 += QF_TILE) {
+            int32_t cols = min_i32(QF_TILE, self->k - i0);
+            unpack(self, n0 + r0, rows, i0, cols, &tile);
+            for (int32_t r = 0; r < rows; r++) {
+                scale_row(self, n0 + r0 + r, i0, cols, tile.q[r], out + (size_t)(r0 + r) * k);
+            }
+        }
+    }
+}
+
+void qf_linear_source_read_quantized(const qf_linear_source *self, int32_t n0, int32_t count, uint8_t *q,
+                                     float *scales, uint8_t *zeros)
+{
+    size_t k = (size_t)self->k;
+    size_t groups = (size_t)self->num_groups;
+    qf_tile tile;
+    for (int32_t r0 = 0; r0 < count; r0 += QF_TILE) {
+        int32_t rows = min_i32(QF_TILE, count - r0);
+        for (int32_t i0 = 0; i0 < self->k; i0 += QF_TILE) {
+            int32_t cols = min_i32(QF_TILE, self->k - i0);
+            unpack(self, n0 + r0, rows, i0, cols, &tile);
+            for (int32_t r = 0; r < rows; r++) {
+                memcpy(q + (size_t)(r0 + r) * k + (size_t)i0, tile.q[r], (size_t)cols);
+            }
+        }
+        /* Groups outside: AWQ and GPTQ keep the scales of neighbouring rows side by side. */
+        for (int32_t g = 0; g < self->num_groups; g++) {
+            for (int32_t r = r0; r < r0 + rows; r++) {
+                scales[(size_t)r * groups + (size_t)g] = scale_of(self, n0 + r, g);
+                zeros[(size_t)r * groups + (size_t)g] = zero_of(self, n0 + r, g);
+            }
+        }
+    }
+}
