@@ -1,0 +1,96 @@
+/* The narrow waist between the engine and a device. At most twelve functions. */
+#ifndef QF_BACKEND_BACKEND_H
+#define QF_BACKEND_BACKEND_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+#include "model/checkpoint.h"
+#include "sample/sampler.h"
+
+typedef enum qf_head_bits { QF_HEAD_AUTO = 0, QF_HEAD_4 = 4, QF_HEAD_8 = 8, QF_HEAD_16 = 16 } qf_head_bits;
+
+/* Checked by the engine; the backend may refuse with QF_ERROR_NOT_IMPLEMENTED. */
+typedef struct qf_backend_options {
+    bool float32;             /* dtype: float32 (else bfloat16): also the dtype of the KV cache */
+    bool int8_activations;    /* for 4- and 8-bit weights; false: float activations */
+    int32_t quantize_bits;    /* 0: weights as stored; 4: quantise 16-bit weights while loading */
+    int32_t quantize_group_size;
+    int32_t head_bits;        /* 4, 8 or 16 (16: as the checkpoint has it) */
+    int32_t block_size;
+    int32_t max_num_seqs, max_num_batched_tokens, max_model_len;
+    int32_t num_threads;
+    const char *isa;          /* NULL: the best */
+} qf_backend_options;
+
+/* Bytes, exact, known before anything is allocated. */
+typedef struct qf_memory_plan {
+    size_t embedding_bytes, layers_bytes, head_bytes;
+    size_t workspace_bytes;
+    size_t kv_block_bytes; /* one block, all layers, K and V */
+} qf_memory_plan;
+
+/* One row whose logits are needed. */
+typedef struct qf_logit_task {
+    int32_t row;               /* index into the step's tokens */
+    qf_sample_state *state;    /* sample the next token from it, or NULL */
+    const uint32_t *bitmask;   /* for sampling, or NULL */
+    int32_t slot;              /* where the sampled token is kept for the next step */
+    int32_t target_token_id;   /* prompt logprobs: the token that follows, or -1 */
+    int32_t num_target_logprobs;
+    float *logits_out;         /* (vocab_size) copy of the raw logits, or NULL */
+    qf_logprob *logprobs;      /* (1 + num_logprobs), for the sampled token; NULL: none */
+    qf_logprob *target_logprobs; /* (1 + num_target_logprobs) or NULL */
+    int32_t *token_id;         /* the sampled token, -1 if the logits were not finite; NULL: none */
+} qf_logit_task;
+
+/* One step over a flattened batch. Pointers are valid until the step has been collected. */
+typedef struct qf_batch {
+    int32_t num_tokens, num_seqs, num_logit_tasks;
+    const int32_t *token_ids;       /* (num_tokens); -1 - slot: the token last sampled in that slot */
+    const int32_t *positions;       /* (num_tokens) */
+    const int32_t *slot_mapping;    /* (num_tokens) block * block_size + offset */
+    const int32_t *query_start_loc; /* (num_seqs + 1) */
+    const int32_t *seq_lens;        /* (num_seqs) */
+    const int32_t *block_tables;    /* (num_seqs, block_table_stride) */
+    int32_t block_table_stride;
+    const qf_logit_task *logit_tasks; /* in order of row */
+} qf_batch;
+
+/* Sees the float32 input of each linear: x (num_tokens, k). For calibration. */
+typedef void (*qf_tap_fn)(void *arg, int32_t layer, qf_linear_id id, const float *x, int32_t num_tokens, int32_t k);
+
+/* Called while weights load: done and total in bytes. From one thread at a time. */
+typedef void (*qf_progress_fn)(void *arg, size_t done_bytes, size_t total_bytes);
+
+typedef struct qf_backend qf_backend;
+
+typedef struct qf_backend_vtable {
+    const char *name; /* "cpu", "cuda", "fake" */
+    /* Exact memory, nothing allocated. */
+    qf_status (*plan_memory)(const qf_checkpoint *checkpoint, const qf_backend_options *options, qf_memory_plan *out,
+                             qf_error *err);
+    /* Loads and packs the weights, allocates workspace and num_blocks KV blocks. The checkpoint may be closed after. */
+    qf_status (*create)(const qf_checkpoint *checkpoint, const qf_backend_options *options, int32_t num_blocks,
+                        qf_progress_fn progress, void *progress_arg, qf_backend **out, qf_error *err);
+    void (*destroy)(qf_backend *self); /* NULL-safe; waits for steps in flight */
+    /* Starts a step; returns without waiting where the device allows. At most max_steps_in_flight are uncollected. */
+    qf_status (*submit)(qf_backend *self, const qf_batch *batch, qf_error *err);
+    /* Waits for the oldest step; its results stand behind the tasks' pointers. device_time_ns may be NULL. */
+    qf_status (*collect)(qf_backend *self, uint64_t *device_time_ns, qf_error *err);
+    /* Layers first .. last - 1 over a batch: hidden (num_tokens, hidden_size) float32 in and out. No step in flight. */
+    qf_status (*forward_layers)(qf_backend *self, int32_t first, int32_t last, const qf_batch *batch, float *hidden,
+                                qf_tap_fn tap, void *tap_arg, qf_error *err);
+    /* One line: processor or device, instruction set, threads. */
+    const char *(*describe)(const qf_backend *self);
+} qf_backend_vtable;
+
+struct qf_backend {
+    const qf_backend_vtable *vtable;
+};
+
+const qf_backend_vtable *qf_cpu_backend_vtable(void);
+
+#endif

@@ -1,0 +1,126 @@
+/* Inside the CPU ops: the packed linear layer, and the table of kernels that each instruction set fills.
+ *
+ * The bodies (linear_body.h, attention_body.h, elementwise_body.h) are written once over the sixteen-lane types of
+ * simd_<isa>.h; kernels_<isa>.c compiles them for one instruction set. All of them give the same bits. */
+#ifndef QF_BACKEND_CPU_KERNELS_H
+#define QF_BACKEND_CPU_KERNELS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "backend/cpu/cpu.h"
+
+#if defined(__x86_64__)
+#define QF_CPU_X86 1
+#else
+#define QF_CPU_X86 0
+#endif
+
+#define QF_TILE 16            /* outputs (rows of W) per tile: the lanes of a vector */
+#define QF_MAX_ROWS 8         /* rows of x per register block, at most */
+#define QF_SPLIT_TOKENS 512   /* absolute positions per attention partial */
+#define QF_ATTENTION_ROWS 8   /* (token, head) rows that share one pass over K and V */
+#define QF_MAX_HEAD_DIM 256
+
+/* The layout is drawn at the top of linear_pack.c. */
+struct qf_cpu_linear {
+    qf_weight_kind kind;
+    int32_t n, k;
+    int32_t num_tiles;       /* ceil(n / 16) */
+    int32_t group_size;      /* of the packed groups: 8 .. 128; 0 for 16- and 32-bit weights */
+    int32_t num_groups;      /* packed groups: ceil(k / group_size) */
+    bool wide_scales;        /* float32 scales in the header, where float16 would not be exact */
+    size_t record_bytes, tile_bytes;
+    const uint8_t *weights;  /* (num_tiles, tile_bytes) */
+    const float *bias;       /* (num_tiles * 16) or NULL */
+    const int32_t *perm;     /* (k) or NULL */
+    void *pages;             /* one allocation: weights, bias, perm */
+    size_t pages_bytes;
+};
+
+/* A matrix product's operands. The int8 activations of block b of rows (rows_per_block each, R in the last one)
+ * start at q + b * rows_per_block * k_padded and lie as (k_padded / 4, R, 4): one broadcast load feeds a row, and
+ * consecutive loads are consecutive in memory. scales and sums: (num_groups, R) per block. */
+typedef struct qf_linear_operands {
+    const qf_cpu_linear *linear;
+    const float *x;        /* (num_tokens, k), for float activations */
+    const int8_t *q;
+    const float *scales;
+    const int32_t *sums;
+    float *out;            /* (num_tokens, n) */
+    int32_t num_tokens;
+    int32_t row_begin, row_end; /* rows to compute; row_begin is a multiple of rows_per_block */
+} qf_linear_operands;
+
+/* One row block of one sequence and KV head, and one split of its positions. */
+typedef struct qf_attention_rows {
+    int32_t num_rows;
+    int32_t kv_head;
+    const int32_t *block_table;            /* (max_blocks) of this sequence */
+    int32_t first[QF_ATTENTION_ROWS];      /* visible positions of each row: first .. end - 1 */
+    int32_t end[QF_ATTENTION_ROWS];
+} qf_attention_rows;
+
+/* Softmax numerators of some positions: maximum, sum of exponentials, weighted sum of V. */
+typedef struct qf_attention_partial {
+    float max, sum;
+    float acc[QF_MAX_HEAD_DIM]; /* (head_dim) */
+} qf_attention_partial;
+
+typedef struct qf_attention_scratch {
+    float q[QF_MAX_HEAD_DIM * QF_ATTENTION_ROWS];         /* (head_dim, num_rows) scaled */
+    float scores[QF_ATTENTION_ROWS][QF_SPLIT_TOKENS];
+    qf_attention_partial part[QF_ATTENTION_ROWS];         /* of one split */
+    qf_attention_partial total[QF_ATTENTION_ROWS];
+} qf_attention_scratch;
+
+typedef struct qf_cpu_kernels {
+    int32_t rows_per_block;
+    /* x: (rows, k), rows <= rows_per_block; writes one block as qf_linear_operands says. */
+    void (*quantize_rows)(const float *x, int32_t rows, int32_t k, int32_t group_size, int32_t num_groups, int8_t *q,
+                          float *scales, int32_t *sums);
+    void (*linear_i8)(const qf_linear_operands *operands, int32_t tile_begin, int32_t tile_end);
+    void (*linear_f32)(const qf_linear_operands *operands, int32_t tile_begin, int32_t tile_end);
+    /* Positions [begin, end) of one split: fills scratch->part[row] for rows that see any of them. */
+    void (*attention_split)(const qf_kv_cache *cache, const qf_attention_rows *rows, qf_attention_scratch *scratch,
+                            int32_t begin, int32_t end);
+    void (*attention_merge)(qf_attention_partial *total, const qf_attention_partial *part, int32_t head_dim);
+    void (*attention_finish)(const qf_attention_partial *total, float *out, int32_t head_dim);
+    void (*rmsnorm_row)(float *residual, const float *delta, const float *weight, float *out, int32_t n, float eps);
+    void (*silu_mul)(const float *gate, const float *up, float *out, int32_t n);
+    void (*widen_row)(const void *row, qf_dtype dtype, float *out, int32_t n);
+    /* Rotates head_dim values; x and out may be the same. */
+    void (*rope_head)(const float *x, const float *cos_sin, float *out, int32_t head_dim);
+} qf_cpu_kernels;
+
+extern const qf_cpu_kernels qf_cpu_kernels_scalar;
+#if QF_CPU_X86
+extern const qf_cpu_kernels qf_cpu_kernels_avx2;
+extern const qf_cpu_kernels qf_cpu_kernels_avx512;
+extern const qf_cpu_kernels qf_cpu_kernels_avx512_vnni;
+#endif
+
+struct qf_cpu_context {
+    const qf_cpu_kernels *kernels;
+    qf_thread_pool *pool;
+    int32_t num_threads;
+    int32_t max_num_tokens, max_features;
+    int8_t *act_q;          /* (max_num_tokens, padded max_features) */
+    float *act_scales;      /* (max_num_tokens, padded max_features / 8) */
+    int32_t *act_sums;      /* (max_num_tokens, padded max_features / 8) */
+    float *act_gathered;    /* (max_num_tokens, max_features) permuted input */
+    qf_attention_scratch *attention_scratch;   /* (num_threads) */
+    qf_attention_partial *attention_partials;  /* (max_partials) */
+    int32_t max_partials;
+    void *pages;
+    size_t pages_bytes;
+};
+
+/* Below this many elements an op runs on the calling thread: a dispatch costs more. Results do not depend on it. */
+#define QF_INLINE_ELEMENTS 16384
+
+/* The group size that a source's groups are packed with: a power of two from 8 to 128; 0: none fits. */
+int32_t qf_cpu_packed_group(int32_t group_size, int32_t num_groups);
+
+#endif

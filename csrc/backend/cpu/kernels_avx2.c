@@ -1,0 +1,36 @@
+/* The kernels for AVX2, FMA and F16C. */
+#include "backend/cpu/kernels.h"
+
+#if QF_CPU_X86
+
+#include <immintrin.h>
+
+#include "base/dtype.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "backend/cpu/simd_avx2.h"
+
+#define QF_KERNELS_NAME qf_cpu_kernels_avx2
+#define QF_ROWS_PER_BLOCK 4
+#define QF_ONE_TILE_ROWS 2
+#define QF_FOR_EACH_ROW_COUNT(F) F(1) F(2) F(3) F(4)
+
+#include "backend/cpu/linear_body.h"
+#include "backend/cpu/math_body.h"
+#include "backend/cpu/elementwise_body.h"
+#include "backend/cpu/attention_body.h"
+#include "backend/cpu/kernels_table.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

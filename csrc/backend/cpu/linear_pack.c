@@ -1,0 +1,328 @@
+/* Packing a linear layer's weights, once, at load.
+ *
+ * W is (n, k). Sixteen rows of it (sixteen outputs) make a tile, so that one vector register holds sixteen outputs and
+ * no product ever needs a sum across lanes. Tiles follow each other; the last one is filled up with zero rows.
+ *
+ * 4 and 8 bits: a tile is a sequence of records, one per group of G values of k (G = 8, 16, 32, 64 or 128; larger
+ * groups, and a scale for the whole row, are cut into groups of 128 with the same scale):
+ *
+ *   byte 0            32        48        64                128               64 (G / 8)
+ *        | 16 scales  | 16 zero | unused  | line 0          | line 1          | ...
+ *        | float16    | u8      |         | k = 0..7        | k = 8..15       |
+ *
+ *   a line, 4 bits:  lane c = 4 bytes of output c; byte b: low nibble q[8 i + b], high nibble q[8 i + 4 + b]
+ *   a line, 8 bits:  lane c = 4 bytes of output c; byte b: q[4 i + b]
+ *
+ * w = scale * (q - zero). Where a scale is not a float16 value the whole layer has headers of 128 bytes: 16 float32
+ * scales, 16 zeros, 48 unused. k is filled up to whole groups; the activations are zero there.
+ *
+ * 16 and 32 bits: (tiles, k, 16) in the source's type.
+ *
+ * A group size that is no multiple of 8 cannot be packed so: those layers are dequantised to float32. */
+#include "backend/cpu/kernels.h"
+
+#include <string.h>
+
+#include "base/alloc.h"
+#include "model/quantize.h"
+
+#define QF_QUANTIZED_ROWS 64 /* rows read at a time */
+#define QF_FLOAT_ROWS 16
+
+int32_t qf_cpu_packed_group(int32_t group_size, int32_t num_groups)
+{
+    if (num_groups <= 1) {
+        return 128;
+    }
+    for (int32_t group = 128; group >= 8; group /= 2) {
+        if (group_size % group == 0) {
+            return group;
+        }
+    }
+    return 0;
+}
+
+/* What will be built from a source: every size, before any allocation. */
+typedef struct pack_plan {
+    qf_weight_kind kind;
+    bool quantize;            /* round float rows here */
+    bool wide_scales;
+    int32_t group_size, num_groups;               /* packed */
+    int32_t source_group_size, source_num_groups; /* of the rows as read or as rounded */
+    int32_t num_tiles;
+    size_t record_bytes, tile_bytes, weights_bytes, bias_bytes, perm_bytes;
+} pack_plan;
+
+static bool is_f16(float value) { return qf_f16_to_f32(qf_f32_to_f16(value)) == value; }
+
+static bool scales_fit_f16(const qf_tensor *scales)
+{
+    const size_t count = scales->size_bytes / (scales->dtype == QF_DTYPE_F32 ? 4 : 2);
+    if (scales->data == NULL || (scales->dtype != QF_DTYPE_F32 && scales->dtype != QF_DTYPE_BF16)) {
+        return true;
+    }
+    for (size_t i = 0; i < count; i++) {
+        uint16_t half;
+        float value;
+        if (scales->dtype == QF_DTYPE_BF16) {
+            memcpy(&half, (const char *)scales->data + 2 * i, sizeof half);
+            value = qf_bf16_to_f32(half);
+        } else {
+            memcpy(&value, (const char *)scales->data + 4 * i, sizeof value);
+        }
+        if (!is_f16(value)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static qf_weight_kind dense_kind(const qf_linear_source *source)
+{
+    if (source->format == QF_LINEAR_DUMMY) {
+        return QF_WEIGHT_BF16;
+    }
+    return source->weight.dtype == QF_DTYPE_BF16  ? QF_WEIGHT_BF16
+           : source->weight.dtype == QF_DTYPE_F16 ? QF_WEIGHT_F16
+                                                  : QF_WEIGHT_F32;
+}
+
+static pack_plan make_plan(const qf_linear_source *source, const qf_cpu_linear_options *options)
+{
+    pack_plan plan = {.num_tiles = (source->n + QF_TILE - 1) / QF_TILE};
+    const bool dense = source->bits > 8;
+    plan.quantize = dense && options != NULL && options->quantize_bits != 0;
+    int32_t bits = 0;
+    if (plan.quantize) {
+        bits = options->quantize_bits;
+        plan.source_group_size = options->group_size;
+        plan.source_num_groups = (source->k + options->group_size - 1) / options->group_size;
+    } else if (!dense) {
+        bits = source->bits;
+        plan.source_group_size = source->group_size;
+        plan.source_num_groups = source->num_groups;
+    }
+    plan.group_size = bits != 0 ? qf_cpu_packed_group(plan.source_group_size, plan.source_num_groups) : 0;
+    if (plan.group_size != 0) {
+        plan.kind = bits == 4 ? QF_WEIGHT_W4 : QF_WEIGHT_W8;
+        plan.wide_scales = !plan.quantize && !scales_fit_f16(&source->scales);
+        plan.num_groups = (source->k + plan.group_size - 1) / plan.group_size;
+        plan.record_bytes = (plan.wide_scales ? 128u : 64u) +
+                            (size_t)plan.group_size * QF_TILE / (plan.kind == QF_WEIGHT_W4 ? 2 : 1);
+        plan.tile_bytes = (size_t)plan.num_groups * plan.record_bytes;
+    } else {
+        plan.kind = dense ? dense_kind(source) : QF_WEIGHT_F32;
+        plan.quantize = false;
+        plan.tile_bytes = (size_t)source->k * QF_TILE * (plan.kind == QF_WEIGHT_F32 ? 4 : 2);
+    }
+    plan.weights_bytes = (size_t)plan.num_tiles * plan.tile_bytes;
+    plan.bias_bytes = source->bias != NULL ? (size_t)plan.num_tiles * QF_TILE * sizeof(float) : 0;
+    plan.perm_bytes = source->perm != NULL && plan.group_size != 0 ? (size_t)source->k * sizeof(int32_t) : 0;
+    return plan;
+}
+
+/* --- packing -------------------------------------------------------------------------------------------- */
+
+typedef struct pack_scratch {
+    float *rows;    /* (rows, k) or NULL */
+    uint8_t *q;     /* (rows, k) or NULL */
+    float *scales;  /* (rows, source_num_groups) */
+    uint8_t *zeros; /* (rows, source_num_groups) */
+} pack_scratch;
+
+typedef struct pack_task {
+    const qf_linear_source *source;
+    const pack_plan *plan;
+    uint8_t *weights;
+    int32_t rows_at_once;
+    char *scratch; /* (num_threads, scratch_bytes) */
+    size_t scratch_bytes;
+} pack_task;
+
+static size_t round_up_64(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* Parts of one worker's scratch; with base NULL only its size. */
+static size_t carve_scratch(const pack_plan *plan, int32_t k, int32_t rows_at_once, char *base, pack_scratch *out)
+{
+    const size_t rows = (size_t)rows_at_once, values = rows * (size_t)k;
+    const bool quantized = plan->group_size != 0;
+    const size_t rows_bytes = !quantized || plan->quantize ? round_up_64(values * sizeof(float)) : 0;
+    const size_t q_bytes = quantized ? round_up_64(values) : 0;
+    const size_t groups = quantized ? rows * (size_t)plan->source_num_groups : 0;
+    if (base != NULL) {
+        out->rows = rows_bytes > 0 ? (float *)(void *)base : NULL;
+        out->q = (uint8_t *)base + rows_bytes;
+        out->scales = (float *)(void *)(base + rows_bytes + q_bytes);
+        out->zeros = (uint8_t *)(base + rows_bytes + q_bytes + round_up_64(groups * sizeof(float)));
+    }
+    return rows_bytes + q_bytes + round_up_64(groups * sizeof(float)) + round_up_64(groups);
+}
+
+/* One row of q into lane `lane` of its tile's lines. */
+static void pack_lines(const uint8_t *q, int32_t count, bool four_bits, int32_t lane, uint8_t *lines)
+{
+    if (four_bits) {
+        for (int32_t i = 0; i < count; i++) {
+            uint8_t *byte = lines + (size_t)(i / 8) * 64 + (size_t)lane * 4 + (size_t)(i % 4);
+            *byte = (uint8_t)(*byte | (i % 8 < 4 ? q[i] & 15 : (q[i] & 15) << 4));
+        }
+        return;
+    }
+    for (int32_t i = 0; i < count; i += 4) {
+        memcpy(lines + (size_t)(i / 4) * 64 + (size_t)lane * 4, q + i, (size_t)(count - i < 4 ? count - i : 4));
+    }
+}
+
+static void pack_quantized_row(const pack_task *task, const pack_scratch *s, int32_t row, int32_t n)
+{
+    const pack_plan *plan = task->plan;
+    const int32_t k = task->source->k, lane = n % QF_TILE;
+    const size_t header = plan->wide_scales ? 128 : 64;
+    uint8_t *record = task->weights + (size_t)(n / QF_TILE) * plan->tile_bytes;
+    for (int32_t g = 0; g < plan->num_groups; g++, record += plan->record_bytes) {
+        const int32_t begin = g * plan->group_size;
+        const int32_t count = k - begin < plan->group_size ? k - begin : plan->group_size;
+        const int32_t source_group = plan->source_num_groups <= 1 ? 0 : begin / plan->source_group_size;
+        const size_t at = (size_t)row * (size_t)plan->source_num_groups + (size_t)source_group;
+        if (plan->wide_scales) {
+            memcpy(record + 4 * lane, &s->scales[at], 4);
+        } else {
+            const uint16_t half = qf_f32_to_f16(s->scales[at]);
+            memcpy(record + 2 * lane, &half, 2);
+        }
+        record[header / 2 + (size_t)lane] = s->zeros[at];
+        pack_lines(s->q + (size_t)row * (size_t)k + begin, count, plan->kind == QF_WEIGHT_W4, lane, record + header);
+    }
+}
+
+static void pack_float_row(const pack_task *task, const float *values, int32_t n)
+{
+    const qf_weight_kind kind = task->plan->kind;
+    const size_t size = kind == QF_WEIGHT_F32 ? 4 : 2;
+    uint8_t *out = task->weights + (size_t)(n / QF_TILE) * task->plan->tile_bytes + (size_t)(n % QF_TILE) * size;
+    for (int32_t i = 0; i < task->source->k; i++, out += QF_TILE * size) {
+        if (kind == QF_WEIGHT_F32) {
+            memcpy(out, &values[i], sizeof(float));
+        } else {
+            const uint16_t half = kind == QF_WEIGHT_BF16 ? qf_f32_to_bf16(values[i]) : qf_f32_to_f16(values[i]);
+            memcpy(out, &half, sizeof half);
+        }
+    }
+}
+
+/* Units are rows_at_once rows: whole tiles, so that each byte is written by one thread. */
+static void pack_units(void *arg, int64_t begin, int64_t end, int32_t worker)
+{
+    const pack_task *task = arg;
+    const pack_plan *plan = task->plan;
+    const qf_linear_source *source = task->source;
+    pack_scratch s;
+    carve_scratch(plan, source->k, task->rows_at_once, task->scratch + (size_t)worker * task->scratch_bytes, &s);
+    for (int64_t unit = begin; unit < end; unit++) {
+        const int32_t n0 = (int32_t)unit * task->rows_at_once;
+        const int32_t count = source->n - n0 < task->rows_at_once ? source->n - n0 : task->rows_at_once;
+        if (plan->group_size == 0) {
+            qf_linear_source_read_f32(source, n0, count, s.rows);
+        } else if (plan->quantize) {
+            qf_linear_source_read_f32(source, n0, count, s.rows);
+            qf_quantize_rows(s.rows, count, source->k, plan->kind == QF_WEIGHT_W4 ? 4 : 8, plan->source_group_size, s.q,
+                             s.scales, s.zeros);
+        } else {
+            qf_linear_source_read_quantized(source, n0, count, s.q, s.scales, s.zeros);
+        }
+        for (int32_t row = 0; row < count; row++) {
+            if (plan->group_size == 0) {
+                pack_float_row(task, s.rows + (size_t)row * (size_t)source->k, n0 + row);
+            } else {
+                pack_quantized_row(task, &s, row, n0 + row);
+            }
+        }
+    }
+}
+
+/* --- interface ------------------------------------------------------------------------------------------ */
+
+static qf_status check_options(const qf_linear_source *source, const qf_cpu_linear_options *options, qf_error *err)
+{
+    if (source->n < 1 || source->k < 1) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "%s: %d x %d weights: each must be at least 1", source->name,
+                       source->n, source->k);
+    }
+    if (options == NULL || options->quantize_bits == 0) {
+        return QF_OK;
+    }
+    if (options->quantize_bits != 4 && options->quantize_bits != 8) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "quantize_bits: %d, must be 0, 4 or 8", options->quantize_bits);
+    }
+    if (options->group_size != 32 && options->group_size != 64 && options->group_size != 128) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "group_size: %d, must be 32, 64 or 128", options->group_size);
+    }
+    return QF_OK;
+}
+
+size_t qf_cpu_linear_bytes(const qf_linear_source *source, const qf_cpu_linear_options *options)
+{
+    const pack_plan plan = make_plan(source, options);
+    return plan.weights_bytes + plan.bias_bytes + plan.perm_bytes;
+}
+
+qf_status qf_cpu_linear_create(const qf_linear_source *source, const qf_cpu_linear_options *options,
+                               qf_thread_pool *pool, qf_cpu_linear **out, qf_error *err)
+{
+    *out = NULL;
+    QF_TRY(check_options(source, options, err));
+    const pack_plan plan = make_plan(source, options);
+    pack_task task = {.source = source, .plan = &plan,
+                      .rows_at_once = plan.group_size != 0 && !plan.quantize ? QF_QUANTIZED_ROWS : QF_FLOAT_ROWS};
+    void *scratch = NULL;
+    qf_status status;
+    qf_cpu_linear *self = qf_calloc(1, sizeof *self);
+    if (self == NULL) {
+        return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY, "cannot allocate %s: %zu bytes", source->name, sizeof *self);
+    }
+    self->pages_bytes = plan.weights_bytes + plan.bias_bytes + plan.perm_bytes;
+    QF_TRY_GOTO(qf_pages_alloc(&self->pages, self->pages_bytes, source->name, err), fail);
+    task.scratch_bytes = carve_scratch(&plan, source->k, task.rows_at_once, NULL, NULL);
+    QF_TRY_GOTO(qf_alloc(&scratch, (size_t)qf_thread_pool_size(pool), task.scratch_bytes, "packing scratch", err), fail);
+    task.scratch = scratch;
+    task.weights = self->pages;
+    qf_thread_pool_run(pool, pack_units, &task, (source->n + (int64_t)task.rows_at_once - 1) / task.rows_at_once, 1);
+    qf_free(scratch);
+
+    self->kind = plan.kind;
+    self->n = source->n;
+    self->k = source->k;
+    self->num_tiles = plan.num_tiles;
+    self->group_size = plan.group_size;
+    self->num_groups = plan.num_groups;
+    self->wide_scales = plan.wide_scales;
+    self->record_bytes = plan.record_bytes;
+    self->tile_bytes = plan.tile_bytes;
+    self->weights = self->pages;
+    if (plan.bias_bytes > 0) {
+        float *bias = (float *)(void *)((char *)self->pages + plan.weights_bytes);
+        memcpy(bias, source->bias, (size_t)source->n * sizeof *bias);
+        self->bias = bias;
+    }
+    if (plan.perm_bytes > 0) {
+        int32_t *perm = (int32_t *)(void *)((char *)self->pages + plan.weights_bytes + plan.bias_bytes);
+        memcpy(perm, source->perm, plan.perm_bytes);
+        self->perm = perm;
+    }
+    *out = self;
+    return QF_OK;
+
+fail:
+    qf_cpu_linear_destroy(self);
+    return status;
+}
+
+void qf_cpu_linear_destroy(qf_cpu_linear *self)
+{
+    if (self != NULL) {
+        qf_pages_free(self->pages, self->pages_bytes);
+        qf_free(self);
+    }
+}
+
+qf_weight_kind qf_cpu_linear_kind(const qf_cpu_linear *self) { return self->kind; }

@@ -1,0 +1,447 @@
+/* The driver thread: takes commands in, plans a step, runs it, hands tokens out. Sleeps when there is nothing to do. */
+#include <errno.h>
+#include <string.h>
+#include <time.h>
+
+#include "engine/engine.h"
+
+/* --- requests the driver knows ------------------------------------------------------------------------- */
+
+static void link_live(qf_engine *e, qf_request *r)
+{
+    r->live = true;
+    r->prev_live = NULL;
+    r->next_live = e->live_head;
+    if (e->live_head != NULL) {
+        e->live_head->prev_live = r;
+    }
+    e->live_head = r;
+}
+
+/* Gives the driver's reference up, once the scheduler has let go of the sequence. */
+static void drop_if_released(qf_engine *e, qf_request *r)
+{
+    if (!r->live || !r->seq.released) {
+        return;
+    }
+    r->live = false;
+    *(r->prev_live != NULL ? &r->prev_live->next_live : &e->live_head) = r->next_live;
+    if (r->next_live != NULL) {
+        r->next_live->prev_live = r->prev_live;
+    }
+    (void)pthread_mutex_lock(&e->lock);
+    qf_request_unref_locked(r);
+    (void)pthread_mutex_unlock(&e->lock);
+}
+
+static void count_finish(qf_engine_stats *stats, qf_finish_reason reason)
+{
+    switch (reason) {
+    case QF_FINISH_STOP: stats->num_finished_stop++; break;
+    case QF_FINISH_LENGTH: stats->num_finished_length++; break;
+    case QF_FINISH_ABORT: stats->num_finished_abort++; break;
+    case QF_FINISH_ERROR: stats->num_finished_error++; break;
+    case QF_FINISH_NONE: break;
+    }
+}
+
+/* Ends the request: the scheduler first, then what text is still held back, then the readers. Text that is held
+ * back belongs to the output except after a stop string. */
+static void finish(qf_engine *e, qf_request *r, qf_finish_reason reason, const qf_error *error)
+{
+    qf_text_delta delta = {.stop_index = -1};
+    qf_error text_error;
+    bool flush = r->detokenizer != NULL && r->stop_index < 0;
+    if (flush && qf_detokenizer_finish(r->detokenizer, &delta, &text_error) != QF_OK) {
+        reason = QF_FINISH_ERROR;
+        error = &text_error;
+        flush = false;
+    }
+    qf_scheduler_finish(e->scheduler, &r->seq);
+    (void)pthread_mutex_lock(&e->lock);
+    if (flush && qf_request_append_text_locked(r, delta.text, delta.size_bytes, &text_error) != QF_OK) {
+        reason = QF_FINISH_ERROR;
+        error = &text_error;
+    }
+    if (!r->finished) {
+        r->finished = true;
+        r->finish_reason = reason;
+        r->finished_time = qf_now_seconds();
+        if (error != NULL) {
+            r->error = *error;
+        }
+        r->mask_position = -1;
+        e->num_unfinished--;
+        count_finish(&e->stats, reason);
+        qf_request_changed_locked(r);
+    }
+    (void)pthread_mutex_unlock(&e->lock);
+}
+
+/* --- commands ------------------------------------------------------------------------------------------ */
+
+static void admit(qf_engine *e, qf_request *r)
+{
+    qf_error error;
+    link_live(e, r);
+    if (qf_scheduler_add(e->scheduler, &r->seq, &error) != QF_OK) {
+        r->seq.released = true; /* the scheduler never knew it */
+        r->seq.state = QF_SEQ_FINISHED;
+        finish(e, r, QF_FINISH_ERROR, &error);
+        drop_if_released(e, r);
+    } else if (r->mask != NULL) {
+        e->num_masks_waited++;
+    }
+}
+
+static void obey(qf_engine *e, qf_request *r, uint32_t signals)
+{
+    if (r->live && r->seq.state != QF_SEQ_FINISHED) {
+        if ((signals & QF_SIGNAL_CANCEL) != 0) {
+            finish(e, r, QF_FINISH_ABORT, NULL);
+        } else {
+            if ((signals & QF_SIGNAL_RESUME) != 0) {
+                qf_scheduler_set_paused(e->scheduler, &r->seq, false);
+                (void)pthread_mutex_lock(&e->lock);
+                r->paused = false;
+                (void)pthread_mutex_unlock(&e->lock);
+            }
+            if ((signals & QF_SIGNAL_MASK) != 0) {
+                qf_scheduler_set_mask_ready(e->scheduler, &r->seq);
+            }
+        }
+    }
+    drop_if_released(e, r);
+}
+
+/* Called with the lock held, returns with it held. */
+static void take_commands(qf_engine *e)
+{
+    while (e->inbox_head != NULL || e->signal_head != NULL) {
+        qf_request *r = e->inbox_head;
+        if (r != NULL) { /* before signals: a cancel may be for a request that is still in the inbox */
+            e->inbox_head = r->next_new;
+            if (e->inbox_head == NULL) {
+                e->inbox_tail = NULL;
+            }
+            (void)pthread_mutex_unlock(&e->lock);
+            admit(e, r);
+            (void)pthread_mutex_lock(&e->lock);
+            continue;
+        }
+        r = e->signal_head;
+        e->signal_head = r->next_signal;
+        uint32_t signals = r->signals;
+        r->signals = 0;
+        r->signalled = false;
+        (void)pthread_mutex_unlock(&e->lock);
+        obey(e, r, signals);
+        (void)pthread_mutex_lock(&e->lock);
+        qf_request_unref_locked(r);
+    }
+    if (e->reset_prefix_cache) {
+        e->reset_prefix_cache = false;
+        qf_block_pool_reset_prefix_cache(e->pool);
+    }
+}
+
+/* Fails guided requests whose mask is late. */
+static void expire_masks(qf_engine *e)
+{
+    double now = qf_now_seconds();
+    for (qf_request *r = e->live_head, *next; r != NULL; r = next) {
+        next = r->next_live;
+        if (r->mask == NULL || r->seq.state == QF_SEQ_FINISHED) {
+            continue;
+        }
+        (void)pthread_mutex_lock(&e->lock);
+        bool late = r->mask_position >= 0 && now - r->mask_asked_time > (double)r->mask_timeout_us * 1e-6;
+        int32_t position = r->mask_position;
+        (void)pthread_mutex_unlock(&e->lock);
+        if (late) {
+            qf_error error;
+            (void)QF_FAIL(&error, QF_ERROR_STATE, "the grammar mask for position %d did not come within %.3f s", position,
+                          (double)r->mask_timeout_us * 1e-6);
+            finish(e, r, QF_FINISH_ERROR, &error);
+            drop_if_released(e, r);
+        }
+    }
+}
+
+/* --- tokens -------------------------------------------------------------------------------------------- */
+
+static bool contains(const int32_t *ids, int32_t count, int32_t id)
+{
+    for (int32_t i = 0; i < count; i++) {
+        if (ids[i] == id) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* One accepted token: text, stop conditions, readers. */
+static void deliver(qf_engine *e, qf_request *r, int32_t token_id, int32_t parity)
+{
+    int32_t count = r->seq.num_tokens - r->seq.num_prompt_tokens;
+    bool may_stop = count >= r->min_tokens;
+    bool is_eos = may_stop && contains(r->eos_token_ids, r->num_eos_token_ids, token_id);
+    bool is_stop = may_stop && contains(r->stop_token_ids, r->num_stop_token_ids, token_id);
+    bool is_end = is_eos || is_stop;
+    qf_text_delta delta = {.stop_index = -1};
+    qf_error error;
+    qf_status status = QF_OK;
+
+    if (r->detokenizer != NULL && (!is_end || r->include_stop_str_in_output)) {
+        status = qf_detokenizer_push(r->detokenizer, token_id, count > r->min_tokens, &delta, &error);
+    }
+    qf_finish_reason reason = QF_FINISH_NONE;
+    if (is_end || delta.stop_index >= 0) {
+        reason = QF_FINISH_STOP;
+    } else if (r->seq.num_tokens == r->seq.max_total_tokens) {
+        reason = QF_FINISH_LENGTH;
+    }
+
+    bool pause = false;
+    double now = qf_now_seconds();
+    (void)pthread_mutex_lock(&e->lock);
+    if (status == QF_OK) {
+        status = qf_request_append_token_locked(r, r->step_logprobs[parity], &error);
+    }
+    if (status == QF_OK) {
+        status = qf_request_append_text_locked(r, delta.text, delta.size_bytes, &error);
+    }
+    if (r->first_token_time == 0.0) {
+        r->first_token_time = now;
+    }
+    r->last_token_time = now;
+    if (reason == QF_FINISH_STOP) {
+        r->stop_index = delta.stop_index;
+        r->stop_token_id = is_stop && !is_eos ? token_id : -1;
+    }
+    if (reason == QF_FINISH_NONE && status == QF_OK) {
+        if (r->mask != NULL) {
+            r->mask_position = count;
+            r->mask_told = false;
+            r->mask_asked_time = now;
+        }
+        pause = r->max_unread_tokens > 0 && r->num_output_tokens - r->num_read_tokens >= r->max_unread_tokens;
+        r->paused = pause;
+        qf_request_changed_locked(r);
+    }
+    (void)pthread_mutex_unlock(&e->lock);
+
+    if (status != QF_OK) {
+        finish(e, r, QF_FINISH_ERROR, &error);
+    } else if (reason != QF_FINISH_NONE) {
+        finish(e, r, reason, NULL);
+    } else if (pause) {
+        qf_scheduler_set_paused(e->scheduler, &r->seq, true);
+    }
+}
+
+/* --- steps --------------------------------------------------------------------------------------------- */
+
+static void update_stats(qf_engine *e)
+{
+    qf_scheduler_stats s;
+    qf_scheduler_get_stats(e->scheduler, &s);
+    qf_engine_stats *stats = &e->stats;
+    stats->num_running = s.num_running;
+    stats->num_waiting = s.num_waiting;
+    stats->num_paused = s.num_paused;
+    stats->num_preemptions = s.num_preemptions;
+    stats->prefix_queried_tokens = s.prefix_queried_tokens;
+    stats->prefix_hit_tokens = s.prefix_hit_tokens;
+    stats->num_free_blocks = qf_block_pool_num_available(e->pool);
+    stats->num_cached_blocks = qf_block_pool_num_cached(e->pool);
+}
+
+static void note_first_scheduled(qf_engine *e, const qf_step_plan *plan)
+{
+    double now = qf_now_seconds();
+    (void)pthread_mutex_lock(&e->lock);
+    for (int32_t i = 0; i < plan->num_entries; i++) {
+        qf_request *r = plan->entries[i].seq->owner;
+        if (r->first_scheduled_time == 0.0) {
+            r->first_scheduled_time = now;
+        }
+    }
+    (void)pthread_mutex_unlock(&e->lock);
+}
+
+/* Plans and starts one step; false if there is nothing to run. */
+static bool start_step(qf_engine *e, qf_status *status, qf_error *err)
+{
+    int32_t parity = (int32_t)(e->num_submitted % QF_MAX_STEPS_IN_FLIGHT);
+    qf_step *step = &e->steps[parity];
+    qf_scheduler_schedule(e->scheduler, &step->plan);
+    if (step->plan.num_entries == 0) {
+        return false;
+    }
+    qf_step_build(step, e, parity);
+    note_first_scheduled(e, &step->plan);
+    *status = e->backend->vtable->submit(e->backend, &step->batch, err);
+    e->num_submitted++;
+    e->num_in_flight++;
+    return true;
+}
+
+static void take_token(qf_engine *e, const qf_step_entry *entry, int32_t parity)
+{
+    qf_request *r = entry->seq->owner;
+    int32_t token_id = r->step_token[parity];
+    if (entry->seq->state == QF_SEQ_FINISHED) {
+        (void)qf_scheduler_accept(e->scheduler, entry, token_id < 0 ? 0 : token_id); /* dropped, but accounted for */
+    } else if (token_id < 0) {
+        qf_error error;
+        (void)QF_FAIL(&error, QF_ERROR_BACKEND,
+                      "no token can be sampled at position %d: the logits are not finite, or every token is masked",
+                      entry->seq->num_tokens);
+        finish(e, r, QF_FINISH_ERROR, &error);
+        (void)qf_scheduler_accept(e->scheduler, entry, 0);
+    } else if (qf_scheduler_accept(e->scheduler, entry, token_id)) {
+        deliver(e, r, token_id, parity);
+    }
+}
+
+/* Waits for the oldest step and hands its tokens out. */
+static qf_status finish_step(qf_engine *e, qf_error *err)
+{
+    int32_t parity = (int32_t)(e->num_collected % QF_MAX_STEPS_IN_FLIGHT);
+    const qf_step_plan *plan = &e->steps[parity].plan;
+    uint64_t step_ns = 0;
+    QF_TRY(e->backend->vtable->collect(e->backend, &step_ns, err));
+    e->num_collected++;
+    e->num_in_flight--;
+    uint64_t num_sampled = 0, num_prompt = 0;
+    for (int32_t i = 0; i < plan->num_entries; i++) {
+        const qf_step_entry *entry = &plan->entries[i];
+        int32_t prompt_left = entry->seq->num_prompt_tokens - entry->start;
+        if (prompt_left > 0) {
+            num_prompt += (uint64_t)(prompt_left < entry->num_tokens ? prompt_left : entry->num_tokens);
+        }
+        if (entry->samples) {
+            take_token(e, entry, parity);
+            num_sampled++;
+        }
+    }
+    qf_scheduler_complete(e->scheduler, plan);
+    for (int32_t i = 0; i < plan->num_entries; i++) {
+        qf_request *r = plan->entries[i].seq->owner;
+        bool whole = r->seq.num_completed_tokens == r->seq.num_prompt_tokens;
+        if (r->sample == NULL && whole && r->seq.state != QF_SEQ_FINISHED) {
+            finish(e, r, QF_FINISH_LENGTH, NULL); /* only the prompt was to be computed */
+        }
+    }
+    /* Counted before any entry's request is dropped, since a plan may name a request that ends with it. */
+    (void)pthread_mutex_lock(&e->lock);
+    e->stats.num_steps++;
+    e->stats.num_generated_tokens += num_sampled;
+    e->stats.num_prompt_tokens += num_prompt;
+    e->stats.busy_ns += step_ns;
+    update_stats(e);
+    (void)pthread_mutex_unlock(&e->lock);
+    for (int32_t i = 0; i < plan->num_entries; i++) {
+        drop_if_released(e, plan->entries[i].seq->owner);
+    }
+    return QF_OK;
+}
+
+/* Ends every request, waits for steps in flight, and leaves nothing with the scheduler. */
+static void end_all(qf_engine *e, qf_finish_reason reason, const qf_error *error)
+{
+    for (qf_request *r = e->live_head, *next; r != NULL; r = next) {
+        next = r->next_live;
+        if (r->seq.state != QF_SEQ_FINISHED) {
+            finish(e, r, reason, error);
+        }
+    }
+    while (e->num_in_flight > 0) {
+        int32_t parity = (int32_t)(e->num_collected % QF_MAX_STEPS_IN_FLIGHT);
+        (void)e->backend->vtable->collect(e->backend, NULL, NULL);
+        e->num_collected++;
+        e->num_in_flight--;
+        qf_scheduler_complete(e->scheduler, &e->steps[parity].plan);
+    }
+    for (qf_request *r = e->live_head, *next; r != NULL; r = next) {
+        next = r->next_live;
+        drop_if_released(e, r);
+    }
+    (void)pthread_mutex_lock(&e->lock);
+    update_stats(e);
+    (void)pthread_mutex_unlock(&e->lock);
+}
+
+/* Called with the lock held: sleeps until a command comes, or 20 ms where masks may expire. */
+static void wait_for_commands(qf_engine *e)
+{
+    if (!qf_scheduler_has_work(e->scheduler)) {
+        e->num_masks_waited = 0;
+    }
+    if (e->num_masks_waited == 0) {
+        (void)pthread_cond_wait(&e->wake, &e->lock);
+        return;
+    }
+    struct timespec until;
+    (void)clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_nsec += 20000000L;
+    if (until.tv_nsec >= 1000000000L) {
+        until.tv_nsec -= 1000000000L;
+        until.tv_sec++;
+    }
+    (void)pthread_cond_timedwait(&e->wake, &e->lock, &until);
+}
+
+static void fail_engine(qf_engine *e, const qf_error *error)
+{
+    (void)pthread_mutex_lock(&e->lock);
+    e->failed = true;
+    e->failure = *error;
+    e->stats.failed = true;
+    (void)pthread_mutex_unlock(&e->lock);
+    end_all(e, QF_FINISH_ERROR, error);
+}
+
+void *qf_driver_main(void *engine)
+{
+    qf_engine *e = engine;
+    qf_error error;
+    for (;;) {
+        (void)pthread_mutex_lock(&e->lock);
+        take_commands(e);
+        bool stopping = e->stopping;
+        bool failed = e->failed;
+        update_stats(e);
+        (void)pthread_mutex_unlock(&e->lock);
+        if (stopping) {
+            end_all(e, QF_FINISH_ABORT, NULL);
+            break;
+        }
+        if (failed) { /* requests that were on their way in when it failed */
+            end_all(e, QF_FINISH_ERROR, &e->failure);
+        }
+        if (e->num_masks_waited > 0) {
+            expire_masks(e);
+        }
+        qf_status status = QF_OK;
+        if (!failed && e->num_in_flight < e->resolved.max_steps_in_flight && start_step(e, &status, &error)) {
+            if (status == QF_OK && e->num_in_flight < e->resolved.max_steps_in_flight) {
+                continue; /* one more may be planned behind it */
+            }
+        }
+        if (status == QF_OK && e->num_in_flight > 0) {
+            status = finish_step(e, &error);
+        } else if (status == QF_OK) {
+            (void)pthread_mutex_lock(&e->lock);
+            if (e->inbox_head == NULL && e->signal_head == NULL && !e->stopping && !e->reset_prefix_cache) {
+                wait_for_commands(e);
+            }
+            (void)pthread_mutex_unlock(&e->lock);
+        }
+        if (status != QF_OK) {
+            fail_engine(e, &error);
+        }
+    }
+    return NULL;
+}

@@ -1,0 +1,362 @@
+/* Engine options: strings parsed, defaults resolved against the checkpoint and the machine, memory planned. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/threads.h"
+#include "engine/engine.h"
+
+#define MAX_SEQS_LIMIT 4096
+#define MAX_BATCHED_TOKENS_LIMIT (1 << 20)
+
+void qf_engine_options_init(qf_engine_options *options)
+{
+    *options = (qf_engine_options){.load_format = "auto",
+                                   .device = "auto",
+                                   .dtype = "auto",
+                                   .activation_dtype = "auto",
+                                   .quantization = "auto",
+                                   .quantization_group_size = 128,
+                                   .lm_head_dtype = "auto",
+                                   .kv_cache_dtype = "auto",
+                                   .block_size = 32,
+                                   .max_num_seqs = 256,
+                                   .max_num_batched_tokens = 2048,
+                                   .tensor_parallel_size = 1,
+                                   .memory_utilization = 0.5,
+                                   .enable_prefix_caching = true,
+                                   .isa = "auto"};
+}
+
+/* --- choices ------------------------------------------------------------------------------------------- */
+
+typedef struct choice {
+    const char *name;
+    int value; /* NOT_BUILT: known, not implemented */
+} choice;
+
+enum { NOT_BUILT = -1 };
+
+/* Finds `text` in the NULL-terminated list; an unknown value's message lists the known ones. */
+static qf_status choose(const char *option, const char *text, const choice *choices, int *out, qf_error *err)
+{
+    char known[256] = "";
+    for (const choice *c = choices; c->name != NULL; c++) {
+        if (text != NULL && strcmp(text, c->name) == 0) {
+            if (c->value == NOT_BUILT) {
+                return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED, "%s=\"%s\" is not implemented yet", option, text);
+            }
+            *out = c->value;
+            return QF_OK;
+        }
+        size_t used = strlen(known);
+        (void)snprintf(known + used, sizeof known - used, "%s%s", used > 0 ? ", " : "", c->name);
+    }
+    return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "%s must be one of %s; got \"%.40s\"", option, known,
+                   text != NULL ? text : "(null)");
+}
+
+static qf_status check_range(const char *option, int64_t value, int64_t low, int64_t high, qf_error *err)
+{
+    if (value < low || value > high) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "%s must be %lld to %lld; got %lld", option, (long long)low,
+                       (long long)high, (long long)value);
+    }
+    return QF_OK;
+}
+
+static qf_status check_numbers(const qf_engine_options *o, qf_error *err)
+{
+    QF_TRY(check_range("max_num_seqs", o->max_num_seqs, 1, MAX_SEQS_LIMIT, err));
+    QF_TRY(check_range("max_num_batched_tokens", o->max_num_batched_tokens, 1, MAX_BATCHED_TOKENS_LIMIT, err));
+    QF_TRY(check_range("max_model_len", o->max_model_len, 0, INT32_MAX, err));
+    QF_TRY(check_range("num_threads", o->num_threads, 0, 1024, err));
+    QF_TRY(check_range("max_steps_in_flight", o->max_steps_in_flight, 0, QF_MAX_STEPS_IN_FLIGHT, err));
+    QF_TRY(check_range("max_waiting_requests", o->max_waiting_requests, 0, INT32_MAX, err));
+    QF_TRY(check_range("kv_cache_tokens", o->kv_cache_tokens, 0, (int64_t)1 << 40, err));
+    QF_TRY(check_range("tensor_parallel_size", o->tensor_parallel_size, 1, 1024, err));
+    if (o->tensor_parallel_size > 1) {
+        return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED, "tensor_parallel_size=%d is not implemented yet; it must be 1",
+                       o->tensor_parallel_size);
+    }
+    if (o->block_size != 16 && o->block_size != 32 && o->block_size != 64 && o->block_size != 128) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "block_size must be 16, 32, 64 or 128; got %d", o->block_size);
+    }
+    if (o->quantization_group_size != 32 && o->quantization_group_size != 64 && o->quantization_group_size != 128) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "quantization_group_size must be 32, 64 or 128; got %d",
+                       o->quantization_group_size);
+    }
+    if (!(o->memory_utilization > 0.0 && o->memory_utilization <= 1.0)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "memory_utilization must be above 0 and at most 1; got %g",
+                       o->memory_utilization);
+    }
+    if (o->kv_cache_tokens > 0 && o->kv_cache_memory_bytes > 0) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "give kv_cache_tokens (%lld) or kv_cache_memory (%llu bytes), not both",
+                       (long long)o->kv_cache_tokens, (unsigned long long)o->kv_cache_memory_bytes);
+    }
+    return QF_OK;
+}
+
+/* --- numeric formats ----------------------------------------------------------------------------------- */
+
+enum { AS_IS = 0, WANT_NONE, WANT_W4, WANT_AWQ, WANT_GPTQ, WANT_COMPRESSED_TENSORS };
+
+static const char *method_name(qf_quant_method method)
+{
+    switch (method) {
+    case QF_QUANT_NONE: return "none";
+    case QF_QUANT_AWQ: return "awq";
+    case QF_QUANT_GPTQ: return "gptq";
+    case QF_QUANT_COMPRESSED_TENSORS: return "compressed-tensors";
+    }
+    return "?";
+}
+
+static qf_status resolve_quantization(const qf_engine_options *o, const qf_model_config *config,
+                                      qf_resolved_options *out, bool *quantized, qf_error *err)
+{
+    static const choice choices[] = {{"auto", AS_IS},       {"none", WANT_NONE},
+                                     {"w4", WANT_W4},       {"awq", WANT_AWQ},
+                                     {"gptq", WANT_GPTQ},   {"compressed-tensors", WANT_COMPRESSED_TENSORS},
+                                     {"w8", NOT_BUILT},     {"fp8", NOT_BUILT},
+                                     {NULL, 0}};
+    static const int wanted_for[] = {WANT_NONE, WANT_AWQ, WANT_GPTQ, WANT_COMPRESSED_TENSORS};
+    int want;
+    QF_TRY(choose("quantization", o->quantization, choices, &want, err));
+    qf_quant_method method = config->quant.method;
+    if (want == WANT_W4) {
+        if (method != QF_QUANT_NONE) {
+            return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                           "quantization=\"w4\" quantises a 16- or 32-bit checkpoint; this one is %s already",
+                           method_name(method));
+        }
+        out->backend.quantize_bits = 4;
+        out->quantization = "w4";
+    } else {
+        if (want != AS_IS && want != wanted_for[method]) {
+            return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                           "quantization=\"%s\" does not fit the checkpoint, which is \"%s\"", o->quantization,
+                           method_name(method));
+        }
+        out->quantization = method_name(method);
+    }
+    out->backend.quantize_group_size = o->quantization_group_size;
+    *quantized = want == WANT_W4 || method != QF_QUANT_NONE;
+    return QF_OK;
+}
+
+static qf_status resolve_formats(const qf_engine_options *o, const qf_model_config *config, qf_resolved_options *out,
+                                 qf_error *err)
+{
+    enum { AUTO = 0, BF16, F32, I8, MODEL };
+    static const choice dtypes[] = {{"auto", AUTO}, {"bfloat16", BF16}, {"float16", BF16},
+                                    {"half", BF16}, {"float32", F32},   {"float", F32}, {NULL, 0}};
+    static const choice activations[] = {{"auto", AUTO}, {"int8", I8}, {"float32", F32}, {NULL, 0}};
+    static const choice heads[] = {{"auto", AUTO}, {"model", MODEL}, {"int8", QF_HEAD_8}, {"int4", QF_HEAD_4},
+                                   {NULL, 0}};
+    static const choice kvs[] = {{"auto", AUTO},          {"bfloat16", BF16},      {"float32", F32},
+                                 {"fp8", NOT_BUILT},      {"fp8_e4m3", NOT_BUILT}, {"fp8_e5m2", NOT_BUILT},
+                                 {"int8", NOT_BUILT},     {"int4", NOT_BUILT},     {"nf4", NOT_BUILT},
+                                 {NULL, 0}};
+    int dtype, activation, head, kv;
+    bool quantized = false;
+    QF_TRY(choose("dtype", o->dtype, dtypes, &dtype, err));
+    QF_TRY(choose("activation_dtype", o->activation_dtype, activations, &activation, err));
+    QF_TRY(choose("lm_head_dtype", o->lm_head_dtype, heads, &head, err));
+    QF_TRY(choose("kv_cache_dtype", o->kv_cache_dtype, kvs, &kv, err));
+    QF_TRY(resolve_quantization(o, config, out, &quantized, err));
+
+    bool float32 = dtype == F32 || (dtype == AUTO && config->dtype == QF_DTYPE_F32);
+    bool kv_float32 = kv == AUTO ? float32 : kv == F32;
+    bool int8 = activation == I8 || (activation == AUTO && quantized && dtype != F32);
+    if (head == AUTO) {
+        head = quantized && int8 ? QF_HEAD_8 : QF_HEAD_16;
+    } else if (head == MODEL) {
+        head = QF_HEAD_16;
+    }
+    out->backend.float32 = kv_float32;
+    out->backend.int8_activations = int8;
+    out->backend.head_bits = head;
+    out->dtype = float32 ? "float32" : "bfloat16";
+    out->activation_dtype = int8 ? "int8" : "float32";
+    out->lm_head_dtype = head == QF_HEAD_8 ? "int8" : head == QF_HEAD_4 ? "int4" : "model";
+    out->kv_cache_dtype = kv_float32 ? "float32" : "bfloat16";
+    return QF_OK;
+}
+
+/* --- memory -------------------------------------------------------------------------------------------- */
+
+/* The number after `key` in a file of "key value" lines, or with key NULL the file's first number; 0 if absent. */
+static uint64_t read_number(const char *path, const char *key)
+{
+    FILE *file = fopen(path, "re");
+    if (file == NULL) {
+        return 0;
+    }
+    char line[256];
+    uint64_t value = 0;
+    while (fgets(line, sizeof line, file) != NULL) {
+        if (key == NULL) {
+            value = strtoull(line, NULL, 10);
+            break;
+        }
+        size_t length = strlen(key);
+        if (strncmp(line, key, length) == 0) {
+            value = strtoull(line + length, NULL, 10);
+            break;
+        }
+    }
+    (void)fclose(file);
+    return value;
+}
+
+uint64_t qf_available_memory_bytes(void)
+{
+    uint64_t available = read_number("/proc/meminfo", "MemAvailable:") * 1024u;
+    if (available == 0) {
+        long pages = sysconf(_SC_PHYS_PAGES);
+        long page_bytes = sysconf(_SC_PAGESIZE);
+        available = pages > 0 && page_bytes > 0 ? (uint64_t)pages * (uint64_t)page_bytes : (uint64_t)1 << 30;
+    }
+    static const char *const limits[][2] = {
+        {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"},
+        {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"}};
+    for (size_t i = 0; i < sizeof limits / sizeof limits[0]; i++) {
+        uint64_t limit = read_number(limits[i][0], NULL); /* "max" reads as 0: no limit */
+        uint64_t used = read_number(limits[i][1], NULL);
+        if (limit > used && limit - used < available) {
+            available = limit - used;
+        }
+    }
+    return available;
+}
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* How many blocks the options ask for, before max_model_len is settled. */
+static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, qf_resolved_options *out, qf_error *err)
+{
+    const qf_memory_plan *plan = &out->plan;
+    uint64_t fixed = plan->embedding_bytes + plan->layers_bytes + plan->head_bytes + plan->workspace_bytes;
+    int64_t blocks;
+    if (o->kv_cache_tokens > 0) {
+        blocks = ceil_div(o->kv_cache_tokens, o->block_size);
+    } else if (o->kv_cache_memory_bytes > 0) {
+        blocks = (int64_t)(o->kv_cache_memory_bytes / plan->kv_block_bytes);
+        if (blocks < 1) {
+            return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                           "kv_cache_memory of %llu bytes is less than one block of %d tokens, %zu bytes",
+                           (unsigned long long)o->kv_cache_memory_bytes, o->block_size, plan->kv_block_bytes);
+        }
+    } else {
+        uint64_t budget = (uint64_t)((double)out->available_bytes * o->memory_utilization);
+        uint64_t left = budget > fixed ? budget - fixed : 0;
+        int64_t enough = (int64_t)o->max_num_seqs * ceil_div(wanted_len, o->block_size);
+        blocks = (int64_t)(left / plan->kv_block_bytes);
+        blocks = blocks < enough ? blocks : enough;
+        if (blocks < 1) {
+            return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY,
+                           "no memory is left for the KV cache: %.0f %% of %llu available bytes is %llu; weights and "
+                           "workspace take %llu, one KV block %zu",
+                           o->memory_utilization * 100.0, (unsigned long long)out->available_bytes,
+                           (unsigned long long)budget, (unsigned long long)fixed, plan->kv_block_bytes);
+        }
+    }
+    if (blocks > INT32_MAX / o->block_size) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "a KV cache of %lld blocks of %d tokens exceeds 2^31 tokens",
+                       (long long)blocks, o->block_size);
+    }
+    out->num_blocks = (int32_t)blocks;
+    return QF_OK;
+}
+
+static qf_status resolve_lengths(const qf_engine_options *o, const qf_model_config *config, qf_resolved_options *out,
+                                 qf_error *err)
+{
+    int32_t limit = config->max_position_embeddings;
+    if (o->max_model_len > limit) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "max_model_len %d exceeds the model's %d positions (rope_scaling extends them)",
+                       o->max_model_len, limit);
+    }
+    int32_t wanted = o->max_model_len > 0 ? o->max_model_len : limit;
+    QF_TRY(count_blocks(o, wanted, out, err));
+    int64_t capacity = (int64_t)out->num_blocks * o->block_size;
+    if (capacity < wanted) {
+        if (o->max_model_len > 0) {
+            return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                           "max_model_len %d exceeds the KV cache's %lld tokens (%d blocks of %d)", wanted,
+                           (long long)capacity, out->num_blocks, o->block_size);
+        }
+        wanted = (int32_t)capacity;
+    }
+    out->backend.max_model_len = wanted;
+    return QF_OK;
+}
+
+static qf_status open_checkpoint(const qf_engine_options *o, qf_checkpoint **checkpoint, qf_error *err)
+{
+    static const choice formats[] = {{"auto", 0}, {"safetensors", 0}, {"dummy", 1}, {NULL, 0}};
+    static const choice devices[] = {{"auto", 0}, {"cpu", 0}, {"cuda", NOT_BUILT}, {NULL, 0}};
+    int dummy, device;
+    QF_TRY(choose("load_format", o->load_format, formats, &dummy, err));
+    QF_TRY(choose("device", o->device, devices, &device, err));
+    bool w4 = o->quantization != NULL && strcmp(o->quantization, "w4") == 0;
+    qf_checkpoint_options options = {.dir = o->model_dir,
+                                     .hf_overrides_json = o->hf_overrides_json,
+                                     .dummy = dummy != 0,
+                                     .dummy_seed = o->dummy_seed,
+                                     .dummy_bits = w4 ? 4 : 16};
+    return qf_checkpoint_open(&options, checkpoint, err);
+}
+
+qf_status qf_options_resolve(const qf_engine_options *options, const qf_backend_vtable *backend,
+                             qf_checkpoint **checkpoint, qf_resolved_options *out, qf_error *err)
+{
+    qf_status status = QF_OK;
+    *checkpoint = NULL;
+    *out = (qf_resolved_options){0};
+    if (options->model_dir == NULL || options->model_dir[0] == '\0') {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "model_dir must not be empty");
+    }
+    QF_TRY(check_numbers(options, err));
+    QF_TRY(open_checkpoint(options, checkpoint, err));
+    const qf_model_config *config = qf_checkpoint_config(*checkpoint);
+    QF_TRY_GOTO(resolve_formats(options, config, out, err), fail);
+
+    qf_backend_options *b = &out->backend;
+    b->block_size = options->block_size;
+    b->max_num_seqs = options->max_num_seqs;
+    b->max_num_batched_tokens = options->max_num_batched_tokens;
+    b->num_threads = options->num_threads > 0 ? options->num_threads : qf_cpu_count();
+    b->isa = options->isa != NULL && strcmp(options->isa, "auto") != 0 ? options->isa : NULL;
+    out->available_bytes = qf_available_memory_bytes();
+    out->max_waiting_requests = options->max_waiting_requests;
+    out->enable_prefix_caching = options->enable_prefix_caching;
+    /* A CPU step takes milliseconds and the host's turn microseconds, so overlapping them gains nothing, while each
+     * request that stops would waste a planned row: one step in flight unless asked otherwise. */
+    out->max_steps_in_flight = options->max_steps_in_flight > 0 ? options->max_steps_in_flight : 1;
+    QF_TRY_GOTO(backend->plan_memory(*checkpoint, b, &out->plan, err), fail);
+    QF_TRY_GOTO(resolve_lengths(options, config, out, err), fail);
+    return QF_OK;
+fail:
+    qf_checkpoint_close(*checkpoint);
+    *checkpoint = NULL;
+    return status;
+}
+
+void qf_memory_report_fill(const qf_resolved_options *resolved, qf_memory_report *out)
+{
+    *out = (qf_memory_report){.embedding_bytes = resolved->plan.embedding_bytes,
+                              .layers_bytes = resolved->plan.layers_bytes,
+                              .head_bytes = resolved->plan.head_bytes,
+                              .workspace_bytes = resolved->plan.workspace_bytes,
+                              .kv_cache_bytes = resolved->plan.kv_block_bytes * (uint64_t)resolved->num_blocks,
+                              .kv_block_bytes = resolved->plan.kv_block_bytes,
+                              .num_blocks = resolved->num_blocks,
+                              .block_size = resolved->backend.block_size,
+                              .max_model_len = resolved->backend.max_model_len,
+                              .available_bytes = resolved->available_bytes};
+}

@@ -1,0 +1,211 @@
+/* qwen_fast: the engine's public C API.
+ *
+ * A qf_engine is a loaded model, its KV cache, and a driver thread that plans steps, runs them on a backend and
+ * hands tokens to requests. A qf_request is one sequence: submitted once, read as often as wanted, from any
+ * thread. All functions are thread-safe unless they say otherwise; none needs the caller to hold anything.
+ * Strings are UTF-8. Times are seconds of the monotonic clock. */
+#ifndef QF_H
+#define QF_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+#include "sample/params.h"
+#include "sample/sampler.h"
+
+typedef struct qf_engine qf_engine;
+typedef struct qf_request qf_request;
+
+/* Called while weights load, from the thread that creates the engine. */
+typedef void (*qf_engine_progress_fn)(void *arg, size_t done_bytes, size_t total_bytes);
+
+/* qf_engine_options_init sets the defaults; a string option is borrowed during the call that takes the struct.
+ * A value that is known but not built yet gives QF_ERROR_NOT_IMPLEMENTED naming it. */
+typedef struct qf_engine_options {
+    const char *model_dir;         /* a Hugging Face checkpoint directory */
+    const char *hf_overrides_json; /* JSON object merged over config.json, or NULL */
+    const char *load_format;       /* "auto" (safetensors), "safetensors", "dummy" */
+    const char *device;            /* "auto", "cpu", "cuda" */
+    const char *dtype;             /* "auto", "bfloat16", "float16", "half", "float32" */
+    const char *activation_dtype;  /* "auto" (int8 for 4- and 8-bit weights on the CPU), "int8", "float32" */
+    const char *quantization;      /* "auto" (as the checkpoint is), "none", "w4", "awq", "gptq", "compressed-tensors" */
+    int32_t quantization_group_size; /* for "w4": 32, 64, 128 */
+    const char *lm_head_dtype;     /* "auto" (int8 where the layers are quantised), "model", "int8", "int4" */
+    const char *kv_cache_dtype;    /* "auto" (dtype), "bfloat16", "float32" */
+    int32_t block_size;            /* tokens per KV block: 16, 32, 64, 128 */
+    int32_t max_model_len;         /* 0: the checkpoint's, lowered to what the KV cache can hold */
+    int32_t max_num_seqs;
+    int32_t max_num_batched_tokens;
+    int32_t tensor_parallel_size;  /* 1 */
+    uint64_t kv_cache_memory_bytes; /* 0: not given */
+    int64_t kv_cache_tokens;        /* 0: not given */
+    double memory_utilization;      /* share of the memory available at start that engine and cache may use */
+    bool enable_prefix_caching;
+    int32_t num_threads;            /* 0: the CPUs of this process */
+    const char *isa;                /* "auto", "scalar", "avx2", "avx512", "avx512_vnni" */
+    int32_t max_steps_in_flight;    /* 0: the backend's choice; 1, 2 */
+    int32_t max_waiting_requests;   /* submissions beyond this many unfinished ones are refused; 0: no limit */
+    uint64_t dummy_seed;
+    qf_engine_progress_fn progress; /* or NULL */
+    void *progress_arg;
+} qf_engine_options;
+
+void qf_engine_options_init(qf_engine_options *options);
+
+/* Bytes, as planned before allocation; the same figures are allocated. */
+typedef struct qf_memory_report {
+    uint64_t embedding_bytes, layers_bytes, head_bytes, workspace_bytes;
+    uint64_t kv_cache_bytes, kv_block_bytes;
+    int32_t num_blocks, block_size, max_model_len;
+    uint64_t available_bytes; /* what the machine had free when asked */
+} qf_memory_report;
+
+/* What qf_engine_create would allocate. Reads headers only. */
+qf_status qf_engine_estimate(const qf_engine_options *options, qf_memory_report *out, qf_error *err);
+
+qf_status qf_engine_create(const qf_engine_options *options, qf_engine **out, qf_error *err);
+/* Stops the driver; unfinished requests end with QF_FINISH_ABORT. Requests must be released before or after: they
+ * keep what they need alive. NULL-safe. */
+void qf_engine_destroy(qf_engine *self);
+/* Stops the driver and ends all requests, but keeps the memory until destroy. Idempotent. */
+void qf_engine_stop(qf_engine *self);
+
+/* Once, before the first request with text: see qf_vocabulary_create. Ids from num_tokens on are never sampled. */
+qf_status qf_engine_set_vocabulary(qf_engine *self, const uint8_t *bytes, const uint32_t *offsets,
+                                   const uint8_t *special, int32_t num_tokens, qf_error *err);
+
+typedef struct qf_engine_info {
+    const char *backend;     /* "cpu" */
+    const char *description; /* one line */
+    int32_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim;
+    int32_t max_position_embeddings; /* the checkpoint's (with YaRN, extended) */
+    int32_t max_model_len, block_size, num_blocks, max_num_seqs, max_num_batched_tokens, max_steps_in_flight;
+    const char *dtype, *activation_dtype, *quantization, *lm_head_dtype, *kv_cache_dtype; /* as resolved */
+    int32_t num_threads;
+    double load_seconds;
+} qf_engine_info;
+
+void qf_engine_get_info(const qf_engine *self, qf_engine_info *out);
+
+typedef struct qf_engine_stats {
+    qf_memory_report memory;
+    int32_t num_running, num_waiting, num_paused;
+    int32_t num_free_blocks, num_cached_blocks; /* available ones, and those of them that hold a prefix */
+    uint64_t num_steps, num_prompt_tokens, num_generated_tokens; /* prompt tokens computed, not hit */
+    uint64_t prefix_queried_tokens, prefix_hit_tokens, num_preemptions;
+    uint64_t num_finished_stop, num_finished_length, num_finished_abort, num_finished_error;
+    uint64_t busy_ns; /* time with a step in flight */
+    bool failed;
+} qf_engine_stats;
+
+void qf_engine_get_stats(qf_engine *self, qf_engine_stats *out);
+
+/* --- requests ------------------------------------------------------------------------------------------ */
+
+typedef struct qf_request_options {
+    const int32_t *prompt_token_ids; /* (num_prompt_tokens), at least one */
+    int32_t num_prompt_tokens;
+    int32_t max_tokens;              /* -1: as many as fit into max_model_len; 0: only the prompt is computed */
+    qf_sampling_params sampling;     /* its stop_token_ids are the request's; see also eos_token_ids */
+    bool has_seed;                   /* false: a fresh seed is drawn and reported */
+    const int32_t *eos_token_ids;    /* end of text: finish without a stop reason */
+    int32_t num_eos_token_ids;
+    bool ignore_eos;
+    const char *const *stop;         /* (num_stop) strings */
+    int32_t num_stop;
+    bool include_stop_str_in_output;
+    bool skip_special_tokens;
+    int32_t num_prompt_logprobs;     /* -1: none */
+    int32_t logits_start, logits_stop; /* positions whose raw logits are returned; equal: none */
+    int32_t priority;                /* lower first */
+    uint64_t cache_salt;
+    qf_request *leader;              /* a request with the same prompt: wait until its prompt is in the cache; or NULL */
+    bool guided;                     /* a grammar: each token waits for qf_request_set_mask */
+    int64_t mask_timeout_us;         /* a mask that is later fails the request; 0: 60 s */
+    int32_t max_unread_tokens;       /* generation pauses while this many are unread; 0: never pauses */
+    bool notify;                     /* appears in qf_engine_take_ready when there is something to read */
+    uint64_t tag;                    /* for qf_engine_take_ready */
+} qf_request_options;
+
+void qf_request_options_init(qf_request_options *options);
+
+typedef enum qf_finish_reason {
+    QF_FINISH_NONE = 0,
+    QF_FINISH_STOP,   /* end token, stop token or stop string */
+    QF_FINISH_LENGTH, /* max_tokens or max_model_len */
+    QF_FINISH_ABORT,  /* cancelled, or the engine was stopped */
+    QF_FINISH_ERROR   /* see qf_output.error */
+} qf_finish_reason;
+
+/* What is new since the last read. Owns its arrays: qf_output_deinit. */
+typedef struct qf_output {
+    int32_t *token_ids;       /* (num_tokens) */
+    int32_t num_tokens;
+    char *text;               /* (text_bytes) valid UTF-8 */
+    size_t text_bytes;
+    qf_logprob *logprobs;     /* (num_tokens, logprobs_stride): the sampled token first; NULL if not asked for */
+    int32_t logprobs_stride;
+    int32_t mask_position;    /* guided: the output position that waits for its mask, or -1 */
+
+    bool finished;            /* the fields below are final when this is true */
+    qf_finish_reason finish_reason;
+    int32_t stop_token_id;    /* of stop_token_ids, or -1 */
+    int32_t stop_index;       /* of stop, or -1 */
+    qf_error error;
+    uint64_t seed;            /* as given or drawn */
+    int32_t num_prompt_tokens, num_output_tokens, num_cached_tokens, num_preemptions;
+    double arrival_time, first_scheduled_time, first_token_time, last_token_time, finished_time; /* 0: never */
+    qf_logprob *prompt_logprobs;    /* (num_prompt_tokens, prompt_logprobs_stride), row 0 unused; NULL if not asked */
+    int32_t prompt_logprobs_stride;
+    float *logits;                  /* (num_logits_rows, vocab_size); NULL if not asked */
+    int32_t num_logits_rows, vocab_size;
+} qf_output;
+
+/* Checks everything, copies everything. A request that can never fit is refused with the numbers. */
+qf_status qf_engine_submit(qf_engine *self, const qf_request_options *options, qf_request **out, qf_error *err);
+
+/* Waits until there is something to read (tokens, text, a mask wanted, the end) or timeout_us is over (0: no wait;
+ * negative: for ever). true if there is. */
+bool qf_request_wait(qf_request *self, int64_t timeout_us);
+/* Takes what is new; an empty output if nothing is. One reader at a time. */
+qf_status qf_request_read(qf_request *self, qf_output *out, qf_error *err);
+void qf_output_deinit(qf_output *output);
+
+/* From any thread, at any moment; the request ends with QF_FINISH_ABORT within a step, or had ended before. */
+void qf_request_cancel(qf_request *self);
+/* Cancels if need be and gives the handle up. NULL-safe. */
+void qf_request_release(qf_request *self);
+
+/* The bitmask (bit 1: allowed) for the token at `position`, which must be the one that waits. num_words:
+ * ceil(vocab_size / 32). */
+qf_status qf_request_set_mask(qf_request *self, int32_t position, const uint32_t *words, int32_t num_words,
+                              qf_error *err);
+
+/* --- notification -------------------------------------------------------------------------------------- */
+
+/* A file descriptor (eventfd on Linux, else a pipe) that is readable while qf_engine_take_ready has something.
+ * Owned by the engine. */
+int qf_engine_event_fd(const qf_engine *self);
+/* Tags of requests with `notify` that have something to read, each once until it is read again; clears the
+ * descriptor when the list is empty. Returns their number, at most `capacity`. */
+int32_t qf_engine_take_ready(qf_engine *self, uint64_t *tags, int32_t capacity);
+
+/* Forgets cached prefixes (running requests keep their blocks). */
+void qf_engine_reset_prefix_cache(qf_engine *self);
+
+/* What the library was built with and what this machine offers, as one line of JSON into buffer: version, compiler,
+ * cuda (bool), isa list, CPU count. */
+void qf_build_info(char *buffer, size_t size_bytes);
+
+/* float32 rows of a linear layer of a checkpoint, dequantised by the format's formula: for tests and tools.
+ * module: "model.layers.0.self_attn.q_proj", ..., "lm_head". out: (n, k), allocated; free with qf_buffer_free. */
+qf_status qf_checkpoint_dequantize(const char *model_dir, const char *module, float **out, int32_t *n, int32_t *k,
+                                   qf_error *err);
+/* Round-to-nearest codes of float rows (see model/quantize.h). Arrays are the caller's. */
+qf_status qf_quantize_rtn(const float *w, int32_t count, int32_t k, int32_t bits, int32_t group_size, uint8_t *q,
+                          float *scales, uint8_t *zeros, qf_error *err);
+void qf_buffer_free(void *memory);
+
+#endif
