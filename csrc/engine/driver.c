@@ -45,37 +45,66 @@ static void count_finish(qf_engine_stats *stats, qf_finish_reason reason)
     }
 }
 
-/* Ends the request: the scheduler first, then what text is still held back, then the readers. Text that is held
- * back belongs to the output except after a stop string. */
+static void update_stats(qf_engine *e)
+{
+    qf_scheduler_stats s;
+    qf_scheduler_get_stats(e->scheduler, &s);
+    qf_engine_stats *stats = &e->stats;
+    stats->num_running = s.num_running;
+    stats->num_waiting = s.num_waiting;
+    stats->num_paused = s.num_paused;
+    stats->num_preemptions = s.num_preemptions;
+    stats->prefix_queried_tokens = s.prefix_queried_tokens;
+    stats->prefix_hit_tokens = s.prefix_hit_tokens;
+    stats->num_free_blocks = qf_block_pool_num_available(e->pool);
+    stats->num_cached_blocks = qf_block_pool_num_cached(e->pool);
+}
+
+/* Tells the readers that the request is over. */
+static void publish_finish(qf_engine *e, qf_request *r)
+{
+    (void)pthread_mutex_lock(&e->lock);
+    update_stats(e); /* whoever sees the end sees its blocks returned */
+    r->finished = true;
+    r->finished_time = qf_now_seconds();
+    r->mask_position = -1;
+    e->num_unfinished--;
+    count_finish(&e->stats, r->finish_reason);
+    qf_request_changed_locked(r);
+    (void)pthread_mutex_unlock(&e->lock);
+}
+
+/* Ends a request that the scheduler has not finished: the sequence first, then the text that is still held back
+ * (it belongs to the output except after a stop string). Readers hear of it at once, or when the step is over. */
 static void finish(qf_engine *e, qf_request *r, qf_finish_reason reason, const qf_error *error)
 {
     qf_text_delta delta = {.stop_index = -1};
     qf_error text_error;
-    bool flush = r->detokenizer != NULL && r->stop_index < 0;
-    if (flush && qf_detokenizer_finish(r->detokenizer, &delta, &text_error) != QF_OK) {
-        reason = QF_FINISH_ERROR;
-        error = &text_error;
-        flush = false;
-    }
     qf_scheduler_finish(e->scheduler, &r->seq);
-    (void)pthread_mutex_lock(&e->lock);
-    if (flush && qf_request_append_text_locked(r, delta.text, delta.size_bytes, &text_error) != QF_OK) {
-        reason = QF_FINISH_ERROR;
-        error = &text_error;
-    }
-    if (!r->finished) {
-        r->finished = true;
-        r->finish_reason = reason;
-        r->finished_time = qf_now_seconds();
-        if (error != NULL) {
-            r->error = *error;
+    if (r->detokenizer != NULL && r->stop_index < 0) {
+        qf_status status = qf_detokenizer_finish(r->detokenizer, &delta, &text_error);
+        if (status == QF_OK) {
+            (void)pthread_mutex_lock(&e->lock);
+            status = qf_request_append_text_locked(r, delta.text, delta.size_bytes, &text_error);
+            (void)pthread_mutex_unlock(&e->lock);
         }
-        r->mask_position = -1;
-        e->num_unfinished--;
-        count_finish(&e->stats, reason);
-        qf_request_changed_locked(r);
+        if (status != QF_OK && reason != QF_FINISH_ERROR) {
+            reason = QF_FINISH_ERROR;
+            error = &text_error;
+        }
+    }
+    (void)pthread_mutex_lock(&e->lock);
+    r->finish_reason = reason;
+    if (error != NULL) {
+        r->error = *error;
     }
     (void)pthread_mutex_unlock(&e->lock);
+    if (e->finishing_step) {
+        r->next_finishing = e->finishing_head;
+        e->finishing_head = r;
+    } else {
+        publish_finish(e, r);
+    }
 }
 
 /* --- commands ------------------------------------------------------------------------------------------ */
@@ -242,21 +271,6 @@ static void deliver(qf_engine *e, qf_request *r, int32_t token_id, int32_t parit
 
 /* --- steps --------------------------------------------------------------------------------------------- */
 
-static void update_stats(qf_engine *e)
-{
-    qf_scheduler_stats s;
-    qf_scheduler_get_stats(e->scheduler, &s);
-    qf_engine_stats *stats = &e->stats;
-    stats->num_running = s.num_running;
-    stats->num_waiting = s.num_waiting;
-    stats->num_paused = s.num_paused;
-    stats->num_preemptions = s.num_preemptions;
-    stats->prefix_queried_tokens = s.prefix_queried_tokens;
-    stats->prefix_hit_tokens = s.prefix_hit_tokens;
-    stats->num_free_blocks = qf_block_pool_num_available(e->pool);
-    stats->num_cached_blocks = qf_block_pool_num_cached(e->pool);
-}
-
 static void note_first_scheduled(qf_engine *e, const qf_step_plan *plan)
 {
     double now = qf_now_seconds();
@@ -315,6 +329,7 @@ static qf_status finish_step(qf_engine *e, qf_error *err)
     e->num_collected++;
     e->num_in_flight--;
     uint64_t num_sampled = 0, num_prompt = 0;
+    e->finishing_step = true;
     for (int32_t i = 0; i < plan->num_entries; i++) {
         const qf_step_entry *entry = &plan->entries[i];
         int32_t prompt_left = entry->seq->num_prompt_tokens - entry->start;
@@ -334,7 +349,7 @@ static qf_status finish_step(qf_engine *e, qf_error *err)
             finish(e, r, QF_FINISH_LENGTH, NULL); /* only the prompt was to be computed */
         }
     }
-    /* Counted before any entry's request is dropped, since a plan may name a request that ends with it. */
+    e->finishing_step = false;
     (void)pthread_mutex_lock(&e->lock);
     e->stats.num_steps++;
     e->stats.num_generated_tokens += num_sampled;
@@ -342,6 +357,11 @@ static qf_status finish_step(qf_engine *e, qf_error *err)
     e->stats.busy_ns += step_ns;
     update_stats(e);
     (void)pthread_mutex_unlock(&e->lock);
+    while (e->finishing_head != NULL) {
+        qf_request *r = e->finishing_head;
+        e->finishing_head = r->next_finishing;
+        publish_finish(e, r);
+    }
     for (int32_t i = 0; i < plan->num_entries; i++) {
         drop_if_released(e, plan->entries[i].seq->owner);
     }

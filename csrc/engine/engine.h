@@ -91,7 +91,7 @@ struct qf_request {
     double arrival_time, first_scheduled_time, first_token_time, last_token_time, finished_time;
 
     /* The driver's list of requests that it still knows. */
-    qf_request *prev_live, *next_live;
+    qf_request *prev_live, *next_live, *next_finishing;
     bool live;
 };
 
@@ -139,6 +139,8 @@ struct qf_engine {
     int32_t num_in_flight;
     uint64_t num_submitted, num_collected;
     qf_request *live_head;
+    bool finishing_step;        /* ends are published when the step's books are closed */
+    qf_request *finishing_head;
     int32_t num_masks_waited;
 };
 

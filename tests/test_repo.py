@@ -1,0 +1,309 @@
+"""The repository's own rules: directions of dependency, no hidden state, no surprises at run time, small files.
+
+These read the sources, or compile them and look at the objects; they need a C compiler but no built package.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "qwen_fast"
+C_FILES = sorted(CSRC.rglob("*.c"))
+C_SOURCES = sorted([*C_FILES, *CSRC.rglob("*.h")])
+NO_CUDA = [path for path in C_FILES if not path.is_relative_to(CSRC / "backend" / "cuda")]
+PURE_C = [path for path in NO_CUDA if not path.is_relative_to(CSRC / "python")]
+
+# What each folder of csrc may include besides itself. "include" is csrc/include: the public qf.h.
+MAY_INCLUDE = {
+    "base": set(),
+    "include": {"sample", "base"},  # a request carries its sampling parameters
+    "model": {"base"},
+    "kv": {"base"},
+    "sched": {"kv", "base"},
+    "sample": {"base"},
+    "comm": {"base", "kernels"},
+    "backend": {"model", "sample", "base"},
+    "backend/cpu": {"backend", "model", "sample", "base"},
+    "backend/cuda": {"backend", "model", "sample", "base", "comm", "kernels"},
+    "engine": {"include", "backend", "backend/cpu", "backend/cuda", "comm", "sched", "kv", "sample", "model", "base"},
+    "python": {"include"},
+}
+CUDA_HEADERS = re.compile(r"^(cuda\w*|cublas\w*|nccl\w*|nvml|nvToolsExt|nvrtc|cooperative_groups\S*|mma)\.h$|^(cuda|cub)/")
+
+WARNINGS = "-Wall -Wextra -Wconversion -Wshadow -Wvla".split()
+DIALECT = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+
+# fprintf and the like, but not snprintf: that prints into memory.
+SIDE_EFFECTS = (
+    r"\b(secure_)?getenv\s*\(|\b(abort|_?exit|_Exit|quick_exit|assert)\s*\(|\b(stdout|stderr)\b"
+    r"|\b(puts|putchar|perror|fputs|fputc|putc|v?printf|v?fprintf|v?dprintf)\s*\("
+)
+ALLOCATIONS = r"\b(malloc|calloc|realloc|reallocarray|free|strdup|strndup|aligned_alloc|posix_memalign|alloca)\s*\("
+
+MAX_LINES = {"csrc": 450, "forward.c": 600, "qwen_fast": 600}
+
+
+def name(path: pathlib.Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def code_of(path: pathlib.Path) -> str:
+    """A C file without comments and string literals, lines kept."""
+    pattern = r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\''
+
+    def blank(match: re.Match) -> str:
+        return '""' if match[0][0] in "\"'" else " " + "\n" * match[0].count("\n")
+
+    return re.sub(pattern, blank, path.read_text(), flags=re.DOTALL)
+
+
+def find_in_code(paths: list[pathlib.Path], pattern: str) -> list[str]:
+    """file:line: text, for each match outside comments and strings."""
+    found = []
+    for path in paths:
+        lines = path.read_text().splitlines()
+        found += [f"{name(path)}:{line}: {lines[line - 1].strip()}" for line in lines_of(path, pattern)]
+    return found
+
+
+def lines_of(path: pathlib.Path, pattern: str) -> list[int]:
+    code = code_of(path)
+    return [code.count("\n", 0, match.start()) + 1 for match in re.finditer(pattern, code)]
+
+
+def compiler() -> list[str]:
+    command = shlex.split(os.environ.get("CC", "cc"))
+    if not command or not shutil.which(command[0]):
+        if os.environ.get("CI") == "true":
+            pytest.fail("no C compiler")
+        pytest.skip("no C compiler")
+    return command
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Compiles a C file once and gives its object and the warnings."""
+    folder = tmp_path_factory.mktemp("objects")
+    results: dict[pathlib.Path, tuple[pathlib.Path, str]] = {}
+
+    def compile_once(source: pathlib.Path) -> tuple[pathlib.Path, str]:
+        if source not in results:
+            target = folder / (str(source.absolute()).replace("/", "-") + ".o")
+            flags = [*DIALECT, *WARNINGS, "-fPIC"]
+            if source.is_relative_to(CSRC / "python"):
+                flags += python_flags()
+            command = [*compiler(), *flags, "-c", str(source), "-o", str(target)]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert run.returncode == 0, run.stderr
+            results[source] = target, run.stderr
+        return results[source]
+
+    return compile_once
+
+
+def python_flags() -> list[str]:
+    headers = sysconfig.get_path("include")
+    if not pathlib.Path(headers, "Python.h").exists():
+        pytest.skip("no Python.h")
+    return ["-isystem", headers, '-DQF_VERSION="0"']
+
+
+def symbols(path: pathlib.Path) -> list[tuple[str, str]]:
+    """(type, name) of every symbol in an object, as nm gives them."""
+    if not shutil.which("nm"):
+        pytest.skip("no nm")
+    listing = subprocess.run(["nm", "-P", str(path)], capture_output=True, text=True, check=True, timeout=60).stdout
+    return [(fields[1], fields[0]) for fields in map(str.split, listing.splitlines())]
+
+
+# -- directions of dependency ------------------------------------------------------------------------------------
+
+
+def module_of(path: str) -> str:
+    """The folder that a path relative to csrc belongs to: the deepest that MAY_INCLUDE knows."""
+    folder = str(pathlib.PurePath(path).parent)
+    return folder if folder in MAY_INCLUDE else folder.split("/")[0]
+
+
+def resolve(including: pathlib.Path, included: str) -> str | None:
+    """The module that an #include "..." leads to, or None if there is no such file."""
+    if included.startswith("qf_kernels") or (ROOT / "kernels" / included).exists():
+        return "kernels"
+    if (CSRC / "include" / included).exists():
+        return "include"
+    return module_of(included) if (CSRC / included).exists() else None
+
+
+def test_includes_point_one_way():
+    wrong = []
+    for path in C_SOURCES:
+        module = module_of(str(path.relative_to(CSRC)))
+        assert module in MAY_INCLUDE, f"csrc/{module} is not known to this test"
+        for included in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+            target = resolve(path, included)
+            if target is None:
+                wrong.append(f"{name(path)} includes {included}, which is not a file of csrc")
+            elif target != module and target not in MAY_INCLUDE[module]:
+                wrong.append(f"{name(path)} ({module}) includes {included} ({target})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_python_and_cuda_headers_stay_where_they_belong():
+    wrong = []
+    for path in [*C_SOURCES, *sorted((ROOT / "kernels").rglob("*.*"))]:
+        for included in re.findall(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE):
+            if included in ("Python.h", "structmember.h") and not name(path).startswith("csrc/python/"):
+                wrong.append(f"{name(path)} includes {included}")
+            device = name(path).startswith(("kernels/", "csrc/backend/cuda/", "csrc/comm/"))
+            if CUDA_HEADERS.search(included) and not device:
+                wrong.append(f"{name(path)} includes {included}")
+    assert not wrong, "\n".join(wrong)
+
+
+# -- what the C code may do --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PURE_C, ids=name)
+def test_no_mutable_state_and_no_python_in_objects(path, compiled):
+    target, _ = compiled(path)
+    state = mutable_state(target)
+    assert not state, f"{name(path)} has file-scope mutable state: {', '.join(state)}"
+    python = [symbol for kind, symbol in symbols(target) if kind == "U" and re.match(r"_?Py", symbol)]
+    assert not python, f"{name(path)} calls Python: {', '.join(python)}"
+
+
+def mutable_state(path: pathlib.Path) -> list[str]:
+    """Symbols in .data, .bss and their thread-local kin. Constant tables of pointers are .data.rel.ro, which nm also
+    calls "d": read-only once loaded."""
+    state = [symbol for kind, symbol in symbols(path) if kind in "dDbBCsSgG"]
+    return [symbol for symbol in state if not is_constant(path, symbol)]
+
+
+def is_constant(path: pathlib.Path, symbol: str) -> bool:
+    listing = subprocess.run(["objdump", "-t", str(path)], capture_output=True, text=True, check=True, timeout=60)
+    sections = [line.split("\t")[0].split()[-1] for line in listing.stdout.splitlines() if line.endswith(f" {symbol}")]
+    return bool(sections) and all(section.startswith((".data.rel.ro", ".rodata")) for section in sections)
+
+
+def test_nothing_prints_exits_or_reads_the_environment():
+    found = find_in_code([path for path in C_SOURCES if not path.is_relative_to(CSRC / "python")], SIDE_EFFECTS)
+    assert not found, "\n".join(found)
+
+
+def test_memory_comes_from_base_alloc():
+    found = find_in_code([path for path in C_SOURCES if path != CSRC / "base" / "alloc.c"], ALLOCATIONS)
+    assert not found, "\n".join(found)
+
+
+def test_these_checks_see_what_they_look_for(tmp_path, compiled):
+    planted = tmp_path / "planted.c"
+    planted.write_text(
+        "#include <stdlib.h>\n"
+        "/* malloc(1) in a comment */\n"
+        'const char *text(void) { return "getenv(x)"; }\n'
+        "static const char *const names[] = {\"a\", \"b\"};\n"
+        "const char *pick(int i) { return names[i]; }\n"
+        "static _Thread_local int per_thread;\n"
+        "int count(void) { static int counter; return ++counter + ++per_thread; }\n"
+        "void *bad(void) { if (getenv(text())) { abort(); } return malloc(1); }\n"
+    )
+    state = {symbol.split(".")[0] for symbol in mutable_state(compiled(planted)[0])}
+    assert state == {"counter", "per_thread"}
+    assert lines_of(planted, SIDE_EFFECTS) == [8, 8]
+    assert lines_of(planted, ALLOCATIONS) == [8]
+
+
+def test_no_fast_math():
+    forbidden = r"#\s*pragma\s+(GCC\s+optimize|STDC\s+FP_CONTRACT\s+ON|clang\s+fp)|\boptimize\s*\(|fast[-_]math"
+    found = find_in_code(C_SOURCES, forbidden)
+    assert not found, "\n".join(found)
+
+
+# -- compilers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", NO_CUDA, ids=name)
+def test_no_warnings(path, compiled):
+    _, warnings = compiled(path)
+    assert not warnings, warnings
+
+
+@pytest.mark.parametrize("path", PURE_C, ids=name)
+def test_compiles_for_aarch64(path):
+    """Nothing needs x86: its instructions are paths beside the portable one."""
+    if not shutil.which("aarch64-linux-gnu-gcc"):
+        pytest.skip("no aarch64-linux-gnu-gcc")
+    command = ["aarch64-linux-gnu-gcc", *DIALECT, *WARNINGS, "-Werror", "-fsyntax-only", str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------
+
+
+def test_files_stay_small():
+    too_long = []
+    for path in [*C_SOURCES, *sorted(PACKAGE.rglob("*.py"))]:
+        lines = path.read_text().count("\n")
+        limit = MAX_LINES.get(path.name) or MAX_LINES["csrc" if path.is_relative_to(CSRC) else "qwen_fast"]
+        if lines > limit:
+            too_long.append(f"{name(path)} has {lines} lines; the limit is {limit}")
+    assert not too_long, "\n".join(too_long)
+
+
+# -- the Python package ------------------------------------------------------------------------------------------
+
+
+def imported_modules(path: pathlib.Path) -> set[str]:
+    """Full names of all that a Python file imports, anywhere in it; relative imports are made absolute."""
+    package = list(path.relative_to(ROOT).with_suffix("").parts)[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found.add(module)
+            found.update(f"{module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def uses(modules: set[str], package: str) -> bool:
+    return any(module == package or module.startswith(package + ".") for module in modules)
+
+
+def test_no_torch_outside_quantize():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.is_relative_to(PACKAGE / "quantize"):
+            continue
+        modules = imported_modules(path)
+        wrong += [f"{name(path)} imports {heavy}" for heavy in ("torch", "transformers") if uses(modules, heavy)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_python_imports_point_one_way():
+    """ui -> server -> LLM, AsyncLLM -> _engine. The command line starts all of these, so it may import them."""
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        above = {"ui": set(), "server": {"ui"}}.get(relative.parts[0], {"ui", "server"})
+        if relative.parts[0] in ("cli", "cli.py", "__main__.py"):
+            continue
+        modules = imported_modules(path)
+        wrong += [f"{name(path)} imports qwen_fast.{layer}" for layer in above if uses(modules, f"qwen_fast.{layer}")]
+        if relative.parts[0] in ("ui", "server") and uses(modules, "qwen_fast._engine"):
+            wrong.append(f"{name(path)} imports qwen_fast._engine, which is for the API modules")
+    assert not wrong, "\n".join(wrong)
