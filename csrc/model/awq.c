@@ -34,24 +34,53 @@ static uint64_t spread_half(uint32_t half)
     return (x | (x << 12)) & 0x000f000f000f000fu;
 }
 
+/* Exchanges the bytes of `mask`, shifted up in *low, with those in *high. */
+static inline void exchange(uint64_t *low, uint64_t *high, int shift, uint64_t mask)
+{
+    uint64_t changed = ((*low >> shift) ^ *high) & mask;
+    *high ^= changed;
+    *low ^= changed << shift;
+}
+
+/* 8 x 8 bytes: byte j of x[i] changes places with byte i of x[j]; by halves, quarters, single bytes. Written out,
+ * because the compiler does not unroll it. */
+static inline void transpose_bytes(uint64_t x[8])
+{
+    const uint64_t halves = 0x00000000ffffffffu;
+    const uint64_t quarters = 0x0000ffff0000ffffu;
+    const uint64_t single = 0x00ff00ff00ff00ffu;
+    exchange(&x[0], &x[4], 32, halves);
+    exchange(&x[1], &x[5], 32, halves);
+    exchange(&x[2], &x[6], 32, halves);
+    exchange(&x[3], &x[7], 32, halves);
+    exchange(&x[0], &x[2], 16, quarters);
+    exchange(&x[1], &x[3], 16, quarters);
+    exchange(&x[4], &x[6], 16, quarters);
+    exchange(&x[5], &x[7], 16, quarters);
+    exchange(&x[0], &x[1], 8, single);
+    exchange(&x[2], &x[3], 8, single);
+    exchange(&x[4], &x[5], 8, single);
+    exchange(&x[6], &x[7], 8, single);
+}
+
 void qf_awq_unpack(const qf_linear_source *self, int32_t n0, int32_t rows, int32_t i0, int32_t cols, qf_tile *out)
 {
-    uint8_t by_column[QF_TILE][QF_TILE + 8]; /* (k, n), from the multiple of 8 at or before n0 on */
     size_t row_words = (size_t)self->n / 8;
-    size_t word0 = (size_t)n0 / 8;
-    size_t words = ((size_t)(n0 + rows) + 7) / 8 - word0;
-    size_t shift = (size_t)n0 % 8;
-    for (int32_t i = 0; i < cols; i++) {
-        size_t at = (size_t)(i0 + i) * row_words + word0;
-        for (size_t c = 0; c < words; c++) {
-            uint32_t word = qf_load_u32(self->weight.data, at + c);
-            uint64_t bytes = spread_half(word & 0xffffu) | (spread_half(word >> 16) << 8);
-            memcpy(&by_column[i][8 * c], &bytes, sizeof bytes);
-        }
-    }
-    for (int32_t r = 0; r < rows; r++) {
-        for (int32_t i = 0; i < cols; i++) {
-            out->q[r][i] = by_column[i][shift + (size_t)r];
+    /* Columns outside: eight cache lines, each in use until all of its words are read. */
+    for (int32_t i = 0; i < cols; i += 8) {
+        for (int32_t n = n0 - n0 % 8; n < n0 + rows; n += 8) {
+            uint64_t bytes[8] = {0}; /* by k; after the transposition by n */
+            for (int32_t j = 0; j < 8 && i + j < cols; j++) {
+                uint32_t word = qf_load_u32(self->weight.data, (size_t)(i0 + i + j) * row_words + (size_t)n / 8);
+                bytes[j] = spread_half(word & 0xffffu) | (spread_half(word >> 16) << 8);
+            }
+            transpose_bytes(bytes);
+            for (int32_t j = 0; j < 8; j++) {
+                int32_t r = n + j - n0;
+                if (r >= 0 && r < rows) {
+                    memcpy(&out->q[r][i], &bytes[j], sizeof bytes[j]);
+                }
+            }
         }
     }
 }

@@ -8,7 +8,8 @@ void qf_unpack_k_words(const qf_linear_source *self, size_t word_stride, size_t 
                        int32_t i0, int32_t cols, qf_tile *out)
 {
     uint32_t bits = (uint32_t)self->bits;
-    uint32_t per_word = 32 / bits;
+    uint32_t log2_per_word = bits == 4 ? 3 : 2;
+    uint32_t per_word = 1u << log2_per_word;
     uint32_t mask = (1u << bits) - 1u;
     for (int32_t r = 0; r < rows; r++) {
         size_t at = (size_t)(n0 + r) * row_stride;
@@ -16,12 +17,12 @@ void qf_unpack_k_words(const qf_linear_source *self, size_t word_stride, size_t 
         if (self->perm != NULL) {
             for (int32_t i = 0; i < cols; i++) {
                 uint32_t column = (uint32_t)self->perm[i0 + i];
-                uint32_t word = qf_load_u32(self->weight.data, at + column / per_word * word_stride);
-                q[i] = (uint8_t)((word >> (bits * (column % per_word))) & mask);
+                uint32_t word = qf_load_u32(self->weight.data, at + (column >> log2_per_word) * word_stride);
+                q[i] = (uint8_t)((word >> (bits * (column & (per_word - 1)))) & mask);
             }
             continue;
         }
-        at += (size_t)i0 / per_word * word_stride;
+        at += ((size_t)i0 >> log2_per_word) * word_stride;
         /* A tile's width is a whole number of words, so the last word of a row may be written whole. */
         for (uint32_t i = 0; i < (uint32_t)cols; i += per_word, at += word_stride) {
             uint32_t word = qf_load_u32(self->weight.data, at);

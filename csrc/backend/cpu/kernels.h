@@ -27,12 +27,12 @@
 struct qf_cpu_linear {
     qf_weight_kind kind;
     int32_t n, k;
-    int32_t num_tiles;       /* ceil(n / 16) */
+    int32_t num_tiles;       /* ceil(n / 16), made even for 4 and 8 bits */
     int32_t group_size;      /* of the packed groups: 8 .. 128; 0 for 16- and 32-bit weights */
     int32_t num_groups;      /* packed groups: ceil(k / group_size) */
     bool wide_scales;        /* float32 scales in the header, where float16 would not be exact */
     size_t record_bytes, tile_bytes;
-    const uint8_t *weights;  /* (num_tiles, tile_bytes) */
+    const uint8_t *weights;  /* num_tiles * tile_bytes */
     const float *bias;       /* (num_tiles * 16) or NULL */
     const int32_t *perm;     /* (k) or NULL */
     void *pages;             /* one allocation: weights, bias, perm */
@@ -116,6 +116,13 @@ struct qf_cpu_context {
     void *pages;
     size_t pages_bytes;
 };
+
+/* Where a tile begins. Records of a 4- or 8-bit tile lie 2 * record_bytes apart: those of its neighbour are between. */
+static inline size_t qf_cpu_tile_offset(const qf_cpu_linear *w, int32_t tile)
+{
+    return w->group_size == 0 ? (size_t)tile * w->tile_bytes
+                              : (size_t)(tile / 2) * 2 * w->tile_bytes + (size_t)(tile % 2) * w->record_bytes;
+}
 
 /* Below this many elements an op runs on the calling thread: a dispatch costs more. Results do not depend on it. */
 #define QF_INLINE_ELEMENTS 16384

@@ -19,7 +19,7 @@
 
 #define QF_KERNELS_NAME qf_cpu_kernels_avx512_vnni
 #define QF_ROWS_PER_BLOCK 8
-#define QF_ONE_TILE_ROWS 2
+#define QF_TWO_TILE_ROWS 8
 #define QF_FOR_EACH_ROW_COUNT(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8)
 
 #include "backend/cpu/linear_body.h"

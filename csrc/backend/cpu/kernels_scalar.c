@@ -5,7 +5,7 @@
 
 #define QF_KERNELS_NAME qf_cpu_kernels_scalar
 #define QF_ROWS_PER_BLOCK 2
-#define QF_ONE_TILE_ROWS 8
+#define QF_TWO_TILE_ROWS 0
 #define QF_FOR_EACH_ROW_COUNT(F) F(1) F(2)
 
 #include "backend/cpu/linear_body.h"

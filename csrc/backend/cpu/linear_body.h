@@ -11,7 +11,7 @@
  *
  *            tile t (16 outputs)  tile t+1
  *   row 0    acc[0][0]            acc[0][1]         x: (k / 4, R, 4) int8, read in sequence
- *   ...      ...                  ...               w: records in sequence, one stream per tile
+ *   ...      ...                  ...               w: records of the pair in sequence: one stream
  *   row R-1  acc[R-1][0]          acc[R-1][1]
  *
  * Roofline: 1 row reads 4.25 bits per weight (G 128) and is bound by memory; from about 8 rows on the dot
@@ -78,7 +78,10 @@ static void quantize_rows(const float *x, int32_t rows, int32_t k, int32_t group
 
 QF_INLINE void store_tile(const qf_cpu_linear *w, int32_t tile, float *out, vf value)
 {
-    int32_t column = tile * QF_TILE;
+    const int32_t column = tile * QF_TILE;
+    if (column >= w->n) {
+        return; /* the tile that makes their number even */
+    }
     if (w->bias != NULL) {
         value = vf_add(value, vf_load(w->bias + column));
     }
@@ -103,17 +106,15 @@ QF_INLINE void i8_block(const qf_cpu_linear *w, const int8_t *q, const float *sc
     const vi low = vi_set1(0x0f0f0f0f);
     const int32_t num_lines = w->group_size / (bits == 4 ? 8 : 4);
     const size_t header = w->wide_scales ? 128 : 64;
-    const uint8_t *record[2];
+    const size_t record_bytes = w->record_bytes;
+    const uint8_t *record = w->weights + qf_cpu_tile_offset(w, tile);
     vf total[QF_MAX_ROWS][2];
-    for (int t = 0; t < T; t++) {
-        record[t] = w->weights + (size_t)(tile + t) * w->tile_bytes;
-    }
     QF_UNROLL for (int r = 0; r < R; r++) {
         QF_UNROLL for (int t = 0; t < T; t++) {
             total[r][t] = vf_set1(0.0f);
         }
     }
-    for (int32_t g = 0; g < w->num_groups; g++) {
+    for (int32_t g = 0; g < w->num_groups; g++, record += 2 * record_bytes) {
         vi acc[QF_MAX_ROWS][2][2];
         QF_UNROLL for (int r = 0; r < R; r++) {
             QF_UNROLL for (int t = 0; t < T; t++) {
@@ -121,37 +122,33 @@ QF_INLINE void i8_block(const qf_cpu_linear *w, const int8_t *q, const float *sc
                 acc[r][t][1] = vi_set1(0);
             }
         }
-        const uint8_t *line = record[0] + header;
-        const ptrdiff_t next_tile = T > 1 ? record[1] - record[0] : 0;
+        const uint8_t *line = record + header;
         for (int32_t i = 0; i < num_lines; i++, line += 64) {
             vi lo[2], hi[2];
             QF_UNROLL for (int t = 0; t < T; t++) {
-                vi both = vi_load(line + t * next_tile);
-                v_prefetch(line + t * next_tile + QF_PREFETCH_BYTES);
+                const vi both = vi_load(line + (size_t)t * record_bytes);
+                v_prefetch(line + (size_t)t * record_bytes + QF_PREFETCH_BYTES);
                 lo[t] = bits == 4 ? vi_and(both, low) : both;
                 hi[t] = bits == 4 ? vi_and(vi_srl(both, 4), low) : both;
             }
             QF_UNROLL for (int r = 0; r < R; r++) {
-                vi x = vi_set1_4u8(q + 4 * r);
+                const vi x = vi_set1_4u8(q + 4 * r);
+                const vi x_hi = bits == 4 ? vi_set1_4u8(q + 4 * R + 4 * r) : x;
                 QF_UNROLL for (int t = 0; t < T; t++) {
-                    acc[r][t][0] = bits == 4 ? vi_dot_u4(acc[r][t][0], lo[t], x) : vi_dot_u8(acc[r][t][0], lo[t], x);
-                }
-            }
-            q += 4 * R;
-            if (bits == 4) {
-                QF_UNROLL for (int r = 0; r < R; r++) {
-                    vi x = vi_set1_4u8(q + 4 * r);
-                    QF_UNROLL for (int t = 0; t < T; t++) {
-                        acc[r][t][split] = vi_dot_u4(acc[r][t][split], hi[t], x);
+                    if (bits == 4) {
+                        vi_dot_u4(&acc[r][t][0], &acc[r][t][split], lo[t], x, hi[t], x_hi);
+                    } else {
+                        acc[r][t][0] = vi_dot_u8(acc[r][t][0], lo[t], x);
                     }
                 }
-                q += 4 * R;
             }
+            q += bits == 4 ? 8 * R : 4 * R;
         }
         QF_UNROLL for (int t = 0; t < T; t++) {
-            vf scale = record_scales(record[t], w->wide_scales);
-            vi zero = vi_load_u8(record[t] + header / 2);
-            record[t] += w->record_bytes;
+            const uint8_t *own = record + (size_t)t * record_bytes;
+            const vf scale = record_scales(own, w->wide_scales);
+            const vi zero = vi_load_u8(own + header / 2);
+            v_prefetch(own + QF_PREFETCH_BYTES);
             QF_UNROLL for (int r = 0; r < R; r++) {
                 vi dot = split && bits == 4 ? vi_add(acc[r][t][0], acc[r][t][1]) : acc[r][t][0];
                 dot = vi_sub(dot, vi_mul(zero, vi_set1(sums[r])));
@@ -168,38 +165,39 @@ QF_INLINE void i8_block(const qf_cpu_linear *w, const int8_t *q, const float *sc
     }
 }
 
-#define QF_I8_FUNCTION(BITS, R, T)                                                                                   \
-    static void i8_block_##BITS##_##R##_##T(const qf_cpu_linear *w, const int8_t *q, const float *scales,             \
-                                            const int32_t *sums, float *out, int32_t tile)                           \
+/* A pair of tiles: together, or one after the other where the registers would not hold R x 2 accumulators. */
+#define QF_I8_FUNCTION(BITS, R)                                                                                      \
+    static void i8_block_##BITS##_##R(const qf_cpu_linear *w, const int8_t *q, const float *scales,                   \
+                                      const int32_t *sums, float *out, int32_t tile)                                 \
     {                                                                                                                \
-        i8_block(w, q, scales, sums, out, tile, BITS, R, T);                                                         \
+        if ((R) <= QF_TWO_TILE_ROWS) {                                                                               \
+            i8_block(w, q, scales, sums, out, tile, BITS, R, 2);                                                     \
+        } else {                                                                                                     \
+            i8_block(w, q, scales, sums, out, tile, BITS, R, 1);                                                     \
+            i8_block(w, q, scales, sums, out, tile + 1, BITS, R, 1);                                                 \
+        }                                                                                                            \
     }
-#define QF_I8_ROWS(R) \
-    QF_I8_FUNCTION(4, R, 1) QF_I8_FUNCTION(4, R, 2) QF_I8_FUNCTION(8, R, 1) QF_I8_FUNCTION(8, R, 2)
+#define QF_I8_ROWS(R) QF_I8_FUNCTION(4, R) QF_I8_FUNCTION(8, R)
 QF_FOR_EACH_ROW_COUNT(QF_I8_ROWS)
 
 typedef void (*i8_block_fn)(const qf_cpu_linear *w, const int8_t *q, const float *scales, const int32_t *sums,
                             float *out, int32_t tile);
 
-#define QF_I8_ENTRY(R) \
-    {{i8_block_4_##R##_1, i8_block_4_##R##_2}, {i8_block_8_##R##_1, i8_block_8_##R##_2}},
-static const i8_block_fn i8_blocks[QF_ROWS_PER_BLOCK][2][2] = {QF_FOR_EACH_ROW_COUNT(QF_I8_ENTRY)};
+#define QF_I8_ENTRY(R) {i8_block_4_##R, i8_block_8_##R},
+static const i8_block_fn i8_blocks[QF_ROWS_PER_BLOCK][2] = {QF_FOR_EACH_ROW_COUNT(QF_I8_ENTRY)};
 
 static void linear_i8(const qf_linear_operands *op, int32_t tile_begin, int32_t tile_end)
 {
     const qf_cpu_linear *w = op->linear;
     const size_t k_padded = (size_t)w->num_groups * (size_t)w->group_size;
-    for (int32_t tile = tile_begin; tile < tile_end;) {
-        /* One row reads one stream; more rows share each broadcast of x between two tiles. */
-        int32_t tiles = op->row_end - op->row_begin > QF_ONE_TILE_ROWS && tile_end - tile >= 2 ? 2 : 1;
+    for (int32_t tile = tile_begin; tile < tile_end; tile += 2) {
         for (int32_t row = op->row_begin; row < op->row_end; row += QF_ROWS_PER_BLOCK) {
             int32_t rows = op->num_tokens - row < QF_ROWS_PER_BLOCK ? op->num_tokens - row : QF_ROWS_PER_BLOCK;
             size_t groups_before = (size_t)row * (size_t)w->num_groups;
-            i8_blocks[rows - 1][w->kind == QF_WEIGHT_W8][tiles - 1](
+            i8_blocks[rows - 1][w->kind == QF_WEIGHT_W8](
                 w, op->q + (size_t)row * k_padded, op->scales + groups_before, op->sums + groups_before,
                 op->out + (size_t)row * (size_t)w->n, tile);
         }
-        tile += tiles;
     }
 }
 
@@ -249,13 +247,13 @@ QF_INLINE void dequant_block(const qf_cpu_linear *w, const float *x, float *out,
 {
     const int per_line = bits == 4 ? 8 : 4;
     const size_t header = w->wide_scales ? 128 : 64;
-    const uint8_t *record = w->weights + (size_t)tile * w->tile_bytes;
+    const uint8_t *record = w->weights + qf_cpu_tile_offset(w, tile);
     const vi mask = vi_set1(bits == 4 ? 0x0f : 0xff);
     vf acc[QF_MAX_ROWS];
     QF_UNROLL for (int r = 0; r < R; r++) {
         acc[r] = vf_set1(0.0f);
     }
-    for (int32_t g = 0; g < w->num_groups; g++, record += w->record_bytes) {
+    for (int32_t g = 0; g < w->num_groups; g++, record += 2 * w->record_bytes) {
         const vf scale = record_scales(record, w->wide_scales);
         const vi zero = vi_load_u8(record + header / 2);
         const int32_t end = (g + 1) * w->group_size < w->k ? (g + 1) * w->group_size : w->k;

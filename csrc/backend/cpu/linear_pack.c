@@ -1,10 +1,15 @@
 /* Packing a linear layer's weights, once, at load.
  *
  * W is (n, k). Sixteen rows of it (sixteen outputs) make a tile, so that one vector register holds sixteen outputs and
- * no product ever needs a sum across lanes. Tiles follow each other; the last one is filled up with zero rows.
+ * no product ever needs a sum across lanes. The last tile is filled up with zero rows.
  *
  * 4 and 8 bits: a tile is a sequence of records, one per group of G values of k (G = 8, 16, 32, 64 or 128; larger
- * groups, and a scale for the whole row, are cut into groups of 128 with the same scale):
+ * groups, and a scale for the whole row, are cut into groups of 128 with the same scale). The records of two tiles
+ * alternate, so that a kernel that takes two tiles at once reads one stream; a tile of zeros makes their number even:
+ *
+ *   tile 0 group 0 | tile 1 group 0 | tile 0 group 1 | tile 1 group 1 | ... | tile 2 group 0 | tile 3 group 0 | ...
+ *
+ * A record:
  *
  *   byte 0            32        48        64                128               64 (G / 8)
  *        | 16 scales  | 16 zero | unused  | line 0          | line 1          | ...
@@ -110,6 +115,7 @@ static pack_plan make_plan(const qf_linear_source *source, const qf_cpu_linear_o
         plan.record_bytes = (plan.wide_scales ? 128u : 64u) +
                             (size_t)plan.group_size * QF_TILE / (plan.kind == QF_WEIGHT_W4 ? 2 : 1);
         plan.tile_bytes = (size_t)plan.num_groups * plan.record_bytes;
+        plan.num_tiles = (plan.num_tiles + 1) / 2 * 2;
     } else {
         plan.kind = dense ? dense_kind(source) : QF_WEIGHT_F32;
         plan.quantize = false;
@@ -178,8 +184,9 @@ static void pack_quantized_row(const pack_task *task, const pack_scratch *s, int
     const pack_plan *plan = task->plan;
     const int32_t k = task->source->k, lane = n % QF_TILE;
     const size_t header = plan->wide_scales ? 128 : 64;
-    uint8_t *record = task->weights + (size_t)(n / QF_TILE) * plan->tile_bytes;
-    for (int32_t g = 0; g < plan->num_groups; g++, record += plan->record_bytes) {
+    const int32_t tile = n / QF_TILE;
+    uint8_t *record = task->weights + (size_t)(tile / 2) * 2 * plan->tile_bytes + (size_t)(tile % 2) * plan->record_bytes;
+    for (int32_t g = 0; g < plan->num_groups; g++, record += 2 * plan->record_bytes) {
         const int32_t begin = g * plan->group_size;
         const int32_t count = k - begin < plan->group_size ? k - begin : plan->group_size;
         const int32_t source_group = plan->source_num_groups <= 1 ? 0 : begin / plan->source_group_size;

@@ -136,12 +136,17 @@ QF_INLINE __m256i v_dot_u8(__m256i acc, __m256i w, __m256i x)
     return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(w_even, x_even), odd));
 }
 QF_INLINE vi vi_dot_u8(vi acc, vi w, vi x) { return VI(v_dot_u8(acc.a, w.a, x.a), v_dot_u8(acc.b, w.b, x.b)); }
-/* 2 * 15 * 127 fits 16 bits. */
-QF_INLINE __m256i v_dot_u4(__m256i acc, __m256i w, __m256i x)
+/* 4 * 15 * 127 fits 16 bits. */
+QF_INLINE __m256i v_dot_u4(__m256i acc, __m256i lo, __m256i x_lo, __m256i hi, __m256i x_hi)
 {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+    __m256i words = _mm256_add_epi16(_mm256_maddubs_epi16(lo, x_lo), _mm256_maddubs_epi16(hi, x_hi));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
 }
-QF_INLINE vi vi_dot_u4(vi acc, vi w, vi x) { return VI(v_dot_u4(acc.a, w.a, x.a), v_dot_u4(acc.b, w.b, x.b)); }
+QF_INLINE void vi_dot_u4(vi *acc_lo, vi *acc_hi, vi lo, vi x_lo, vi hi, vi x_hi)
+{
+    (void)acc_hi;
+    *acc_lo = VI(v_dot_u4(acc_lo->a, lo.a, x_lo.a, hi.a, x_hi.a), v_dot_u4(acc_lo->b, lo.b, x_lo.b, hi.b, x_hi.b));
+}
 QF_INLINE void v_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
 #endif

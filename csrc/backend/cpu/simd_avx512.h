@@ -102,7 +102,11 @@ QF_INLINE vi vi_dot_u8(vi acc, vi w, vi x)
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
-QF_INLINE vi vi_dot_u4(vi acc, vi w, vi x) { return vi_dot_u8(acc, w, x); }
+QF_INLINE void vi_dot_u4(vi *acc_lo, vi *acc_hi, vi lo, vi x_lo, vi hi, vi x_hi)
+{
+    *acc_lo = vi_dot_u8(*acc_lo, lo, x_lo);
+    *acc_hi = vi_dot_u8(*acc_hi, hi, x_hi);
+}
 #else
 /* vpmaddubsw would saturate on weights above 128, so bytes are widened: even and odd ones apart. */
 QF_INLINE vi vi_dot_u8(vi acc, vi w, vi x)
@@ -112,10 +116,12 @@ QF_INLINE vi vi_dot_u8(vi acc, vi w, vi x)
     vi odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
     return _mm512_add_epi32(acc, _mm512_add_epi32(_mm512_madd_epi16(w_even, x_even), odd));
 }
-/* 2 * 15 * 127 fits 16 bits. */
-QF_INLINE vi vi_dot_u4(vi acc, vi w, vi x)
+/* 4 * 15 * 127 fits 16 bits. */
+QF_INLINE void vi_dot_u4(vi *acc_lo, vi *acc_hi, vi lo, vi x_lo, vi hi, vi x_hi)
 {
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
+    (void)acc_hi;
+    vi words = _mm512_add_epi16(_mm512_maddubs_epi16(lo, x_lo), _mm512_maddubs_epi16(hi, x_hi));
+    *acc_lo = _mm512_add_epi32(*acc_lo, _mm512_madd_epi16(words, _mm512_set1_epi16(1)));
 }
 #endif
 QF_INLINE void v_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }

@@ -106,8 +106,12 @@ QF_INLINE vi vi_dot_u8(vi acc, vi w, vi x)
     }
     return acc;
 }
-/* The same for weights of at most 15, which some instruction sets do faster. */
-QF_INLINE vi vi_dot_u4(vi acc, vi w, vi x) { return vi_dot_u8(acc, w, x); }
+/* Two of them for weights of at most 15; acc_hi may be acc_lo, and only the sum of both is defined. */
+QF_INLINE void vi_dot_u4(vi *acc_lo, vi *acc_hi, vi lo, vi x_lo, vi hi, vi x_hi)
+{
+    *acc_lo = vi_dot_u8(*acc_lo, lo, x_lo);
+    *acc_hi = vi_dot_u8(*acc_hi, hi, x_hi);
+}
 QF_INLINE void v_prefetch(const void *p) { __builtin_prefetch(p); }
 
 #endif

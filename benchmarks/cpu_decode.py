@@ -1,0 +1,115 @@
+"""How many tokens a second does 4-bit decoding give on this CPU, and which share of the memory bandwidth is that?
+
+Every decoded token reads all layers, the output head and the KV cache once: 4-bit codes with their scales as they
+are stored. efficiency = those bytes times steps per second, over the read bandwidth that probe.c measures in the
+same process, before and after each run. The demo model fits into a cache, so its efficiency may pass 1.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import (
+    Probe,
+    demo_dir,
+    dummy_0_5b,
+    finish,
+    kv_bytes_per_token,
+    logits_hash,
+    parser,
+    prompt_ids,
+    save,
+    spread,
+)
+
+PROMPT_TOKENS = 32
+
+
+def decode(engine: Any, batch: int, new_tokens: int) -> float:
+    """Steps per second, from the first token of the last sequence to start, to the end."""
+    vocab_size = engine.info()["vocab_size"]
+    engine.reset_prefix_cache()
+    requests = [
+        engine.submit(prompt_ids(PROMPT_TOKENS, vocab_size, i), max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        for i in range(batch)
+    ]
+    outputs = [finish(request) for request in requests]
+    assert all(output["num_output_tokens"] == new_tokens for output in outputs)
+    begin = max(output["first_token_time"] for output in outputs)
+    end = min(output["last_token_time"] for output in outputs)
+    # Sequences may start a step apart; the slowest first token and the fastest last one bound the steps they share.
+    first = min(output["first_token_time"] for output in outputs)
+    late_steps = round((begin - first) / max((end - first) / (new_tokens - 1), 1e-9))
+    return (new_tokens - 1 - late_steps) / (end - begin)
+
+
+def measure(name: str, model: Path, probe: Probe, args: Any, **options: Any) -> list[dict[str, Any]]:
+    from qwen_fast import _engine
+
+    rows = []
+    engine = _engine.Engine(
+        str(model), kv_cache_tokens=8192, max_model_len=1024, num_threads=args.threads, isa=args.isa, **options
+    )
+    try:
+        info, memory = engine.info(), engine.stats()["memory"]
+        digest = logits_hash(engine)
+        print(f"\n{name}: {info['description']}; load {info['load_seconds']:.2f} s; logits {digest}, twice the same")
+        for batch in (1, 8):
+            new_tokens = args.new_tokens
+            context = PROMPT_TOKENS + new_tokens / 2
+            step_bytes = memory["layers_bytes"] + memory["head_bytes"] + batch * context * kv_bytes_per_token(info)
+            decode(engine, batch, 8)  # warm
+            reads, rates = probe.read_bytes_per_s(), []
+            for _ in range(args.repeats):
+                rates.append(decode(engine, batch, new_tokens))
+                reads += probe.read_bytes_per_s()
+            bandwidth, steps = max(reads), max(rates)
+            row = {
+                "model": name,
+                "batch": batch,
+                "threads": args.threads,
+                "tokens_per_s": spread([batch * rate for rate in rates]),
+                "bytes_per_step": round(step_bytes),
+                "read_bytes_per_s": spread(reads),
+                "bandwidth_efficiency": step_bytes * steps / bandwidth,
+                "logits": digest,
+                "load_seconds": info["load_seconds"],
+            }
+            rows.append(row)
+            print(
+                f"  batch {batch}: {batch * steps:8.1f} tok/s (median {row['tokens_per_s']['median']:.1f}), "
+                f"{step_bytes / 1e6:.0f} MB a step, {bandwidth / 1e9:.1f} GB/s read, "
+                f"efficiency {row['bandwidth_efficiency']:.2f}"
+            )
+    finally:
+        engine.close()
+    return rows
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--new-tokens", type=int, default=96)
+    arguments.add_argument("--only", choices=["demo", "0.5b"], help="one of the two models")
+    args = arguments.parse_args()
+    probe = Probe(args.threads)
+    dots = probe.int8_macs_per_s()
+    print(f"{args.threads} threads; int8 multiply-adds {max(dots) / 1e9:.0f} G/s ({probe.dot_width}-bit)")
+    rows = []
+    if args.only != "0.5b":
+        for head in ("int8", "int4"):
+            rows += measure(f"demo, w4, {head} head", demo_dir(), probe, args, quantization="w4", lm_head_dtype=head)
+    if args.only != "demo":
+        with tempfile.TemporaryDirectory() as directory:
+            model = dummy_0_5b(Path(directory))
+            for head in ("int8", "int4"):
+                options = dict(quantization="w4", lm_head_dtype=head, load_format="dummy")
+                rows += measure(f"0.5B shape, w4, {head} head", model, probe, args, **options)
+    for row in rows:
+        row["int8_macs_per_s"] = spread(dots)
+    save("cpu-decode", rows, args.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The native engine: a thin binding over csrc/include/qf.h. Use qwen_fast.LLM and AsyncLLM instead."""
+
+from collections.abc import Buffer, Callable, Sequence
+from typing import Any, Final, TypedDict
+
+__version__: Final[str]
+
+class ModelError(ValueError):
+    """A checkpoint file is malformed or does not fit; the message names file, tensor or key, value and expectation."""
+
+class EngineError(RuntimeError):
+    """The engine is closed or failed, or a device reported a failure."""
+
+class MemoryReport(TypedDict):
+    embedding_bytes: int
+    layers_bytes: int
+    head_bytes: int
+    workspace_bytes: int
+    kv_cache_bytes: int
+    kv_block_bytes: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    available_bytes: int
+
+class Output(TypedDict):
+    """What is new since the last read. The keys after `finished` are present only when it is True."""
+
+    token_ids: list[int]
+    text: str
+    logprobs: list[list[tuple[int, float, int]]] | None  # per token: (token_id, logprob, rank), the sampled one first
+    mask_position: int  # guided requests: the output position that waits for its mask, else -1
+    finished: bool
+    finish_reason: str  # "stop" | "length" | "abort" | "error"
+    stop_reason: int | str | None  # the stop token id or stop string that ended it; None for end of text
+    error: Exception | None  # an instance, not raised
+    seed: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    num_preemptions: int
+    arrival_time: float
+    first_scheduled_time: float
+    first_token_time: float
+    last_token_time: float
+    finished_time: float
+    prompt_logprobs: list[list[tuple[int, float, int]] | None] | None  # per prompt position; the first is None
+    logits: memoryview | None  # float32, shape (rows, vocab_size), C-contiguous
+
+class Request:
+    """One sequence. Created by Engine.submit; dropping the last reference cancels it."""
+
+    tag: Final[int]
+    def read(self, timeout: float | None = None) -> Output | None:
+        """Waits up to `timeout` seconds (None: for ever; signals are handled meanwhile, so Ctrl-C raises
+        KeyboardInterrupt) and returns what is new, or None if nothing came. After the output with finished=True,
+        returns None at once."""
+    def cancel(self) -> None: ...
+    def set_mask(self, position: int, words: Buffer) -> None:
+        """words: uint32, ceil(vocab_size / 32)."""
+
+class Engine:
+    """A loaded model with its KV cache and driver thread. Thread-safe. close() is idempotent."""
+
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        hf_overrides: str | None = None,  # JSON object text
+        load_format: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        activation_dtype: str = "auto",
+        quantization: str = "auto",
+        quantization_group_size: int = 128,
+        lm_head_dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
+        block_size: int = 32,
+        max_model_len: int = 0,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        tensor_parallel_size: int = 1,
+        kv_cache_memory: int = 0,
+        kv_cache_tokens: int = 0,
+        memory_utilization: float = 0.5,
+        enable_prefix_caching: bool = True,
+        num_threads: int = 0,
+        isa: str = "auto",
+        max_steps_in_flight: int = 0,
+        max_waiting_requests: int = 0,
+        dummy_seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,  # (done_bytes, total_bytes); an exception stops the load
+    ) -> None: ...
+    def set_vocabulary(self, tokens: Sequence[bytes], special: Sequence[int] | bytes) -> None:
+        """tokens[i]: the bytes of token i; special: ids of special tokens. Ids >= len(tokens) are never sampled."""
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        max_tokens: int = -1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int | None = None,
+        sample_index: int = 0,
+        min_tokens: int = 0,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        logit_bias: dict[int, float] | None = None,
+        allowed_token_ids: Sequence[int] | None = None,
+        bad_words: Sequence[Sequence[int]] | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        eos_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        include_stop_str_in_output: bool = False,
+        skip_special_tokens: bool = True,
+        logits_start: int = 0,
+        logits_stop: int = 0,
+        priority: int = 0,
+        cache_salt: int = 0,
+        leader: Request | None = None,
+        guided: bool = False,
+        mask_timeout: float = 60.0,
+        max_unread_tokens: int = 0,
+        notify: bool = False,
+        tag: int = 0,
+    ) -> Request: ...
+    def info(self) -> dict[str, Any]:
+        """The fields of qf_engine_info."""
+    def stats(self) -> dict[str, Any]:
+        """The fields of qf_engine_stats; "memory" is a MemoryReport."""
+    def event_fd(self) -> int: ...
+    def take_ready(self) -> list[int]:
+        """Tags of requests submitted with notify=True that have something to read."""
+    def reset_prefix_cache(self) -> None: ...
+    def close(self) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+
+def estimate(model_dir: str, **options: Any) -> MemoryReport:
+    """What Engine(model_dir, **options) would allocate; reads headers only."""
+
+def build_info() -> dict[str, Any]:
+    """version, compiler, cuda (built with), isa (best supported), isas (all supported here), cpu_count."""
+
+def dequantize(model_dir: str, module: str) -> memoryview:
+    """float32 (n, k): a linear layer's weights by the checkpoint format's formula."""
+
+def quantize_rtn(weights: Buffer, bits: int, group_size: int) -> tuple[bytes, bytes, bytes]:
+    """weights: float32 (n, k), C-contiguous. Returns codes (n, k) uint8, scales (n, groups) float32,
+    zeros (n, groups) uint8."""

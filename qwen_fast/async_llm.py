@@ -1,0 +1,231 @@
+"""AsyncLLM: the engine for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ._group import Group
+from .base import STREAM_UNREAD_TOKENS, BaseLLM
+from .llm import conversation_list
+from .outputs import RequestOutput, StreamOutput
+from .params import SamplingParams
+
+if TYPE_CHECKING:
+    from ._engine import Engine
+
+_LONG_TEXT = 4096  # characters; a longer prompt is tokenised in a thread
+
+
+class _Wakeups:
+    """One descriptor of the engine wakes every event loop that waits for it; whichever loop comes first takes the list
+    of ready requests and passes on what belongs to other loops. A loop is watched while it has a request open."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._fd = engine.event_fd()
+        self._tags = itertools.count(1)
+        self._waiting: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
+        self._open: dict[asyncio.AbstractEventLoop, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self) -> tuple[int, asyncio.Event]:
+        """A tag for Engine.submit(notify=True), and the event that is set when the request has something to read."""
+        loop = asyncio.get_running_loop()
+        event = asyncio.Event()
+        with self._lock:
+            tag = next(self._tags)
+            self._waiting[tag] = (loop, event)
+            self._open[loop] = self._open.get(loop, 0) + 1
+            first = self._open[loop] == 1
+        if first:
+            loop.add_reader(self._fd, self._ready)
+        return tag, event
+
+    def remove(self, tag: int) -> None:
+        with self._lock:
+            loop, _ = self._waiting.pop(tag)
+            self._open[loop] -= 1
+            last = self._open[loop] == 0
+            if last:
+                del self._open[loop]
+        if last and not loop.is_closed():
+            loop.remove_reader(self._fd)
+
+    def _ready(self) -> None:
+        here = asyncio.get_running_loop()
+        for tag in self._engine.take_ready():
+            loop, event = self._waiting.get(tag, (here, None))
+            if event is None:
+                continue
+            if loop is here:
+                event.set()
+            elif not loop.is_closed():
+                try:
+                    loop.call_soon_threadsafe(event.set)
+                except RuntimeError:
+                    pass  # closed since: nobody waits there any more
+
+
+class AsyncLLM(BaseLLM):
+    """A loaded model, for asyncio: the methods of LLM as coroutines and async generators.
+
+    Loading blocks. Methods may be called from several event loops in several threads; each call belongs to the loop
+    that runs it. Cancelling the task, or closing the generator, cancels the request. For the options see __init__.
+    """
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        super().__init__(model, **options)
+        self._wakeups = _Wakeups(self._engine)
+
+    __init__.__doc__ = BaseLLM.__init__.__doc__
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    async def stream(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        cache_salt: int = 0,
+    ) -> AsyncIterator[StreamOutput]:
+        """`async for out in llm.stream(prompt, params)`: increments as LLM.stream() yields them. The request starts with
+        the first step of the loop."""
+        ready = await self._in_thread(prompt, self._prompt)
+        async for output in self._iterate(
+            ready, sampling_params, request_id, max_unread_tokens=STREAM_UNREAD_TOKENS, cache_salt=cache_salt
+        ):
+            yield output
+
+    async def generate(
+        self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """All outputs in the order of the prompts, as LLM.generate(). One failure cancels the rest."""
+        prompts = self._prompt_list(prompts)
+        many = self._params_list(sampling_params, len(prompts))
+        return await self._gather([self._whole(prompt, self._prompt, params) for prompt, params in zip(prompts, many)])
+
+    async def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        split_special_tokens: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """generate() for conversations, as LLM.chat(). To stream one, see stream_chat()."""
+
+        def render(conversation: Any) -> tuple[str, list[int]]:
+            return self.apply_chat_template(
+                conversation,
+                tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                split_special_tokens=split_special_tokens,
+                chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+
+        conversations = conversation_list(messages)
+        many = self._params_list(sampling_params, len(conversations))
+        return await self._gather([self._whole(one, render, params) for one, params in zip(conversations, many)])
+
+    async def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        request_id: str | None = None,
+        cache_salt: int = 0,
+        **template_options: Any,
+    ) -> AsyncIterator[StreamOutput]:
+        """stream() for one conversation; template_options: see apply_chat_template."""
+        ready = await self._in_thread(messages, lambda one: self.apply_chat_template(one, tools, **template_options))
+        async for output in self._iterate(
+            ready, sampling_params, request_id, max_unread_tokens=STREAM_UNREAD_TOKENS, cache_salt=cache_salt
+        ):
+            yield output
+
+    async def _iterate(
+        self,
+        prompt: tuple[str | None, list[int]],
+        params: SamplingParams | None,
+        request_id: str | None = None,
+        **extra: Any,
+    ) -> AsyncIterator[StreamOutput]:
+        tag, event = self._wakeups.add()
+        group: Group | None = None
+        try:
+            group = self._start(prompt, params, request_id, notify=True, tag=tag, **extra)
+            pending = list(range(len(group.requests)))
+            while pending:
+                await event.wait()
+                event.clear()  # before reading: what comes after the read sets it again
+                for index in tuple(pending):
+                    output = group.read(index, 0)
+                    if output is not None:
+                        if output.finished:
+                            pending.remove(index)
+                        yield output
+        finally:
+            if group is not None:
+                group.cancel()
+            self._wakeups.remove(tag)
+
+    async def _whole(self, prompt: Any, make: Callable[[Any], Any], params: SamplingParams) -> RequestOutput:
+        ready = await self._in_thread(prompt, make)
+        tag, event = self._wakeups.add()
+        group: Group | None = None
+        try:
+            group = self._start(ready, params, notify=True, tag=tag)
+            completions = group.completions()
+            while not all(completion.finished for completion in completions):
+                await event.wait()
+                event.clear()
+                for completion in completions:
+                    if not completion.finished and (output := group.read(completion.index, 0)) is not None:
+                        group.collect(completions, output)
+            return group.result(completions)
+        finally:
+            if group is not None:
+                group.cancel()
+            self._wakeups.remove(tag)
+
+    async def _in_thread(self, prompt: Any, make: Callable[[Any], Any]) -> Any:
+        """make(prompt), in a thread where the text is long: the event loop stays free."""
+        return await asyncio.to_thread(make, prompt) if _length(prompt) > _LONG_TEXT else make(prompt)
+
+    @staticmethod
+    async def _gather(calls: Sequence[Any]) -> list[RequestOutput]:
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+
+def _length(prompt: Any) -> int:
+    """Characters to tokenise, roughly."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    if isinstance(prompt, Mapping):
+        return _length(prompt.get("content") or prompt.get("prompt") or "")
+    if isinstance(prompt, (list, tuple)) and prompt and not isinstance(prompt[0], int):
+        return sum(map(_length, prompt))
+    return 0

@@ -1,0 +1,399 @@
+"""What LLM and AsyncLLM share: loading, prompts, parameters, and questions about the engine."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import _engine
+from ._group import Group
+from .chat import ChatTemplate, is_conversation, load_chat_template
+from .errors import ModelError
+from .hub import resolve_model
+from .options import engine_options, merged_overrides, refuse_unknown
+from .params import SamplingParams, generation_defaults
+from .progress import Progress
+from .tokenizer import Tokenizer, check_token_ids, read_json_object
+from .utils import derived_seed, format_bytes, fresh_seed
+
+STREAM_UNREAD_TOKENS = 512  # a stream that nobody reads pauses after so many tokens
+
+
+class BaseLLM:
+    """A loaded model. Use LLM or AsyncLLM."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantization: str | None = None,
+        quantization_group_size: int = 128,
+        activation_dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
+        lm_head_dtype: str = "auto",
+        block_size: int = 32,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        tensor_parallel_size: int = 1,
+        seed: int | None = None,
+        kv_cache_memory: int | str | None = None,
+        kv_cache_tokens: int | None = None,
+        memory_utilization: float | None = None,
+        gpu_memory_utilization: float | None = None,
+        enable_prefix_caching: bool = True,
+        rope_scaling: Mapping[str, Any] | None = None,
+        hf_overrides: Mapping[str, Any] | None = None,
+        load_format: str = "auto",
+        num_threads: int | None = None,
+        isa: str = "auto",
+        max_steps_in_flight: int = 0,
+        max_waiting_requests: int = 0,
+        dummy_seed: int = 0,
+        tokenizer: str | os.PathLike[str] | None = None,
+        chat_template: str | os.PathLike[str] | None = None,
+        generation_config: str | Mapping[str, Any] = "auto",
+        revision: str | None = None,
+        download_dir: str | None = None,
+        trust_remote_code: bool = False,
+        progress: bool | None = None,
+        **unbuilt: Any,
+    ) -> None:
+        """Loads a model.
+
+        model: "demo" (the small model in the package), a checkpoint directory, or a Hugging Face hub id.
+        device: "auto" or "cpu".
+        dtype: "auto" (as in the checkpoint), "bfloat16", "float16" / "half", "float32".
+        quantization: None / "auto" (as the checkpoint is), "none", "w4" (to 4 bits while loading), "awq", "gptq",
+            "compressed-tensors". quantization_group_size: 32, 64 or 128, for "w4".
+        activation_dtype: "auto" (int8 beside 4- and 8-bit weights), "int8", "float32".
+        kv_cache_dtype: "auto" (dtype), "bfloat16", "float32".
+        lm_head_dtype: "auto" (int8 where the layers are quantised), "model", "int8", "int4".
+        block_size: tokens in a KV cache block: 16, 32, 64, 128.
+        max_model_len: prompt and output together; None: the checkpoint's, or what the KV cache can hold.
+        max_num_seqs, max_num_batched_tokens: sequences and tokens in one step.
+        seed: requests without a seed get seeds that follow from it and from their number in order of submission, so that
+            a program run again gives the same outputs. None: fresh seeds.
+        kv_cache_memory: bytes, or a text such as "6GiB". kv_cache_tokens: the same in tokens. Without either, the share
+            memory_utilization (alias gpu_memory_utilization) of the free memory, default 0.5, holds weights and cache.
+        enable_prefix_caching: share the KV cache of equal prompt beginnings.
+        rope_scaling: such as {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}.
+        hf_overrides: keys laid over config.json.
+        load_format: "auto" (safetensors) or "dummy" (random weights in the config's shapes; dummy_seed varies them).
+        num_threads: None: the CPUs of this process. isa: "auto", "scalar", "avx2", "avx512", "avx512_vnni".
+        max_steps_in_flight: 0 (the backend's choice), 1, 2. max_waiting_requests: more are refused; 0: no limit.
+        tokenizer: a directory or hub id to take the tokenizer from. chat_template: jinja text or the path of a file.
+        generation_config: "auto" (generation_config.json), "vllm" (ignore it), or a dict in its place.
+        revision, download_dir: for a hub id.
+        trust_remote_code: must stay False: no code of a checkpoint is ever run.
+        progress: show a progress bar while loading; None: in a notebook and on a terminal.
+
+        An option that is not built yet raises NotImplementedError and names it. A checkpoint that is wrong raises
+        ModelError. Without a tokenizer.json only token ids can be prompts.
+        """
+        refuse_unknown(unbuilt)
+        if trust_remote_code:
+            raise ValueError("trust_remote_code=True is refused: no code of a checkpoint is ever run")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(f"seed must be an integer, got {seed!r}")
+        options = engine_options(
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            quantization_group_size=quantization_group_size,
+            activation_dtype=activation_dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            lm_head_dtype=lm_head_dtype,
+            block_size=block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            tensor_parallel_size=tensor_parallel_size,
+            kv_cache_memory=kv_cache_memory,
+            kv_cache_tokens=kv_cache_tokens,
+            memory_utilization=memory_utilization,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enable_prefix_caching=enable_prefix_caching,
+            rope_scaling=rope_scaling,
+            hf_overrides=hf_overrides,
+            load_format=load_format,
+            num_threads=num_threads,
+            isa=isa,
+            max_steps_in_flight=max_steps_in_flight,
+            max_waiting_requests=max_waiting_requests,
+            dummy_seed=dummy_seed,
+        )
+        self.model = os.fspath(model)
+        self.model_dir = resolve_model(model, revision=revision, download_dir=download_dir)
+        self.config = {
+            **read_json_object(Path(self.model_dir, "config.json")),
+            **merged_overrides(rope_scaling, hf_overrides),
+        }
+        self.generation_config = self._read_generation_config(generation_config)
+        try:
+            self._defaults = generation_defaults(self.generation_config)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+        vocab_size = self.config.get("vocab_size")
+        self.tokenizer, self._templates = self._load_tokenizer(
+            tokenizer, vocab_size if isinstance(vocab_size, int) else None, chat_template, revision, download_dir
+        )
+        self._eos_token_ids = self._end_tokens()
+        self._engine = self._load_engine(options, progress)
+        self._close = weakref.finalize(self, self._engine.close)  # also at interpreter exit
+        info = self._engine.info()
+        self.vocab_size: int = info["vocab_size"]
+        self.max_model_len: int = info["max_model_len"]
+        self._seed = seed
+        self._seed_numbers = itertools.count()
+        self._request_numbers = itertools.count()
+        self._lock = threading.Lock()
+
+    # -- questions
+
+    def info(self) -> dict[str, Any]:
+        """Shapes, limits and the options as resolved; see _engine.Engine.info."""
+        return self._engine.info()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and, under "memory", the bytes of embedding, layers, head, workspace and KV cache."""
+        return self._engine.stats()
+
+    def encode(self, text: str, allow_special: bool = True) -> list[int]:
+        """Token ids of text; see Tokenizer.encode."""
+        return self._need_tokenizer().encode(text, allow_special)
+
+    tokenize = encode
+
+    def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        return self._need_tokenizer().decode(token_ids, skip_special_tokens)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets cached prompt beginnings."""
+        self._engine.reset_prefix_cache()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._templates)
+
+    @property
+    def closed(self) -> bool:
+        return self._engine.closed
+
+    def close(self) -> None:
+        """Ends all requests (finish_reason "abort") and frees the model. Idempotent; also done when the object is
+        collected and at interpreter exit."""
+        self._close()
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return f"<{type(self).__name__} {self.model!r}, closed>"
+        info, memory = self.info(), self.stats()["memory"]
+        weights = memory["embedding_bytes"] + memory["layers_bytes"] + memory["head_bytes"]
+        return (
+            f"<{type(self).__name__} {self.model!r} on {info['backend']}: {info['num_layers']} layers, {info['quantization']}, "
+            f"weights {format_bytes(weights)}, KV cache {format_bytes(memory['kv_cache_bytes'])} for "
+            f"{info['num_blocks'] * info['block_size']} tokens, max_model_len {info['max_model_len']}>"
+        )
+
+    # -- prompts
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        split_special_tokens: bool = False,
+        chat_template: str | os.PathLike[str] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[str, list[int]]:
+        """The prompt text of messages and its token ids.
+
+        add_generation_prompt: None: True, unless continue_final_message.
+        split_special_tokens: control tokens written out in a message's content stay ordinary text (Hugging Face,
+            and the default here, turn them into control tokens).
+        """
+        tokenizer = self._need_tokenizer()
+        templates = (
+            self._templates if chat_template is None else load_chat_template(self.model_dir, tokenizer, chat_template)
+        )
+        template: ChatTemplate | None = templates.get("tool_use") if tools else None
+        template = template or templates.get("default")
+        if template is None:
+            raise ModelError(
+                f"{self.model}: the checkpoint has no chat template; give chat_template= or prompt with plain text"
+            )
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        text, quoted = template.render(
+            messages,
+            tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            quote=tokenizer.added_pattern if split_special_tokens else None,
+        )
+        if not quoted:
+            return text, tokenizer.encode(text)
+        ids = tokenizer.encode_rendered(text, quoted)
+        for mark, content in quoted.items():
+            text = text.replace(mark, content)
+        return text, ids
+
+    def _prompt(self, prompt: Any) -> tuple[str | None, list[int]]:
+        """Text (None for ids) and token ids of anything that a prompt can be."""
+        if isinstance(prompt, str):
+            text, ids = prompt, self.encode(prompt)
+        elif is_conversation(prompt):
+            text, ids = self.apply_chat_template(prompt)
+        elif isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                text, ids = prompt.get("prompt"), check_token_ids(prompt["prompt_token_ids"], self.vocab_size)
+            elif isinstance(prompt.get("prompt"), str):
+                return self._prompt(prompt["prompt"])
+            else:
+                raise ValueError(
+                    f"a prompt dict needs 'prompt' (text) or 'prompt_token_ids', got the keys {sorted(map(str, prompt))}"
+                )
+        elif isinstance(prompt, (list, tuple)) or hasattr(prompt, "tolist"):
+            text, ids = None, check_token_ids(prompt, self.vocab_size)
+        else:
+            raise TypeError(f"a prompt must be a text, token ids, messages or a dict, got {type(prompt).__name__}")
+        if not ids:
+            raise ValueError("the prompt is empty: it has no tokens")
+        return text, ids
+
+    @staticmethod
+    def _prompt_list(prompts: Any) -> list[Any]:
+        """One prompt or several, as a list of prompts."""
+        if hasattr(prompts, "tolist"):
+            prompts = prompts.tolist()
+        if isinstance(prompts, (str, Mapping)):
+            return [prompts]
+        if not hasattr(prompts, "__iter__"):
+            raise TypeError(f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}")
+        prompts = list(prompts)
+        if prompts and isinstance(prompts[0], int):
+            return [prompts]
+        if is_conversation(prompts):
+            raise TypeError("generate() takes texts and token ids; use chat() for messages")
+        return prompts
+
+    @staticmethod
+    def _params_list(params: Any, count: int) -> list[SamplingParams]:
+        if params is None:
+            params = SamplingParams()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        params = list(params) if isinstance(params, (list, tuple)) else [params]
+        for one in params:
+            if not isinstance(one, SamplingParams):
+                raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {type(one).__name__}")
+        if len(params) != count:
+            raise ValueError(f"{count} prompts but {len(params)} sampling_params")
+        return params
+
+    # -- requests
+
+    def _start(
+        self,
+        prompt: tuple[str | None, list[int]],
+        params: SamplingParams | None,
+        request_id: str | None = None,
+        **extra: Any,
+    ) -> Group:
+        """Submits a prompt. extra: other arguments of Engine.submit."""
+        if params is not None and not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
+        values = (params or SamplingParams()).resolved(self._defaults)
+        if values["seed"] is None:
+            values["seed"] = self._next_seed()
+        if values["stop"]:
+            self._need_tokenizer()
+        values["bad_words"] = self._bad_word_ids(values["bad_words"])
+        values["eos_token_ids"] = self._eos_token_ids
+        text, ids = prompt
+        decode = self.tokenizer.token_bytes if self.tokenizer is not None else lambda token_id: b""
+        request_id = request_id or str(next(self._request_numbers))
+        return Group(self._engine, request_id, text, ids, values, decode, extra)
+
+    def _next_seed(self) -> int:
+        return fresh_seed() if self._seed is None else derived_seed(self._seed, next(self._seed_numbers))
+
+    def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """A word at the start of a text and after a space are different tokens; both are banned, the second where the
+        space melts into the first token (else it would ban the space)."""
+        banned: list[list[int]] = []
+        for word in words:
+            bare = self.encode(word.lstrip())
+            spaced = self.encode(" " + word.lstrip())
+            if bare:
+                banned.append(bare)
+            if spaced and len(spaced) == len(bare) and spaced[0] != bare[0]:
+                banned.append(spaced)
+        return banned
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ModelError(
+                f"{self.model}: the checkpoint has no tokenizer.json; give tokenizer=, or prompt with token ids"
+            )
+        return self.tokenizer
+
+    # -- loading
+
+    def _read_generation_config(self, source: Any) -> dict[str, Any]:
+        if isinstance(source, Mapping):
+            return dict(source)
+        if source not in ("auto", "vllm"):
+            raise ValueError(f"generation_config must be 'auto', 'vllm' or a dict, got {source!r}")
+        path = Path(self.model_dir, "generation_config.json")
+        return read_json_object(path) if source == "auto" and path.is_file() else {}
+
+    def _load_tokenizer(
+        self, source: Any, vocab_size: int | None, chat_template: Any, revision: str | None, download_dir: str | None
+    ) -> tuple[Tokenizer | None, dict[str, ChatTemplate]]:
+        directory = self.model_dir if source is None else os.path.expanduser(os.fspath(source))
+        if not os.path.isdir(directory):
+            directory = resolve_model(directory, revision=revision, download_dir=download_dir)
+        if source is None and not os.path.isfile(os.path.join(directory, "tokenizer.json")):
+            return None, {}
+        tokenizer = Tokenizer(directory, vocab_size)
+        return tokenizer, load_chat_template(directory, tokenizer, chat_template)
+
+    def _end_tokens(self) -> list[int]:
+        """Both files may name end tokens, and they differ between base and Instruct repositories: stop on any."""
+        found: list[int] = []
+        for name, source in (("generation_config.json", self.generation_config), ("config.json", self.config)):
+            value = source.get("eos_token_id")
+            for token_id in value if isinstance(value, list) else [value]:
+                if token_id is None:
+                    continue
+                if isinstance(token_id, bool) or not isinstance(token_id, int):
+                    raise ModelError(f"{name}: eos_token_id: expected a token id or a list of them, got {value!r}")
+                if token_id not in found:
+                    found.append(token_id)
+        if not found and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            found.append(self.tokenizer.eos_token_id)
+        return found
+
+    def _load_engine(self, options: dict[str, Any], progress: bool | None) -> _engine.Engine:
+        def said(done: int, total: int) -> str:
+            return f"{format_bytes(done)} of {format_bytes(total)}"
+
+        with Progress(f"Loading {self.model}", 0, enabled=progress, text=said) as bar:
+            # Python runs at every report, so Ctrl-C ends a load even where no bar is shown.
+            engine = _engine.Engine(self.model_dir, **options, progress=lambda done, total: bar.update(done, total))
+        if self.tokenizer is not None:
+            engine.set_vocabulary(self.tokenizer.tokens, sorted(self.tokenizer.special_ids))
+        return engine

@@ -1,0 +1,225 @@
+"""LLM: the engine for scripts and notebooks."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from ._group import Group
+from .base import STREAM_UNREAD_TOKENS, BaseLLM
+from .chat import is_conversation
+from .errors import EngineError
+from .outputs import RequestOutput, StreamOutput
+from .params import SamplingParams
+from .progress import Progress
+
+if TYPE_CHECKING:
+    import numpy
+
+_SWEEP_S = 0.1  # between two looks at all requests of generate(), for the progress display
+
+
+class LLM(BaseLLM):
+    """A loaded model, for scripts and notebooks. Methods may be called from several threads.
+
+    stream() yields text as it comes, generate() and chat() return whole outputs, logits() returns raw scores.
+    A context manager; close() ends it. For the options see __init__.
+    """
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def stream(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        cache_salt: int = 0,
+    ) -> Iterator[StreamOutput]:
+        """A generator of increments, one for each read: StreamOutput(text, token_ids, logprobs, finish_reason, ...).
+
+        prompt: a text, a list of token ids, {"prompt_token_ids": [...]}, or messages (a list of {"role", "content"}),
+        to which the chat template is applied. With n > 1 the samples' increments come mixed; see `.index`.
+
+        The request starts with the call. Closing the generator, leaving its loop, or an exception in it (Ctrl-C)
+        cancels the request; the engine stays usable. Where nobody reads, generation pauses after 512 tokens.
+        cache_salt: requests share cached prompt beginnings only under the same salt.
+        """
+        group = self._start(
+            self._prompt(prompt),
+            sampling_params,
+            request_id,
+            max_unread_tokens=STREAM_UNREAD_TOKENS,
+            cache_salt=cache_salt,
+        )
+        return self._iterate(group)
+
+    def _iterate(self, group: Group) -> Iterator[StreamOutput]:
+        yield from group.stream()  # a frame that keeps self, and with it the engine, alive
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """All outputs, in the order of the prompts.
+
+        prompts: a prompt (text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}) or a list of any mix of them.
+        sampling_params: one for all, or one for each.
+        progress: show a progress display; None: in a notebook and on a terminal. use_tqdm is vLLM's name for it.
+
+        If one prompt is refused or one request fails, or on Ctrl-C, all are cancelled and the exception is raised.
+        """
+        prompts = self._prompt_list(prompts)
+        many = self._params_list(sampling_params, len(prompts))
+        return self._generate(
+            [(lambda p=prompt: self._prompt(p)) for prompt in prompts], many, progress if use_tqdm is None else use_tqdm
+        )
+
+    @overload
+    def chat(
+        self, messages: Any, sampling_params: Any = ..., *, stream: Literal[False] = ..., **options: Any
+    ) -> list[RequestOutput]: ...
+    @overload
+    def chat(
+        self, messages: Any, sampling_params: Any = ..., *, stream: Literal[True], **options: Any
+    ) -> Iterator[StreamOutput]: ...
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stream: bool = False,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        split_special_tokens: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        progress: bool | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput] | Iterator[StreamOutput]:
+        """generate() for conversations: a list of messages, or a list of such lists. Always a list, as generate().
+
+        stream: the generator of stream() instead, for one conversation.
+        tools: OpenAI's function descriptions. The other options: see apply_chat_template.
+        """
+        options = {
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "split_special_tokens": split_special_tokens,
+            "chat_template": chat_template,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        conversations = conversation_list(messages)
+        if stream:
+            if len(conversations) != 1:
+                raise ValueError(f"stream=True takes one conversation, got {len(conversations)}")
+            if isinstance(sampling_params, (list, tuple)):
+                (sampling_params,) = self._params_list(sampling_params, 1)
+            prompt = self.apply_chat_template(conversations[0], **options)
+            return self._iterate(self._start(prompt, sampling_params, max_unread_tokens=STREAM_UNREAD_TOKENS))
+        many = self._params_list(sampling_params, len(conversations))
+        makers = [(lambda c=conversation: self.apply_chat_template(c, **options)) for conversation in conversations]
+        return self._generate(makers, many, progress if use_tqdm is None else use_tqdm)
+
+    def logits(self, token_ids: Any, start: int = 0, stop: int | None = None) -> numpy.ndarray:
+        """The model's raw logits after each of the positions start .. stop - 1 of token_ids: float32, shape
+        (stop - start, vocab_size). stop None: the end. A text is tokenised first. Needs numpy."""
+        import numpy
+
+        _, ids = self._prompt(token_ids)
+        start, stop, _ = slice(start, stop).indices(len(ids))
+        if start >= stop:
+            raise ValueError(f"no positions from {start} to {stop} in {len(ids)} tokens")
+        params = SamplingParams(max_tokens=0, seed=0)
+        group = self._start((None, ids), params, logits_start=start, logits_stop=stop)
+        (request,) = group.requests
+        try:
+            while (output := request.read(None)) is None or not output["finished"]:
+                pass
+        finally:
+            group.cancel()
+        if output["error"] is not None:
+            raise output["error"]
+        if output["logits"] is None:
+            raise EngineError(f"the request ended without logits (finish_reason {output['finish_reason']!r})")
+        return numpy.asarray(output["logits"], dtype=numpy.float32).reshape(stop - start, self.vocab_size)
+
+    def _generate(self, makers: list[Any], many: list[SamplingParams], progress: bool | None) -> list[RequestOutput]:
+        groups: list[Group] = []
+        try:
+            with Progress("Generating", len(makers), enabled=progress) as bar:
+                for i, (make, params) in enumerate(zip(makers, many)):
+                    try:
+                        groups.append(self._start(make(), params))
+                    except (TypeError, ValueError) as error:
+                        if len(makers) > 1 and error.args:
+                            error.args = (f"prompt {i}: {error.args[0]}", *error.args[1:])
+                        raise
+                return self._drain(groups, bar)
+        except BaseException:
+            for group in groups:
+                group.cancel()
+            raise
+
+    def _drain(self, groups: list[Group], bar: Progress) -> list[RequestOutput]:
+        completions = [group.completions() for group in groups]
+        unfinished = [len(group.requests) for group in groups]
+        pending = deque((i, index) for i, group in enumerate(groups) for index in range(len(group.requests)))
+        tokens = done = 0
+        began = time.monotonic()
+
+        def take(i: int, index: int, timeout: float | None) -> None:
+            nonlocal tokens, done
+            output = groups[i].read(index, timeout)
+            if output is None:
+                return
+            groups[i].collect(completions[i], output)
+            tokens += len(output.token_ids)
+            if output.finished:
+                unfinished[i] -= 1
+                done += unfinished[i] == 0
+
+        # Requests run in about the order of submission, so waiting for the first costs nothing; the sweep over those
+        # that may run beside it is there for the display.
+        window = 2 * self._engine.info()["max_num_seqs"] if bar.enabled else 0
+        next_sweep = time.monotonic() + _SWEEP_S
+        while pending:
+            i, index = pending[0]
+            if completions[i][index].finished:
+                pending.popleft()
+                continue
+            take(i, index, _SWEEP_S if bar.enabled else None)
+            now = time.monotonic()
+            if bar.enabled and now >= next_sweep:
+                for position in range(min(window, len(pending))):
+                    i, index = pending[position]
+                    if not completions[i][index].finished:
+                        take(i, index, 0)
+                bar.update(done, note=f"{tokens / max(now - began, 1e-9):.0f} tokens/s")
+                next_sweep = time.monotonic() + _SWEEP_S
+        bar.update(done)
+        return [group.result(completion) for group, completion in zip(groups, completions)]
+
+
+def conversation_list(messages: Any) -> list[Any]:
+    """One conversation or several, as a list of conversations."""
+    if is_conversation(messages):
+        return [messages]
+    if isinstance(messages, (str, bytes, Mapping)) or not hasattr(messages, "__iter__"):
+        raise TypeError(f"messages must be a list of {{'role', 'content'}}, got {type(messages).__name__}")
+    conversations = list(messages)
+    if not conversations:
+        raise ValueError("messages is empty")
+    return conversations

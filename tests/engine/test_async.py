@@ -1,0 +1,190 @@
+"""AsyncLLM over the demo model."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from qwen_fast import LLM, AsyncLLM, EngineError, SamplingParams
+
+QUESTION = [{"role": "user", "content": "Tell me a story about Nora the fox."}]
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=24)
+ENDLESS = SamplingParams(temperature=0, ignore_eos=True, max_tokens=3000)
+
+
+@pytest.fixture(scope="module")
+def llm(demo_dir):
+    model = AsyncLLM(str(demo_dir), kv_cache_tokens=8192, max_model_len=4096)
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def expected(demo_dir):
+    with LLM(str(demo_dir), kv_cache_tokens=4096) as model:
+        return model.chat(QUESTION, GREEDY)[0].outputs[0]
+
+
+async def until_idle(llm, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while llm.stats()["num_running"] or llm.stats()["num_waiting"]:
+        assert time.monotonic() < deadline, "waited too long"
+        await asyncio.sleep(0.01)
+
+
+async def read(llm, params=GREEDY):
+    increments = [one async for one in llm.stream(QUESTION, params)]
+    assert increments[-1].finished
+    return "".join(one.text for one in increments), sum((one.token_ids for one in increments), [])
+
+
+def test_stream(llm, expected):
+    assert asyncio.run(read(llm)) == (expected.text, expected.token_ids)
+
+
+def test_generate_and_chat(llm, expected):
+    async def main():
+        prompt = llm.apply_chat_template(QUESTION)[0]
+        generated = await llm.generate([prompt, llm.encode(prompt)], GREEDY)
+        (chatted,) = await llm.chat(QUESTION, GREEDY)
+        streamed = "".join([one.text async for one in llm.stream_chat(QUESTION, GREEDY)])
+        return [output.outputs[0].text for output in (*generated, chatted)] + [streamed]
+
+    assert asyncio.run(main()) == [expected.text] * 4
+
+
+def test_many_streams_at_once(llm, expected):
+    async def main():
+        return await asyncio.gather(*(read(llm) for _ in range(40)))
+
+    assert asyncio.run(main()) == [(expected.text, expected.token_ids)] * 40
+
+
+def test_n_samples(llm):
+    params = SamplingParams(n=3, temperature=1.0, top_p=1.0, top_k=0, seed=3, max_tokens=12)
+
+    async def main():
+        (whole,) = await llm.chat(QUESTION, params)
+        texts = ["", "", ""]
+        async for one in llm.stream(QUESTION, params):
+            texts[one.index] += one.text
+        return whole, texts
+
+    whole, texts = asyncio.run(main())
+    assert texts == [sample.text for sample in whole.outputs]
+    assert len(set(texts)) > 1
+
+
+def test_the_loop_stays_free(llm):
+    async def main():
+        ticks = 0
+
+        async def tick():
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0.001)
+
+        ticker = asyncio.create_task(tick())
+        tokens = sum(
+            [len(one.token_ids) async for one in llm.stream(QUESTION, SamplingParams(ignore_eos=True, max_tokens=100))]
+        )
+        ticker.cancel()
+        return tokens, ticks
+
+    tokens, ticks = asyncio.run(main())
+    assert tokens == 100 and ticks > 5
+
+
+def test_cancelled_task_cancels_the_request(llm):
+    async def main():
+        task = asyncio.create_task(read(llm, ENDLESS))
+        whole = asyncio.create_task(llm.chat([QUESTION, QUESTION], ENDLESS))
+        while llm.stats()["num_running"] < 3:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        whole.cancel()
+        for one in (task, whole):
+            with pytest.raises(asyncio.CancelledError):
+                await one
+        await until_idle(llm)
+
+    asyncio.run(main())
+
+
+def test_leaving_a_stream_cancels_it(llm):
+    async def main():
+        stream = llm.stream(QUESTION, ENDLESS)
+        async for one in stream:
+            break
+        await stream.aclose()
+        await until_idle(llm)
+
+    asyncio.run(main())
+
+
+def test_timeout(llm):
+    async def main():
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(llm.chat(QUESTION, ENDLESS), 0.05)
+        await until_idle(llm)
+
+    asyncio.run(main())
+
+
+def test_one_refused_prompt_cancels_the_rest(llm):
+    async def main():
+        with pytest.raises(ValueError, match="token id 9999"):
+            await llm.generate(["a", [9999]], ENDLESS)
+        await until_idle(llm)
+
+    asyncio.run(main())
+
+
+def test_loops_in_several_threads(llm, expected):
+    results = []
+
+    def work():
+        async def main():
+            return await asyncio.gather(*(read(llm) for _ in range(5)))
+
+        results.extend(asyncio.run(main()))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results == [(expected.text, expected.token_ids)] * 20
+
+
+def test_a_loop_that_died_does_not_harm_the_next(llm, expected):
+    loop = asyncio.new_event_loop()
+    stream = llm.stream(QUESTION, ENDLESS)
+    loop.run_until_complete(stream.__anext__())
+    loop.close()
+    assert asyncio.run(read(llm)) == (expected.text, expected.token_ids)
+    del stream
+
+
+def test_long_prompt(llm):
+    async def main():
+        (output,) = await llm.generate("word " * 2000, SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+        return output
+
+    output = asyncio.run(main())
+    assert output.usage.prompt_tokens >= 2000 and len(output.outputs[0].token_ids) == 2
+
+
+def test_close_mid_stream(demo_dir):
+    async def main():
+        async with AsyncLLM(str(demo_dir), kv_cache_tokens=4096) as llm:
+            stream = llm.stream(QUESTION, ENDLESS)
+            await stream.__anext__()
+        rest = [one async for one in stream]
+        with pytest.raises(EngineError, match="closed"):
+            await llm.generate("x")
+        return rest
+
+    assert asyncio.run(main())[-1].finish_reason == "abort"
