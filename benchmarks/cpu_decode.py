@@ -99,7 +99,7 @@ def main() -> None:
     rows = []
     if args.only != "0.5b":
         for head in ("int8", "int4"):
-            rows += measure(f"demo, w4, {head} head", demo_dir(), probe, args, quantization="w4", lm_head_dtype=head)
+            rows += measure(f"demo, w4, {head} head", demo_dir(), probe, args, lm_head_dtype=head)
     if args.only != "demo":
         with tempfile.TemporaryDirectory() as directory:
             model = dummy_0_5b(Path(directory))

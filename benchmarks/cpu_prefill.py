@@ -79,7 +79,7 @@ def main() -> None:
     probe = Probe(args.threads)
     rows = []
     if args.only != "0.5b":
-        rows += measure("demo, w4", demo_dir(), probe, args, quantization="w4")
+        rows += measure("demo, w4", demo_dir(), probe, args)
     if args.only != "demo":
         with tempfile.TemporaryDirectory() as directory:
             model = dummy_0_5b(Path(directory))

@@ -1,7 +1,9 @@
 """The native engine: a thin binding over csrc/include/qf.h. Use qwen_fast.LLM and AsyncLLM instead."""
 
-from collections.abc import Buffer, Callable, Sequence
-from typing import Any, Final, TypedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypedDict, final, type_check_only
+
+from typing_extensions import Buffer, Self
 
 __version__: Final[str]
 
@@ -11,6 +13,7 @@ class ModelError(ValueError):
 class EngineError(RuntimeError):
     """The engine is closed or failed, or a device reported a failure."""
 
+@type_check_only
 class MemoryReport(TypedDict):
     embedding_bytes: int
     layers_bytes: int
@@ -23,6 +26,7 @@ class MemoryReport(TypedDict):
     max_model_len: int
     available_bytes: int
 
+@type_check_only
 class Output(TypedDict):
     """What is new since the last read. The keys after `finished` are present only when it is True."""
 
@@ -47,6 +51,7 @@ class Output(TypedDict):
     prompt_logprobs: list[list[tuple[int, float, int]] | None] | None  # per prompt position; the first is None
     logits: memoryview | None  # float32, shape (rows, vocab_size), C-contiguous
 
+@final
 class Request:
     """One sequence. Created by Engine.submit; dropping the last reference cancels it."""
 
@@ -59,11 +64,12 @@ class Request:
     def set_mask(self, position: int, words: Buffer) -> None:
         """words: uint32, ceil(vocab_size / 32)."""
 
+@final
 class Engine:
     """A loaded model with its KV cache and driver thread. Thread-safe. close() is idempotent."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         model_dir: str,
         *,
         hf_overrides: str | None = None,  # JSON object text
@@ -90,7 +96,7 @@ class Engine:
         max_waiting_requests: int = 0,
         dummy_seed: int = 0,
         progress: Callable[[int, int], None] | None = None,  # (done_bytes, total_bytes); an exception stops the load
-    ) -> None: ...
+    ) -> Self: ...
     def set_vocabulary(self, tokens: Sequence[bytes], special: Sequence[int] | bytes) -> None:
         """tokens[i]: the bytes of token i; special: ids of special tokens. Ids >= len(tokens) are never sampled."""
     def submit(

@@ -150,12 +150,12 @@ static qf_status resolve_quantization(const qf_engine_options *o, const qf_model
 static qf_status resolve_formats(const qf_engine_options *o, const qf_model_config *config, qf_resolved_options *out,
                                  qf_error *err)
 {
-    enum { AUTO = 0, BF16, F32, I8, MODEL };
+    enum { AUTO = 0, BF16, F32, I8 };
     static const choice dtypes[] = {{"auto", AUTO}, {"bfloat16", BF16}, {"float16", BF16},
                                     {"half", BF16}, {"float32", F32},   {"float", F32}, {NULL, 0}};
     static const choice activations[] = {{"auto", AUTO}, {"int8", I8}, {"float32", F32}, {NULL, 0}};
-    static const choice heads[] = {{"auto", AUTO}, {"model", MODEL}, {"int8", QF_HEAD_8}, {"int4", QF_HEAD_4},
-                                   {NULL, 0}};
+    static const choice heads[] = {{"auto", QF_HEAD_AUTO}, {"model", QF_HEAD_16}, {"int8", QF_HEAD_8},
+                                   {"int4", QF_HEAD_4}, {NULL, 0}};
     static const choice kvs[] = {{"auto", AUTO},          {"bfloat16", BF16},      {"float32", F32},
                                  {"fp8", NOT_BUILT},      {"fp8_e4m3", NOT_BUILT}, {"fp8_e5m2", NOT_BUILT},
                                  {"int8", NOT_BUILT},     {"int4", NOT_BUILT},     {"nf4", NOT_BUILT},
@@ -171,10 +171,8 @@ static qf_status resolve_formats(const qf_engine_options *o, const qf_model_conf
     bool float32 = dtype == F32 || (dtype == AUTO && config->dtype == QF_DTYPE_F32);
     bool kv_float32 = kv == AUTO ? float32 : kv == F32;
     bool int8 = activation == I8 || (activation == AUTO && quantized && dtype != F32);
-    if (head == AUTO) {
+    if (head == QF_HEAD_AUTO) {
         head = quantized && int8 ? QF_HEAD_8 : QF_HEAD_16;
-    } else if (head == MODEL) {
-        head = QF_HEAD_16;
     }
     out->backend.float32 = kv_float32;
     out->backend.int8_activations = int8;

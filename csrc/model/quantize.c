@@ -152,6 +152,9 @@ static grid search(const float *w, int32_t count, float max)
         high = w[i] > high ? w[i] : high;
     }
     grid best = grid_of_range(low, high, max);
+    if (max > 15.0f) {
+        return best; /* 255 steps: clipping gains nothing worth its time */
+    }
     float error = error_of(&best, w, count);
     float factor = 1.0f;
     for (int step = 1; step < 12 && error > 0.0f; step++) {

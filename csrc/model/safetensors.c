@@ -164,8 +164,9 @@ static qf_status collect_names(const char *what, const qf_json_value *root, qf_s
         }
         if (member->key_length == 0 || member->key_length > QF_SAFETENSORS_MAX_NAME_BYTES ||
             memchr(member->key, '\0', member->key_length) != NULL) {
-            return QF_FAIL(err, QF_ERROR_MODEL, "%s: tensor %zu has a name of %zu bytes or with a NUL; expected 1 to %u",
-                           what, i, member->key_length, QF_SAFETENSORS_MAX_NAME_BYTES);
+            return QF_FAIL(err, QF_ERROR_MODEL,
+                           "%s: tensor %zu has a name of %zu bytes or with a NUL; expected 1 to %u bytes", what, i,
+                           member->key_length, QF_SAFETENSORS_MAX_NAME_BYTES);
         }
         count++;
         bytes += member->key_length + 1;
@@ -239,8 +240,10 @@ qf_status qf_safetensors_parse(const uint8_t *data, size_t size_bytes, const cha
     qf_json_limits limits = qf_json_default_limits();
     limits.max_bytes = QF_SAFETENSORS_MAX_HEADER_BYTES;
     limits.max_depth = 16; /* members that are not read may nest */
-    QF_TRY_GOTO(qf_json_parse((const char *)data + PREFIX_BYTES, (size_t)header_bytes, &limits, what, &json, err), fail);
-    QF_TRY_GOTO(parse_header(what, qf_json_root(json), body, size_bytes - PREFIX_BYTES - header_bytes, out, err), fail);
+    const char *header = (const char *)data + PREFIX_BYTES;
+    uint64_t body_bytes = size_bytes - PREFIX_BYTES - header_bytes;
+    QF_TRY_GOTO(qf_json_parse(header, (size_t)header_bytes, &limits, what, &json, err), fail);
+    QF_TRY_GOTO(parse_header(what, qf_json_root(json), body, body_bytes, out, err), fail);
     qf_json_destroy(json);
     return QF_OK;
 fail:

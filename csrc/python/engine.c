@@ -296,7 +296,11 @@ static PyGetSetDef engine_getset[] = {
 };
 
 PyDoc_STRVAR(engine_doc,
-"Engine" QF_PY_ENGINE_SIGNATURE
+"Engine(model_dir, *, hf_overrides=None, load_format='auto', device='auto', dtype='auto', activation_dtype='auto', "
+"quantization='auto', quantization_group_size=128, lm_head_dtype='auto', kv_cache_dtype='auto', block_size=32, "
+"max_model_len=0, max_num_seqs=256, max_num_batched_tokens=2048, tensor_parallel_size=1, kv_cache_memory=0, "
+"kv_cache_tokens=0, memory_utilization=0.5, enable_prefix_caching=True, num_threads=0, isa='auto', "
+"max_steps_in_flight=0, max_waiting_requests=0, dummy_seed=0, progress=None)\n--\n\n"
 "A loaded model with its KV cache and its driver thread. Every method may be called from any thread.\n\n"
 "model_dir is a Hugging Face checkpoint directory. Sizes are in bytes (kv_cache_memory) or tokens (kv_cache_tokens,\n"
 "block_size, max_model_len, max_num_batched_tokens); 0 lets the engine choose. memory_utilization is the share of the\n"

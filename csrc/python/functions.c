@@ -4,7 +4,7 @@
 #include <string.h>
 
 PyDoc_STRVAR(estimate_doc,
-"estimate" QF_PY_ENGINE_SIGNATURE
+"estimate($module, /, model_dir, **options)\n--\n\n"
 "What Engine with the same arguments would allocate, as a dict in bytes, blocks and tokens. Reads file headers only;\n"
 "`progress` is not called. Raises what Engine raises.");
 

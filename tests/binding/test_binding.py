@@ -828,7 +828,7 @@ STUB = ast.parse(STUB_PATH.read_text())
 
 
 def stub_parameters(function):
-    """(name, kind, default) of each parameter but self."""
+    """(name, kind, default) of each parameter but self and cls."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
@@ -837,15 +837,20 @@ def stub_parameters(function):
         (item.arg, "keyword", default)
         for item, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     ]
+    result += [(arguments.kwarg.arg, "others", None)] if arguments.kwarg else []
     return [
         (name, kind, "required" if default is None else ast.literal_eval(default))
         for name, kind, default in result
-        if name != "self"
+        if name not in ("self", "cls")
     ]
 
 
 def runtime_parameters(function):
-    kinds = {inspect.Parameter.POSITIONAL_OR_KEYWORD: "positional", inspect.Parameter.KEYWORD_ONLY: "keyword"}
+    kinds = {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD: "positional",
+        inspect.Parameter.KEYWORD_ONLY: "keyword",
+        inspect.Parameter.VAR_KEYWORD: "others",
+    }
     return [
         (
             parameter.name,
@@ -868,24 +873,19 @@ def test_the_stub_is_the_module():
     assert public(_engine) == (classes.keys() | functions.keys()) - types_only
     for name, node in functions.items():
         runtime = getattr(_engine, name)
-        if node.args.kwarg is None:
-            assert runtime_parameters(runtime) == stub_parameters(node), name
+        assert runtime_parameters(runtime) == stub_parameters(node), name
         assert runtime.__doc__, name
     for name in ("Engine", "Request"):
         kind = getattr(_engine, name)
         members = {node.name: node for node in classes[name].body if isinstance(node, ast.FunctionDef)}
         fields = {node.target.id for node in classes[name].body if isinstance(node, ast.AnnAssign)}
-        assert public(kind) == (members.keys() | fields) - {"__init__"}
+        assert public(kind) == (members.keys() | fields) - {"__new__"}
         for member, node in members.items():
-            if member == "__init__":
+            if member == "__new__":
                 assert runtime_parameters(kind) == stub_parameters(node)
             elif not node.decorator_list:
                 assert runtime_parameters(getattr(kind, member)) == stub_parameters(node), member
-            assert member == "__init__" or getattr(kind, member).__doc__, member
-
-
-def test_engine_and_estimate_take_the_same():
-    assert runtime_parameters(_engine.estimate) == runtime_parameters(_engine.Engine)
+            assert member == "__new__" or getattr(kind, member).__doc__, member
 
 
 def test_exceptions():

@@ -232,7 +232,8 @@ static void test_quant_accepted(void)
     } cases[] = {
         {"{\"quant_method\":\"awq\",\"bits\":4,\"group_size\":128,\"version\":\"gemm\",\"zero_point\":true}",
          QF_QUANT_AWQ, 4, 128, 0, 0, 0, 0},
-        {"{\"zero_point\":false,\"q_group_size\":64,\"w_bit\":4,\"version\":\"GEMM\"}", QF_QUANT_AWQ, 4, 64, 1, 0, 0, 0},
+        {"{\"zero_point\":false,\"q_group_size\":64,\"w_bit\":4,\"version\":\"GEMM\"}",
+         QF_QUANT_AWQ, 4, 64, 1, 0, 0, 0},
         {"{\"quant_method\":\"awq\",\"bits\":4,\"group_size\":-1,\"modules_to_not_convert\":[\"a\",\"b\"]}",
          QF_QUANT_AWQ, 4, -1, 0, 0, 0, 2},
         {"{\"quant_method\":\"gptq\",\"bits\":8,\"group_size\":32,\"desc_act\":true,\"sym\":false,"

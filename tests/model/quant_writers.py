@@ -158,7 +158,8 @@ def quantization_config(fmt, opts):
         return config
     weights = {"num_bits": bits, "type": "int", "symmetric": sym, "dynamic": False,
                "strategy": "channel" if group_size == -1 else "group",
-               "group_size": None if group_size == -1 else group_size, "actorder": "group" if opts["desc_act"] else None}
+               "group_size": None if group_size == -1 else group_size,
+               "actorder": "group" if opts["desc_act"] else None}
     group = {"targets": ["Linear"], "input_activations": None, "output_activations": None, "weights": weights}
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
             "ignore": ["lm_head", *opts["dense_modules"]], "kv_cache_scheme": None, "config_groups": {"group_0": group}}

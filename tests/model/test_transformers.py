@@ -1,9 +1,9 @@
 """Logits against transformers in float32 on the CPU, for every variation of the architecture and of its files.
 
 Tolerances. DENSE bounds the largest difference of any logit, relative to the largest logit, where both sides
-compute in float32: it is rounding in another order of summation. LARGE_BIAS is the same for models with a k_proj
-bias of the size of the published ones: attention scores reach hundreds, so their rounding error is larger. The 16-bit KV
-cache is bounded by the mean Kullback-Leibler divergence instead.
+compute in float32: it is rounding in another order of summation. With a k_proj bias of the size of the published
+ones attention scores reach hundreds, and rounding them costs more: there the yardstick is the error of
+transformers' own float32 against its float64. The 16-bit KV cache is bounded by the mean Kullback-Leibler divergence.
 """
 
 import json
@@ -28,8 +28,7 @@ from quant_writers import round_to, write_checkpoint
 pytestmark = pytest.mark.oracle
 oracle("transformers")
 
-DENSE = 2e-5
-LARGE_BIAS = 5e-4
+DENSE = 5e-6
 KL = 1e-3
 
 
@@ -76,7 +75,6 @@ VARIATIONS = {
     "sliding-window-set-but-off": shape(4, 2, 64, **{**SLIDING, "use_sliding_window": False}),
     "one-layer": shape(4, 2, 64, num_hidden_layers=1),
     "k-bias": shape(4, 2, 64, num_hidden_layers=3),
-    "k-bias-d128-yarn": shape(7, 1, 128, num_hidden_layers=3, rope_scaling=YARN, max_position_embeddings=64, **UNTIED),
 }
 
 
@@ -87,7 +85,7 @@ def k_bias_norm(name):
 @pytest.mark.parametrize("name", VARIATIONS)
 def test_architecture(tmp_path, name):
     config = VARIATIONS[name]
-    stored = write_dense(tmp_path, config, random_weights(config, 11, k_bias_norm(name)))
+    stored = write_dense(tmp_path, config, random_weights(config, 11))
     ids = prompt(config, 200)
     reference = transformers_logits(transformers_model(config, stored), ids)
     with open_engine(tmp_path) as engine:
@@ -95,7 +93,23 @@ def test_architecture(tmp_path, name):
     assert np.abs(reference).max() > 3.0  # a flat distribution would hide errors
     difference = relative_difference(reference, ours)
     print(f"{name}: largest difference {difference:.2e} of the largest logit")
-    assert difference < (LARGE_BIAS if name.startswith("k-bias") else DENSE)
+    assert difference < DENSE
+
+
+@pytest.mark.parametrize("name", LARGE_BIAS)
+def test_k_bias_of_the_published_size(tmp_path, name):
+    config, norm = LARGE_BIAS[name]
+    stored = write_dense(tmp_path, config, random_weights(config, 11, norm))
+    ids = prompt(config, 200)
+    model = transformers_model(config, stored)
+    float32 = transformers_logits(model, ids)
+    exact = transformers_logits(model.double(), ids)
+    with open_engine(tmp_path) as engine:
+        ours = logits(engine, ids)
+    theirs, error = relative_difference(exact, float32), relative_difference(exact, ours)
+    print(f"{name}: error {error:.2e} of the largest logit; transformers in float32 {theirs:.2e}")
+    assert theirs > 5 * DENSE  # the bias is large enough to matter
+    assert error < 4 * theirs
 
 
 def test_every_isa_and_a_control(tmp_path, isa):

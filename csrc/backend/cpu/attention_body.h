@@ -135,7 +135,23 @@ QF_INLINE void weigh_rows(const void *values, int32_t head_dim, int32_t count, c
     }
 }
 
-/* Positions [begin, end) for rows [row, row + count), count 1 or 4, all of which see all of them. */
+typedef void (*weigh_fn)(const void *values, int32_t head_dim, int32_t count, const float *const p[4],
+                         float *const acc[4]);
+
+#define QF_WEIGH_FUNCTION(NAME, DTYPE, R)                                                                            \
+    static void weigh_##NAME##_##R(const void *values, int32_t head_dim, int32_t count, const float *const p[4],      \
+                                   float *const acc[4])                                                              \
+    {                                                                                                                \
+        weigh_rows(values, head_dim, count, p, acc, DTYPE, R);                                                       \
+    }
+#define QF_WEIGH_ROWS(R) QF_WEIGH_FUNCTION(f32, QF_DTYPE_F32, R) QF_WEIGH_FUNCTION(bf16, QF_DTYPE_BF16, R)
+QF_WEIGH_ROWS(1) QF_WEIGH_ROWS(2) QF_WEIGH_ROWS(3) QF_WEIGH_ROWS(4)
+
+static const weigh_fn weigh_table[4][2] = {
+    {weigh_f32_1, weigh_bf16_1}, {weigh_f32_2, weigh_bf16_2}, {weigh_f32_3, weigh_bf16_3}, {weigh_f32_4, weigh_bf16_4},
+};
+
+/* Positions [begin, end) for rows [row, row + count), at most 4, all of which see all of them. */
 static void weigh_range(const qf_kv_cache *cache, const qf_attention_rows *rows, qf_attention_scratch *scratch, int row,
                         int count, int32_t split_begin, int32_t begin, int32_t end)
 {
@@ -153,15 +169,7 @@ static void weigh_range(const qf_kv_cache *cache, const qf_attention_rows *rows,
             p[r] = scratch->scores[row + r] + (begin - split_begin);
             acc[r] = scratch->part[row + r].acc;
         }
-        if (count == 4 && size == 4) {
-            weigh_rows(values, cache->head_dim, run, p, acc, QF_DTYPE_F32, 4);
-        } else if (count == 4) {
-            weigh_rows(values, cache->head_dim, run, p, acc, QF_DTYPE_BF16, 4);
-        } else if (size == 4) {
-            weigh_rows(values, cache->head_dim, run, p, acc, QF_DTYPE_F32, 1);
-        } else {
-            weigh_rows(values, cache->head_dim, run, p, acc, QF_DTYPE_BF16, 1);
-        }
+        weigh_table[count - 1][cache->dtype == QF_DTYPE_BF16](values, cache->head_dim, run, p, acc);
         begin += run;
     }
 }
@@ -172,20 +180,20 @@ static void weigh_split(const qf_kv_cache *cache, const qf_attention_rows *rows,
                         int32_t split_begin, int32_t split_end)
 {
     for (int row = 0; row < rows->num_rows;) {
-        const int count = rows->num_rows - row >= 4 ? 4 : 1;
+        const int count = rows->num_rows - row >= 4 ? 4 : rows->num_rows - row;
         int32_t common_first = split_begin, common_end = split_end;
         for (int r = row; r < row + count; r++) {
             common_first = rows->first[r] > common_first ? rows->first[r] : common_first;
             common_end = rows->end[r] < common_end ? rows->end[r] : common_end;
         }
-        const bool shared = count == 4 && common_first < common_end;
+        const bool shared = common_first < common_end;
         for (int r = row; r < row + count; r++) {
             const int32_t first = rows->first[r] > split_begin ? rows->first[r] : split_begin;
             const int32_t end = rows->end[r] < split_end ? rows->end[r] : split_end;
             weigh_range(cache, rows, scratch, r, 1, split_begin, first, shared ? common_first : end);
         }
         if (shared) {
-            weigh_range(cache, rows, scratch, row, 4, split_begin, common_first, common_end);
+            weigh_range(cache, rows, scratch, row, count, split_begin, common_first, common_end);
             for (int r = row; r < row + count; r++) {
                 const int32_t end = rows->end[r] < split_end ? rows->end[r] : split_end;
                 weigh_range(cache, rows, scratch, r, 1, split_begin, common_end, end);

@@ -31,7 +31,9 @@ struct qf_cpu_linear {
     int32_t group_size;      /* of the packed groups: 8 .. 128; 0 for 16- and 32-bit weights */
     int32_t num_groups;      /* packed groups: ceil(k / group_size) */
     bool wide_scales;        /* float32 scales in the header, where float16 would not be exact */
-    size_t record_bytes, tile_bytes;
+    size_t header_bytes;     /* of one tile in a record: 64, or 128 with wide scales */
+    size_t record_bytes;     /* one group of two tiles */
+    size_t tile_bytes;       /* one tile's share: num_groups * record_bytes / 2, or k * 16 values */
     const uint8_t *weights;  /* num_tiles * tile_bytes */
     const float *bias;       /* (num_tiles * 16) or NULL */
     const int32_t *perm;     /* (k) or NULL */
@@ -117,11 +119,10 @@ struct qf_cpu_context {
     size_t pages_bytes;
 };
 
-/* Where a tile begins. Records of a 4- or 8-bit tile lie 2 * record_bytes apart: those of its neighbour are between. */
-static inline size_t qf_cpu_tile_offset(const qf_cpu_linear *w, int32_t tile)
+/* Records of 4- and 8-bit weights hold two tiles: pair p begins at p * 2 * tile_bytes. */
+static inline const uint8_t *qf_cpu_pair(const qf_cpu_linear *w, int32_t tile)
 {
-    return w->group_size == 0 ? (size_t)tile * w->tile_bytes
-                              : (size_t)(tile / 2) * 2 * w->tile_bytes + (size_t)(tile % 2) * w->record_bytes;
+    return w->weights + (size_t)(tile / 2) * 2 * w->tile_bytes;
 }
 
 /* Below this many elements an op runs on the calling thread: a dispatch costs more. Results do not depend on it. */

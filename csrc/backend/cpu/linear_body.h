@@ -105,16 +105,16 @@ QF_INLINE void i8_block(const qf_cpu_linear *w, const int8_t *q, const float *sc
     const int split = R * T <= 4; /* few accumulators: two each, so that latency does not bind */
     const vi low = vi_set1(0x0f0f0f0f);
     const int32_t num_lines = w->group_size / (bits == 4 ? 8 : 4);
-    const size_t header = w->wide_scales ? 128 : 64;
-    const size_t record_bytes = w->record_bytes;
-    const uint8_t *record = w->weights + qf_cpu_tile_offset(w, tile);
+    const size_t header = w->header_bytes;
+    const uint8_t *record = qf_cpu_pair(w, tile);
+    const size_t odd = (size_t)(tile % 2);
     vf total[QF_MAX_ROWS][2];
     QF_UNROLL for (int r = 0; r < R; r++) {
         QF_UNROLL for (int t = 0; t < T; t++) {
             total[r][t] = vf_set1(0.0f);
         }
     }
-    for (int32_t g = 0; g < w->num_groups; g++, record += 2 * record_bytes) {
+    for (int32_t g = 0; g < w->num_groups; g++, record += w->record_bytes) {
         vi acc[QF_MAX_ROWS][2][2];
         QF_UNROLL for (int r = 0; r < R; r++) {
             QF_UNROLL for (int t = 0; t < T; t++) {
@@ -122,12 +122,12 @@ QF_INLINE void i8_block(const qf_cpu_linear *w, const int8_t *q, const float *sc
                 acc[r][t][1] = vi_set1(0);
             }
         }
-        const uint8_t *line = record + header;
-        for (int32_t i = 0; i < num_lines; i++, line += 64) {
+        const uint8_t *line = record + 2 * header + odd * 64;
+        for (int32_t i = 0; i < num_lines; i++, line += 128) {
             vi lo[2], hi[2];
             QF_UNROLL for (int t = 0; t < T; t++) {
-                const vi both = vi_load(line + (size_t)t * record_bytes);
-                v_prefetch(line + (size_t)t * record_bytes + QF_PREFETCH_BYTES);
+                const vi both = vi_load(line + 64 * t);
+                v_prefetch(line + 64 * t + QF_PREFETCH_BYTES);
                 lo[t] = bits == 4 ? vi_and(both, low) : both;
                 hi[t] = bits == 4 ? vi_and(vi_srl(both, 4), low) : both;
             }
@@ -145,7 +145,7 @@ QF_INLINE void i8_block(const qf_cpu_linear *w, const int8_t *q, const float *sc
             q += bits == 4 ? 8 * R : 4 * R;
         }
         QF_UNROLL for (int t = 0; t < T; t++) {
-            const uint8_t *own = record + (size_t)t * record_bytes;
+            const uint8_t *own = record + ((size_t)t + odd) * header;
             const vf scale = record_scales(own, w->wide_scales);
             const vi zero = vi_load_u8(own + header / 2);
             v_prefetch(own + QF_PREFETCH_BYTES);
@@ -246,19 +246,19 @@ QF_INLINE void dequant_block(const qf_cpu_linear *w, const float *x, float *out,
                              const int R)
 {
     const int per_line = bits == 4 ? 8 : 4;
-    const size_t header = w->wide_scales ? 128 : 64;
-    const uint8_t *record = w->weights + qf_cpu_tile_offset(w, tile);
+    const size_t header = w->header_bytes, odd = (size_t)(tile % 2);
+    const uint8_t *record = qf_cpu_pair(w, tile);
     const vi mask = vi_set1(bits == 4 ? 0x0f : 0xff);
     vf acc[QF_MAX_ROWS];
     QF_UNROLL for (int r = 0; r < R; r++) {
         acc[r] = vf_set1(0.0f);
     }
-    for (int32_t g = 0; g < w->num_groups; g++, record += 2 * w->record_bytes) {
-        const vf scale = record_scales(record, w->wide_scales);
-        const vi zero = vi_load_u8(record + header / 2);
+    for (int32_t g = 0; g < w->num_groups; g++, record += w->record_bytes) {
+        const vf scale = record_scales(record + odd * header, w->wide_scales);
+        const vi zero = vi_load_u8(record + odd * header + header / 2);
         const int32_t end = (g + 1) * w->group_size < w->k ? (g + 1) * w->group_size : w->k;
-        const uint8_t *line = record + header;
-        for (int32_t k0 = g * w->group_size; k0 < end; k0 += per_line, line += 64) {
+        const uint8_t *line = record + 2 * header + odd * 64;
+        for (int32_t k0 = g * w->group_size; k0 < end; k0 += per_line, line += 128) {
             const vi packed = vi_load(line);
             vi bytes = packed; /* low nibbles of the four bytes are k0 .. k0 + 3, high ones k0 + 4 .. k0 + 7 */
             for (int32_t i = 0; i < per_line && k0 + i < end; i++) {

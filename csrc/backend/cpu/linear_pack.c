@@ -3,20 +3,17 @@
  * W is (n, k). Sixteen rows of it (sixteen outputs) make a tile, so that one vector register holds sixteen outputs and
  * no product ever needs a sum across lanes. The last tile is filled up with zero rows.
  *
- * 4 and 8 bits: a tile is a sequence of records, one per group of G values of k (G = 8, 16, 32, 64 or 128; larger
- * groups, and a scale for the whole row, are cut into groups of 128 with the same scale). The records of two tiles
- * alternate, so that a kernel that takes two tiles at once reads one stream; a tile of zeros makes their number even:
+ * 4 and 8 bits: two tiles are a pair, and a pair is a sequence of records, one per group of G values of k (G = 8, 16,
+ * 32, 64 or 128; larger groups, and a scale for the whole row, are cut into groups of 128 with the same scale). A
+ * kernel that takes both tiles at once reads one stream from end to end; one that takes a single tile skips every
+ * other line. A tile of zeros makes the number of tiles even.
  *
- *   tile 0 group 0 | tile 1 group 0 | tile 0 group 1 | tile 1 group 1 | ... | tile 2 group 0 | tile 3 group 0 | ...
+ *   byte 0               64                  128             192              256
+ *        | header tile 0 | header tile 1     | line 0 tile 0 | line 0 tile 1 | line 1 tile 0 | ... G / 8 lines per tile
  *
- * A record:
- *
- *   byte 0            32        48        64                128               64 (G / 8)
- *        | 16 scales  | 16 zero | unused  | line 0          | line 1          | ...
- *        | float16    | u8      |         | k = 0..7        | k = 8..15       |
- *
- *   a line, 4 bits:  lane c = 4 bytes of output c; byte b: low nibble q[8 i + b], high nibble q[8 i + 4 + b]
- *   a line, 8 bits:  lane c = 4 bytes of output c; byte b: q[4 i + b]
+ *   header:          16 scales (float16, 32 bytes), 16 zeros (u8), 16 bytes unused
+ *   line, 4 bits:    lane c = 4 bytes of output c; byte b: low nibble q[8 i + b], high nibble q[8 i + 4 + b]
+ *   line, 8 bits:    lane c = 4 bytes of output c; byte b: q[4 i + b]                        (G / 4 lines per tile)
  *
  * w = scale * (q - zero). Where a scale is not a float16 value the whole layer has headers of 128 bytes: 16 float32
  * scales, 16 zeros, 48 unused. k is filled up to whole groups; the activations are zero there.
@@ -55,7 +52,7 @@ typedef struct pack_plan {
     int32_t group_size, num_groups;               /* packed */
     int32_t source_group_size, source_num_groups; /* of the rows as read or as rounded */
     int32_t num_tiles;
-    size_t record_bytes, tile_bytes, weights_bytes, bias_bytes, perm_bytes;
+    size_t header_bytes, record_bytes, tile_bytes, weights_bytes, bias_bytes, perm_bytes;
 } pack_plan;
 
 static bool is_f16(float value) { return qf_f16_to_f32(qf_f32_to_f16(value)) == value; }
@@ -112,9 +109,10 @@ static pack_plan make_plan(const qf_linear_source *source, const qf_cpu_linear_o
         plan.kind = bits == 4 ? QF_WEIGHT_W4 : QF_WEIGHT_W8;
         plan.wide_scales = !plan.quantize && !scales_fit_f16(&source->scales);
         plan.num_groups = (source->k + plan.group_size - 1) / plan.group_size;
-        plan.record_bytes = (plan.wide_scales ? 128u : 64u) +
-                            (size_t)plan.group_size * QF_TILE / (plan.kind == QF_WEIGHT_W4 ? 2 : 1);
-        plan.tile_bytes = (size_t)plan.num_groups * plan.record_bytes;
+        plan.header_bytes = plan.wide_scales ? 128 : 64;
+        plan.tile_bytes = plan.header_bytes + (size_t)plan.group_size * QF_TILE / (plan.kind == QF_WEIGHT_W4 ? 2 : 1);
+        plan.record_bytes = 2 * plan.tile_bytes;
+        plan.tile_bytes *= (size_t)plan.num_groups;
         plan.num_tiles = (plan.num_tiles + 1) / 2 * 2;
     } else {
         plan.kind = dense ? dense_kind(source) : QF_WEIGHT_F32;
@@ -164,41 +162,43 @@ static size_t carve_scratch(const pack_plan *plan, int32_t k, int32_t rows_at_on
     return rows_bytes + q_bytes + round_up_64(groups * sizeof(float)) + round_up_64(groups);
 }
 
-/* One row of q into lane `lane` of its tile's lines. */
+/* One row of q into lane `lane` of its tile's lines, which lie 128 bytes apart. */
 static void pack_lines(const uint8_t *q, int32_t count, bool four_bits, int32_t lane, uint8_t *lines)
 {
+    lines += 4 * lane;
     if (four_bits) {
         for (int32_t i = 0; i < count; i++) {
-            uint8_t *byte = lines + (size_t)(i / 8) * 64 + (size_t)lane * 4 + (size_t)(i % 4);
+            uint8_t *byte = lines + (size_t)(i / 8) * 128 + (size_t)(i % 4);
             *byte = (uint8_t)(*byte | (i % 8 < 4 ? q[i] & 15 : (q[i] & 15) << 4));
         }
         return;
     }
     for (int32_t i = 0; i < count; i += 4) {
-        memcpy(lines + (size_t)(i / 4) * 64 + (size_t)lane * 4, q + i, (size_t)(count - i < 4 ? count - i : 4));
+        memcpy(lines + (size_t)(i / 4) * 128, q + i, (size_t)(count - i < 4 ? count - i : 4));
     }
 }
 
 static void pack_quantized_row(const pack_task *task, const pack_scratch *s, int32_t row, int32_t n)
 {
     const pack_plan *plan = task->plan;
-    const int32_t k = task->source->k, lane = n % QF_TILE;
-    const size_t header = plan->wide_scales ? 128 : 64;
-    const int32_t tile = n / QF_TILE;
-    uint8_t *record = task->weights + (size_t)(tile / 2) * 2 * plan->tile_bytes + (size_t)(tile % 2) * plan->record_bytes;
-    for (int32_t g = 0; g < plan->num_groups; g++, record += 2 * plan->record_bytes) {
+    const int32_t k = task->source->k, lane = n % QF_TILE, tile = n / QF_TILE;
+    const size_t odd = (size_t)(tile % 2);
+    uint8_t *record = task->weights + (size_t)(tile / 2) * 2 * plan->tile_bytes;
+    for (int32_t g = 0; g < plan->num_groups; g++, record += plan->record_bytes) {
         const int32_t begin = g * plan->group_size;
         const int32_t count = k - begin < plan->group_size ? k - begin : plan->group_size;
         const int32_t source_group = plan->source_num_groups <= 1 ? 0 : begin / plan->source_group_size;
         const size_t at = (size_t)row * (size_t)plan->source_num_groups + (size_t)source_group;
+        uint8_t *header = record + odd * plan->header_bytes;
         if (plan->wide_scales) {
-            memcpy(record + 4 * lane, &s->scales[at], 4);
+            memcpy(header + 4 * lane, &s->scales[at], 4);
         } else {
             const uint16_t half = qf_f32_to_f16(s->scales[at]);
-            memcpy(record + 2 * lane, &half, 2);
+            memcpy(header + 2 * lane, &half, 2);
         }
-        record[header / 2 + (size_t)lane] = s->zeros[at];
-        pack_lines(s->q + (size_t)row * (size_t)k + begin, count, plan->kind == QF_WEIGHT_W4, lane, record + header);
+        header[plan->header_bytes / 2 + (size_t)lane] = s->zeros[at];
+        pack_lines(s->q + (size_t)row * (size_t)k + begin, count, plan->kind == QF_WEIGHT_W4, lane,
+                   record + 2 * plan->header_bytes + 64 * odd);
     }
 }
 
@@ -303,6 +303,7 @@ qf_status qf_cpu_linear_create(const qf_linear_source *source, const qf_cpu_line
     self->group_size = plan.group_size;
     self->num_groups = plan.num_groups;
     self->wide_scales = plan.wide_scales;
+    self->header_bytes = plan.header_bytes;
     self->record_bytes = plan.record_bytes;
     self->tile_bytes = plan.tile_bytes;
     self->weights = self->pages;
