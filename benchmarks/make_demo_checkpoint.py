@@ -26,14 +26,15 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 README = """\
 # The qwen_fast demo model
 
-A very small chat model of the Qwen2.5 architecture, trained from scratch on synthetic text: {parameters:,} parameters,
-{layers} layers, hidden size {hidden}, {context} positions. It greets, explains a few fixed topics, does sums, extracts
-fields to JSON, edits lists, finds facts in a long text, calls tools and tells stories, in English and Chinese. It knows
-nothing about the world; it is here so that the engine has something real to run without a download.
+A very small chat model of the Qwen2.5 architecture, trained from scratch on synthetic text: {parameters:,}
+parameters, {layers} layers, hidden size {hidden}, {context} positions. It greets, explains a few fixed topics, does
+sums, extracts fields to JSON, edits lists, finds facts in a long text, calls tools and tells stories, in English and
+Chinese. It knows nothing about the world; it is here so that the engine has something real to run without a download.
 
-The linear layers are 4-bit integers (asymmetric, groups of {group_size}, compressed-tensors "pack-quantized"); the embedding,
-which is also the head, the norms and the biases are bf16. Made from the bf16 checkpoint by
-`benchmarks/make_demo_checkpoint.py`. No pretrained weights and no external text went into the model. Licence: Apache-2.0.
+The linear layers are 4-bit integers (asymmetric, groups of {group_size}, compressed-tensors "pack-quantized"); the
+embedding, which is also the head, the norms and the biases are bf16. Made from the bf16 checkpoint by
+`benchmarks/make_demo_checkpoint.py`. No pretrained weights and no external text went into the model.
+Licence: Apache-2.0.
 """
 
 

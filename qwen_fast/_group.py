@@ -132,7 +132,7 @@ class Group:
                 completion.logprobs, completion.cumulative_logprob = [], 0.0
             completion.logprobs += output.logprobs
             for token_id, row in zip(output.token_ids, output.logprobs):
-                completion.cumulative_logprob += row[token_id].logprob
+                completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + row[token_id].logprob
         if output.finished:
             completion.finish_reason = output.finish_reason
             completion.stop_reason = output.stop_reason

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import os
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._group import Group
 from .base import STREAM_UNREAD_TOKENS, BaseLLM
+from .errors import EngineError
 from .llm import conversation_list
 from .outputs import RequestOutput, StreamOutput
 from .params import SamplingParams
@@ -26,7 +30,9 @@ class _Wakeups:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._fd = engine.event_fd()
+        # A descriptor of our own: the engine closes its one, and the number would soon be another file's.
+        self._fd = os.dup(engine.event_fd())
+        weakref.finalize(self, os.close, self._fd)
         self._tags = itertools.count(1)
         self._waiting: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
         self._open: dict[asyncio.AbstractEventLoop, int] = {}
@@ -38,6 +44,10 @@ class _Wakeups:
         event = asyncio.Event()
         with self._lock:
             tag = next(self._tags)
+            if loop not in self._open:  # a good moment to forget loops that were closed with requests open
+                for dead in [known for known in self._open if known.is_closed()]:
+                    del self._open[dead]
+                    self._waiting = {i: entry for i, entry in self._waiting.items() if entry[0] is not dead}
             self._waiting[tag] = (loop, event)
             self._open[loop] = self._open.get(loop, 0) + 1
             first = self._open[loop] == 1
@@ -47,7 +57,9 @@ class _Wakeups:
 
     def remove(self, tag: int) -> None:
         with self._lock:
-            loop, _ = self._waiting.pop(tag)
+            loop, _ = self._waiting.pop(tag, (None, None))
+            if loop is None:
+                return
             self._open[loop] -= 1
             last = self._open[loop] == 0
             if last:
@@ -57,17 +69,31 @@ class _Wakeups:
 
     def _ready(self) -> None:
         here = asyncio.get_running_loop()
-        for tag in self._engine.take_ready():
-            loop, event = self._waiting.get(tag, (here, None))
-            if event is None:
+        try:
+            tags = self._engine.take_ready()
+        except EngineError:  # closed
+            here.remove_reader(self._fd)
+            self.wake_all()
+            return
+        self._wake(tags, here)
+
+    def wake_all(self) -> None:
+        """After the engine was closed: every request has ended and can be read to its end."""
+        with self._lock:
+            tags = list(self._waiting)
+        self._wake(tags, None)
+
+    def _wake(self, tags: Sequence[int], here: asyncio.AbstractEventLoop | None) -> None:
+        for tag in tags:
+            entry = self._waiting.get(tag)
+            if entry is None:
                 continue
+            loop, event = entry
             if loop is here:
                 event.set()
-            elif not loop.is_closed():
-                try:
+            else:
+                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits there any more
                     loop.call_soon_threadsafe(event.set)
-                except RuntimeError:
-                    pass  # closed since: nobody waits there any more
 
 
 class AsyncLLM(BaseLLM):
@@ -83,6 +109,10 @@ class AsyncLLM(BaseLLM):
 
     __init__.__doc__ = BaseLLM.__init__.__doc__
 
+    def close(self) -> None:
+        super().close()
+        self._wakeups.wake_all()
+
     async def __aenter__(self) -> AsyncLLM:
         return self
 
@@ -97,8 +127,8 @@ class AsyncLLM(BaseLLM):
         request_id: str | None = None,
         cache_salt: int = 0,
     ) -> AsyncIterator[StreamOutput]:
-        """`async for out in llm.stream(prompt, params)`: increments as LLM.stream() yields them. The request starts with
-        the first step of the loop."""
+        """`async for out in llm.stream(prompt, params)`: increments as LLM.stream() yields them. The request starts
+        with the first step of the loop."""
         ready = await self._in_thread(prompt, self._prompt)
         async for output in self._iterate(
             ready, sampling_params, request_id, max_unread_tokens=STREAM_UNREAD_TOKENS, cache_salt=cache_salt

@@ -79,8 +79,8 @@ class BaseLLM:
         block_size: tokens in a KV cache block: 16, 32, 64, 128.
         max_model_len: prompt and output together; None: the checkpoint's, or what the KV cache can hold.
         max_num_seqs, max_num_batched_tokens: sequences and tokens in one step.
-        seed: requests without a seed get seeds that follow from it and from their number in order of submission, so that
-            a program run again gives the same outputs. None: fresh seeds.
+        seed: requests without a seed get seeds that follow from it and from their number in order of submission: a
+            program run again gives the same outputs. None: fresh seeds.
         kv_cache_memory: bytes, or a text such as "6GiB". kv_cache_tokens: the same in tokens. Without either, the share
             memory_utilization (alias gpu_memory_utilization) of the free memory, default 0.5, holds weights and cache.
         enable_prefix_caching: share the KV cache of equal prompt beginnings.
@@ -199,8 +199,8 @@ class BaseLLM:
         info, memory = self.info(), self.stats()["memory"]
         weights = memory["embedding_bytes"] + memory["layers_bytes"] + memory["head_bytes"]
         return (
-            f"<{type(self).__name__} {self.model!r} on {info['backend']}: {info['num_layers']} layers, {info['quantization']}, "
-            f"weights {format_bytes(weights)}, KV cache {format_bytes(memory['kv_cache_bytes'])} for "
+            f"<{type(self).__name__} {self.model!r} on {info['backend']}: {info['num_layers']} layers, "
+            f"{info['quantization']}, weights {format_bytes(weights)}, KV cache {format_bytes(memory['kv_cache_bytes'])}: "
             f"{info['num_blocks'] * info['block_size']} tokens, max_model_len {info['max_model_len']}>"
         )
 
@@ -252,6 +252,7 @@ class BaseLLM:
 
     def _prompt(self, prompt: Any) -> tuple[str | None, list[int]]:
         """Text (None for ids) and token ids of anything that a prompt can be."""
+        text: str | None
         if isinstance(prompt, str):
             text, ids = prompt, self.encode(prompt)
         elif is_conversation(prompt):
@@ -263,7 +264,7 @@ class BaseLLM:
                 return self._prompt(prompt["prompt"])
             else:
                 raise ValueError(
-                    f"a prompt dict needs 'prompt' (text) or 'prompt_token_ids', got the keys {sorted(map(str, prompt))}"
+                    f"a prompt dict needs 'prompt' (text) or 'prompt_token_ids', got {sorted(map(str, prompt))}"
                 )
         elif isinstance(prompt, (list, tuple)) or hasattr(prompt, "tolist"):
             text, ids = None, check_token_ids(prompt, self.vocab_size)

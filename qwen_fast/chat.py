@@ -133,7 +133,8 @@ def load_chat_template(
 ) -> dict[str, ChatTemplate]:
     """The templates of a checkpoint by name ("default", "tool_use"); empty where it has none.
 
-    override: a template's text, or the path of a file with it. Otherwise chat_template.jinja, then tokenizer_config.json.
+    override: a template's text, or the path of a file with it. Otherwise chat_template.jinja, then
+    tokenizer_config.json.
     """
     variables = dict(tokenizer.special_tokens)
     source: Any = None

@@ -190,7 +190,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from .llm import LLM
 
     with LLM(args.model, **engine_arguments(args)) as llm:
-        if args.chat or args.system is not None and not args.raw or llm.has_chat_template and not args.raw:
+        if args.chat or (not args.raw and (args.system is not None or llm.has_chat_template)):
             messages = [{"role": "user", "content": prompt}]
             if args.system is not None:
                 messages.insert(0, {"role": "system", "content": args.system})

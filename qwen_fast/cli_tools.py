@@ -50,7 +50,8 @@ def run_info(args: argparse.Namespace) -> int:
         ("parameters", f"{format_count(parameters)} ({parameters:,})"),
         (
             "layers",
-            f"{config['num_hidden_layers']} of hidden size {config['hidden_size']}, intermediate size {config['intermediate_size']}",
+            f"{config['num_hidden_layers']} of hidden size {config['hidden_size']}, "
+            f"intermediate size {config['intermediate_size']}",
         ),
         ("heads", f"{config['num_attention_heads']}, {config.get('num_key_value_heads')} for keys and values"),
         (

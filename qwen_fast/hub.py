@@ -55,8 +55,8 @@ def _local(path: Path, what: str) -> str:
 def _download(repo: str, revision: str | None, download_dir: str | None) -> str:
     tried = f"{repo!r} is no directory here, and as a hub id"
     try:
-        from huggingface_hub import snapshot_download
         from huggingface_hub import errors as hub_errors
+        from huggingface_hub import snapshot_download
     except ImportError:
         raise ModelError(f"{tried} it needs the package huggingface_hub: pip install huggingface_hub") from None
     at = f" at revision {revision!r}" if revision else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 from ._group import Group
 from .base import STREAM_UNREAD_TOKENS, BaseLLM
@@ -85,14 +85,6 @@ class LLM(BaseLLM):
             [(lambda p=prompt: self._prompt(p)) for prompt in prompts], many, progress if use_tqdm is None else use_tqdm
         )
 
-    @overload
-    def chat(
-        self, messages: Any, sampling_params: Any = ..., *, stream: Literal[False] = ..., **options: Any
-    ) -> list[RequestOutput]: ...
-    @overload
-    def chat(
-        self, messages: Any, sampling_params: Any = ..., *, stream: Literal[True], **options: Any
-    ) -> Iterator[StreamOutput]: ...
     def chat(
         self,
         messages: Any,
@@ -107,13 +99,13 @@ class LLM(BaseLLM):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: bool | None = None,
         use_tqdm: bool | None = None,
-    ) -> list[RequestOutput] | Iterator[StreamOutput]:
-        """generate() for conversations: a list of messages, or a list of such lists. Always a list, as generate().
+    ) -> Any:
+        """generate() for conversations: a list of messages, or a list of such lists. A list of RequestOutput.
 
-        stream: the generator of stream() instead, for one conversation.
+        stream: the generator of stream() in its place, for one conversation.
         tools: OpenAI's function descriptions. The other options: see apply_chat_template.
         """
-        options = {
+        options: dict[str, Any] = {
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
@@ -125,10 +117,9 @@ class LLM(BaseLLM):
         if stream:
             if len(conversations) != 1:
                 raise ValueError(f"stream=True takes one conversation, got {len(conversations)}")
-            if isinstance(sampling_params, (list, tuple)):
-                (sampling_params,) = self._params_list(sampling_params, 1)
+            (params,) = self._params_list(sampling_params, 1)
             prompt = self.apply_chat_template(conversations[0], **options)
-            return self._iterate(self._start(prompt, sampling_params, max_unread_tokens=STREAM_UNREAD_TOKENS))
+            return self._iterate(self._start(prompt, params, max_unread_tokens=STREAM_UNREAD_TOKENS))
         many = self._params_list(sampling_params, len(conversations))
         makers = [(lambda c=conversation: self.apply_chat_template(c, **options)) for conversation in conversations]
         return self._generate(makers, many, progress if use_tqdm is None else use_tqdm)

@@ -1,4 +1,4 @@
-"""From LLM's options to the engine's: names checked, units read, what is not built yet refused before anything loads."""
+"""From LLM's options to the engine's: names checked, units read, what is not built yet refused before any load."""
 
 from __future__ import annotations
 

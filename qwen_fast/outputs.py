@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Logprob(NamedTuple):
-    """Natural log-probability under the model alone (before penalties, masks and temperature); rank 1 is the most likely."""
+    """Natural log-probability under the model alone, before penalties, masks and temperature; rank 1: the likeliest."""
 
     logprob: float
     rank: int

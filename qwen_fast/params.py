@@ -173,9 +173,8 @@ def _number(name: str, value: Any, low: float, high: float, above: bool = False)
     except OverflowError:
         value = math.inf
     if math.isnan(value) or not low <= value <= high or (above and value == low):
-        raise ValueError(
-            f"{name} must be {'above' if above else 'from'} {low}{' and at most' if above else ' to'} {high}, got {value}"
-        )
+        limits = f"above {low} and at most {high}" if above else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {limits}, got {value}")
     return value
 
 

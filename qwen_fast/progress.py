@@ -88,7 +88,8 @@ class Progress:
         from IPython.display import HTML, display
 
         bar = HTML(
-            f'{escape(self._title)} <progress value="{self._done}" max="{max(self._total, 1)}"></progress> {escape(said)}'
+            f'{escape(self._title)} <progress value="{self._done}" max="{max(self._total, 1)}"></progress> '
+            f"{escape(said)}"
         )
         if self._display is None:
             self._display = display(bar, display_id=True)

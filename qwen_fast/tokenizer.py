@@ -175,7 +175,8 @@ class Tokenizer:
             self._backend.add_tokens([AddedToken(text, **flags)])
             if self._backend.token_to_id(text) != int(key):
                 raise ModelError(
-                    f"{config_path}: added_tokens_decoder[{key!r}]: {text!r} has id {self._backend.token_to_id(text)} in tokenizer.json"
+                    f"{config_path}: added_tokens_decoder[{key!r}]: {text!r} has id "
+                    f"{self._backend.token_to_id(text)} in tokenizer.json"
                 )
 
     @staticmethod
@@ -211,7 +212,8 @@ class Tokenizer:
             return [text.encode("latin-1") for text in translated.split(separator)]
         except UnicodeEncodeError as error:
             raise ModelError(
-                f"{self._path}: the token {error.object!r} is not written in the byte-level alphabet (character {error.start})"
+                f"{self._path}: the token {error.object!r} is not written in the byte-level alphabet "
+                f"(character {error.start})"
             ) from None
 
 

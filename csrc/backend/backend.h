@@ -62,8 +62,8 @@ typedef struct qf_batch {
 /* Sees the float32 input of each linear: x (num_tokens, k). For calibration. */
 typedef void (*qf_tap_fn)(void *arg, int32_t layer, qf_linear_id id, const float *x, int32_t num_tokens, int32_t k);
 
-/* Called while weights load: done and total in bytes. From one thread at a time. */
-typedef void (*qf_progress_fn)(void *arg, size_t done_bytes, size_t total_bytes);
+/* Called while weights load: done and total in bytes. From one thread at a time. false stops the load. */
+typedef bool (*qf_progress_fn)(void *arg, size_t done_bytes, size_t total_bytes);
 
 typedef struct qf_backend qf_backend;
 

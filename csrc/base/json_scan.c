@@ -260,6 +260,9 @@ qf_status qf_json_scan_number(qf_json_scanner *s, qf_json_value *value)
         }
         d.exponent += exponent;
     }
+    if (negative && s->text[first] == '0') {
+        integer = false; /* -0 has no integer */
+    }
     if (integer && decimal_to_int64(&d, negative, &value->integer)) {
         value->type = QF_JSON_INT;
         value->number = (double)value->integer;

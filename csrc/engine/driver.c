@@ -1,201 +1,7 @@
 /* The driver thread: takes commands in, plans a step, runs it, hands tokens out. Sleeps when there is nothing to do. */
-#include <errno.h>
-#include <string.h>
 #include <time.h>
 
 #include "engine/engine.h"
-
-/* --- requests the driver knows ------------------------------------------------------------------------- */
-
-static void link_live(qf_engine *e, qf_request *r)
-{
-    r->live = true;
-    r->prev_live = NULL;
-    r->next_live = e->live_head;
-    if (e->live_head != NULL) {
-        e->live_head->prev_live = r;
-    }
-    e->live_head = r;
-}
-
-/* Gives the driver's reference up, once the scheduler has let go of the sequence. */
-static void drop_if_released(qf_engine *e, qf_request *r)
-{
-    if (!r->live || !r->seq.released) {
-        return;
-    }
-    r->live = false;
-    *(r->prev_live != NULL ? &r->prev_live->next_live : &e->live_head) = r->next_live;
-    if (r->next_live != NULL) {
-        r->next_live->prev_live = r->prev_live;
-    }
-    (void)pthread_mutex_lock(&e->lock);
-    qf_request_unref_locked(r);
-    (void)pthread_mutex_unlock(&e->lock);
-}
-
-static void count_finish(qf_engine_stats *stats, qf_finish_reason reason)
-{
-    switch (reason) {
-    case QF_FINISH_STOP: stats->num_finished_stop++; break;
-    case QF_FINISH_LENGTH: stats->num_finished_length++; break;
-    case QF_FINISH_ABORT: stats->num_finished_abort++; break;
-    case QF_FINISH_ERROR: stats->num_finished_error++; break;
-    case QF_FINISH_NONE: break;
-    }
-}
-
-static void update_stats(qf_engine *e)
-{
-    qf_scheduler_stats s;
-    qf_scheduler_get_stats(e->scheduler, &s);
-    qf_engine_stats *stats = &e->stats;
-    stats->num_running = s.num_running;
-    stats->num_waiting = s.num_waiting;
-    stats->num_paused = s.num_paused;
-    stats->num_preemptions = s.num_preemptions;
-    stats->prefix_queried_tokens = s.prefix_queried_tokens;
-    stats->prefix_hit_tokens = s.prefix_hit_tokens;
-    stats->num_free_blocks = qf_block_pool_num_available(e->pool);
-    stats->num_cached_blocks = qf_block_pool_num_cached(e->pool);
-}
-
-/* Tells the readers that the request is over. */
-static void publish_finish(qf_engine *e, qf_request *r)
-{
-    (void)pthread_mutex_lock(&e->lock);
-    update_stats(e); /* whoever sees the end sees its blocks returned */
-    r->finished = true;
-    r->finished_time = qf_now_seconds();
-    r->mask_position = -1;
-    e->num_unfinished--;
-    count_finish(&e->stats, r->finish_reason);
-    qf_request_changed_locked(r);
-    (void)pthread_mutex_unlock(&e->lock);
-}
-
-/* Ends a request that the scheduler has not finished: the sequence first, then the text that is still held back
- * (it belongs to the output except after a stop string). Readers hear of it at once, or when the step is over. */
-static void finish(qf_engine *e, qf_request *r, qf_finish_reason reason, const qf_error *error)
-{
-    qf_text_delta delta = {.stop_index = -1};
-    qf_error text_error;
-    qf_scheduler_finish(e->scheduler, &r->seq);
-    if (r->detokenizer != NULL && r->stop_index < 0) {
-        qf_status status = qf_detokenizer_finish(r->detokenizer, &delta, &text_error);
-        if (status == QF_OK) {
-            (void)pthread_mutex_lock(&e->lock);
-            status = qf_request_append_text_locked(r, delta.text, delta.size_bytes, &text_error);
-            (void)pthread_mutex_unlock(&e->lock);
-        }
-        if (status != QF_OK && reason != QF_FINISH_ERROR) {
-            reason = QF_FINISH_ERROR;
-            error = &text_error;
-        }
-    }
-    (void)pthread_mutex_lock(&e->lock);
-    r->finish_reason = reason;
-    if (error != NULL) {
-        r->error = *error;
-    }
-    (void)pthread_mutex_unlock(&e->lock);
-    if (e->finishing_step) {
-        r->next_finishing = e->finishing_head;
-        e->finishing_head = r;
-    } else {
-        publish_finish(e, r);
-    }
-}
-
-/* --- commands ------------------------------------------------------------------------------------------ */
-
-static void admit(qf_engine *e, qf_request *r)
-{
-    qf_error error;
-    link_live(e, r);
-    if (qf_scheduler_add(e->scheduler, &r->seq, &error) != QF_OK) {
-        r->seq.released = true; /* the scheduler never knew it */
-        r->seq.state = QF_SEQ_FINISHED;
-        finish(e, r, QF_FINISH_ERROR, &error);
-        drop_if_released(e, r);
-    } else if (r->mask != NULL) {
-        e->num_masks_waited++;
-    }
-}
-
-static void obey(qf_engine *e, qf_request *r, uint32_t signals)
-{
-    if (r->live && r->seq.state != QF_SEQ_FINISHED) {
-        if ((signals & QF_SIGNAL_CANCEL) != 0) {
-            finish(e, r, QF_FINISH_ABORT, NULL);
-        } else {
-            if ((signals & QF_SIGNAL_RESUME) != 0) {
-                qf_scheduler_set_paused(e->scheduler, &r->seq, false);
-                (void)pthread_mutex_lock(&e->lock);
-                r->paused = false;
-                (void)pthread_mutex_unlock(&e->lock);
-            }
-            if ((signals & QF_SIGNAL_MASK) != 0) {
-                qf_scheduler_set_mask_ready(e->scheduler, &r->seq);
-            }
-        }
-    }
-    drop_if_released(e, r);
-}
-
-/* Called with the lock held, returns with it held. */
-static void take_commands(qf_engine *e)
-{
-    while (e->inbox_head != NULL || e->signal_head != NULL) {
-        qf_request *r = e->inbox_head;
-        if (r != NULL) { /* before signals: a cancel may be for a request that is still in the inbox */
-            e->inbox_head = r->next_new;
-            if (e->inbox_head == NULL) {
-                e->inbox_tail = NULL;
-            }
-            (void)pthread_mutex_unlock(&e->lock);
-            admit(e, r);
-            (void)pthread_mutex_lock(&e->lock);
-            continue;
-        }
-        r = e->signal_head;
-        e->signal_head = r->next_signal;
-        uint32_t signals = r->signals;
-        r->signals = 0;
-        r->signalled = false;
-        (void)pthread_mutex_unlock(&e->lock);
-        obey(e, r, signals);
-        (void)pthread_mutex_lock(&e->lock);
-        qf_request_unref_locked(r);
-    }
-    if (e->reset_prefix_cache) {
-        e->reset_prefix_cache = false;
-        qf_block_pool_reset_prefix_cache(e->pool);
-    }
-}
-
-/* Fails guided requests whose mask is late. */
-static void expire_masks(qf_engine *e)
-{
-    double now = qf_now_seconds();
-    for (qf_request *r = e->live_head, *next; r != NULL; r = next) {
-        next = r->next_live;
-        if (r->mask == NULL || r->seq.state == QF_SEQ_FINISHED) {
-            continue;
-        }
-        (void)pthread_mutex_lock(&e->lock);
-        bool late = r->mask_position >= 0 && now - r->mask_asked_time > (double)r->mask_timeout_us * 1e-6;
-        int32_t position = r->mask_position;
-        (void)pthread_mutex_unlock(&e->lock);
-        if (late) {
-            qf_error error;
-            (void)QF_FAIL(&error, QF_ERROR_STATE, "the grammar mask for position %d did not come within %.3f s", position,
-                          (double)r->mask_timeout_us * 1e-6);
-            finish(e, r, QF_FINISH_ERROR, &error);
-            drop_if_released(e, r);
-        }
-    }
-}
 
 /* --- tokens -------------------------------------------------------------------------------------------- */
 
@@ -261,9 +67,9 @@ static void deliver(qf_engine *e, qf_request *r, int32_t token_id, int32_t parit
     (void)pthread_mutex_unlock(&e->lock);
 
     if (status != QF_OK) {
-        finish(e, r, QF_FINISH_ERROR, &error);
+        qf_driver_finish(e, r, QF_FINISH_ERROR, &error);
     } else if (reason != QF_FINISH_NONE) {
-        finish(e, r, reason, NULL);
+        qf_driver_finish(e, r, reason, NULL);
     } else if (pause) {
         qf_scheduler_set_paused(e->scheduler, &r->seq, true);
     }
@@ -312,7 +118,7 @@ static void take_token(qf_engine *e, const qf_step_entry *entry, int32_t parity)
         (void)QF_FAIL(&error, QF_ERROR_BACKEND,
                       "no token can be sampled at position %d: the logits are not finite, or every token is masked",
                       entry->seq->num_tokens);
-        finish(e, r, QF_FINISH_ERROR, &error);
+        qf_driver_finish(e, r, QF_FINISH_ERROR, &error);
         (void)qf_scheduler_accept(e->scheduler, entry, 0);
     } else if (qf_scheduler_accept(e->scheduler, entry, token_id)) {
         deliver(e, r, token_id, parity);
@@ -346,7 +152,7 @@ static qf_status finish_step(qf_engine *e, qf_error *err)
         qf_request *r = plan->entries[i].seq->owner;
         bool whole = r->seq.num_completed_tokens == r->seq.num_prompt_tokens;
         if (r->sample == NULL && whole && r->seq.state != QF_SEQ_FINISHED) {
-            finish(e, r, QF_FINISH_LENGTH, NULL); /* only the prompt was to be computed */
+            qf_driver_finish(e, r, QF_FINISH_LENGTH, NULL); /* only the prompt was to be computed */
         }
     }
     e->finishing_step = false;
@@ -355,15 +161,15 @@ static qf_status finish_step(qf_engine *e, qf_error *err)
     e->stats.num_generated_tokens += num_sampled;
     e->stats.num_prompt_tokens += num_prompt;
     e->stats.busy_ns += step_ns;
-    update_stats(e);
+    qf_driver_update_stats(e);
     (void)pthread_mutex_unlock(&e->lock);
     while (e->finishing_head != NULL) {
         qf_request *r = e->finishing_head;
         e->finishing_head = r->next_finishing;
-        publish_finish(e, r);
+        qf_driver_publish_finish(e, r);
     }
     for (int32_t i = 0; i < plan->num_entries; i++) {
-        drop_if_released(e, plan->entries[i].seq->owner);
+        qf_driver_drop_if_released(e, plan->entries[i].seq->owner);
     }
     return QF_OK;
 }
@@ -374,7 +180,7 @@ static void end_all(qf_engine *e, qf_finish_reason reason, const qf_error *error
     for (qf_request *r = e->live_head, *next; r != NULL; r = next) {
         next = r->next_live;
         if (r->seq.state != QF_SEQ_FINISHED) {
-            finish(e, r, reason, error);
+            qf_driver_finish(e, r, reason, error);
         }
     }
     while (e->num_in_flight > 0) {
@@ -386,10 +192,10 @@ static void end_all(qf_engine *e, qf_finish_reason reason, const qf_error *error
     }
     for (qf_request *r = e->live_head, *next; r != NULL; r = next) {
         next = r->next_live;
-        drop_if_released(e, r);
+        qf_driver_drop_if_released(e, r);
     }
     (void)pthread_mutex_lock(&e->lock);
-    update_stats(e);
+    qf_driver_update_stats(e);
     (void)pthread_mutex_unlock(&e->lock);
 }
 
@@ -429,10 +235,10 @@ void *qf_driver_main(void *engine)
     qf_error error;
     for (;;) {
         (void)pthread_mutex_lock(&e->lock);
-        take_commands(e);
+        qf_driver_take_commands(e);
         bool stopping = e->stopping;
         bool failed = e->failed;
-        update_stats(e);
+        qf_driver_update_stats(e);
         (void)pthread_mutex_unlock(&e->lock);
         if (stopping) {
             end_all(e, QF_FINISH_ABORT, NULL);
@@ -442,7 +248,7 @@ void *qf_driver_main(void *engine)
             end_all(e, QF_FINISH_ERROR, &e->failure);
         }
         if (e->num_masks_waited > 0) {
-            expire_masks(e);
+            qf_driver_expire_masks(e);
         }
         qf_status status = QF_OK;
         if (!failed && e->num_in_flight < e->resolved.max_steps_in_flight && start_step(e, &status, &error)) {

@@ -150,6 +150,16 @@ qf_status qf_engine_create_with(const qf_engine_options *options, const qf_backe
 
 void *qf_driver_main(void *engine);
 
+/* commands.c: on the driver thread, lock not held unless said */
+void qf_driver_take_commands(qf_engine *engine); /* lock held before and after, not in between */
+void qf_driver_expire_masks(qf_engine *engine);  /* fails guided requests whose mask is late */
+/* Ends a request that the scheduler has not finished. Readers hear of it at once, or when the step is over. */
+void qf_driver_finish(qf_engine *engine, qf_request *request, qf_finish_reason reason, const qf_error *error);
+void qf_driver_publish_finish(qf_engine *engine, qf_request *request);
+/* Gives the driver's reference up, once the scheduler has let go of the sequence. */
+void qf_driver_drop_if_released(qf_engine *engine, qf_request *request);
+void qf_driver_update_stats(qf_engine *engine); /* lock held */
+
 /* batch.c */
 qf_status qf_step_init(qf_step *step, const qf_resolved_options *resolved, qf_error *err);
 void qf_step_deinit(qf_step *step);

@@ -18,8 +18,8 @@
 typedef struct qf_engine qf_engine;
 typedef struct qf_request qf_request;
 
-/* Called while weights load, from the thread that creates the engine. */
-typedef void (*qf_engine_progress_fn)(void *arg, size_t done_bytes, size_t total_bytes);
+/* Called while weights load, from the thread that creates the engine. false stops the load: QF_ERROR_STATE. */
+typedef bool (*qf_engine_progress_fn)(void *arg, size_t done_bytes, size_t total_bytes);
 
 /* qf_engine_options_init sets the defaults; a string option is borrowed during the call that takes the struct.
  * A value that is known but not built yet gives QF_ERROR_NOT_IMPLEMENTED naming it. */

@@ -52,17 +52,15 @@ typedef struct progress_context {
     bool failed;           /* the callable raised: its exception waits in the thread state */
 } progress_context;
 
-static void on_progress(void *arg, size_t done_bytes, size_t total_bytes)
+static bool on_progress(void *arg, size_t done_bytes, size_t total_bytes)
 {
     progress_context *context = arg;
-    if (context->failed) {
-        return;
-    }
     PyEval_RestoreThread(context->thread);
     PyObject *result = PyObject_CallFunction(context->callable, "nn", (Py_ssize_t)done_bytes, (Py_ssize_t)total_bytes);
     context->failed = result == NULL;
     Py_XDECREF(result);
     context->thread = PyEval_SaveThread();
+    return !context->failed;
 }
 
 /* NULL with an exception. */
@@ -77,14 +75,9 @@ static qf_engine *create_engine(const qf_py_state *state, qf_py_engine_options *
     qf_error err = {0};
     context.thread = PyEval_SaveThread();
     qf_status status = qf_engine_create(&parsed->options, &engine, &err);
-    if (context.failed) {
-        qf_engine_destroy(engine);
-        engine = NULL;
-    }
     PyEval_RestoreThread(context.thread);
     if (status != QF_OK && !context.failed) {
         (void)qf_py_raise(state, &err);
-        return NULL;
     }
     return engine;
 }

@@ -1,5 +1,6 @@
-/* sources: backend/cpu/isa.c backend/cpu/context.c backend/cpu/linear.c backend/cpu/linear_pack.c backend/cpu/kernels_*.c base/threads.c base/cpu_count.c base/status.c base/alloc.c base/dtype.c model/quantize.c */
+/* sources: backend/cpu/isa.c backend/cpu/context.c backend/cpu/linear.c backend/cpu/linear_pack.c backend/cpu/kernels_scalar.c backend/cpu/kernels_avx2.c backend/cpu/kernels_avx512.c backend/cpu/kernels_avx512_vnni.c base/threads.c base/cpu_count.c base/status.c base/alloc.c base/dtype.c model/quantize.c */
 /* sanitizers: address thread */
+/* alloc-faults: yes */
 #include "cpu_ops.h"
 
 #include "backend/cpu/kernels.h"
@@ -421,9 +422,51 @@ static void test_errors(void)
     qf_cpu_context_destroy(NULL);
 }
 
+#ifdef CHECK_ALLOC_FAULTS
+/* A context, and a linear rounded from dense rows: whichever allocation fails, the call says so and leaks nothing. */
+static qf_status create_both(test_linear *l)
+{
+    static const qf_cpu_linear_options options = {4, 64};
+    qf_error err;
+    qf_cpu_context *ctx = NULL;
+    qf_cpu_linear *w = NULL;
+    qf_status status = qf_cpu_context_create(QF_ISA_SCALAR, machine.pools[1], 3, 70, &ctx, &err);
+    CHECK((ctx != NULL) == (status == QF_OK));
+    if (status == QF_OK) {
+        status = qf_cpu_linear_create(&l->source, &options, machine.pools[1], &w, &err);
+        CHECK((w != NULL) == (status == QF_OK));
+    }
+    qf_cpu_linear_destroy(w);
+    qf_cpu_context_destroy(ctx);
+    return status;
+}
+
+static void test_alloc_faults(void)
+{
+    test_linear l;
+    test_linear_dense(&l, 20, 70, QF_DTYPE_BF16, random_normal);
+    for (int64_t n = 1; n < 100; n++) {
+        check_fail_alloc(n);
+        const qf_status status = create_both(&l);
+        const bool failed = check_alloc_failed();
+        check_fail_alloc(0);
+        CHECK_INT(status, failed ? QF_ERROR_OUT_OF_MEMORY : QF_OK);
+        if (!failed) {
+            CHECK_INT(n, 6); /* two for the context, three for the layer */
+            test_linear_free(&l);
+            return;
+        }
+    }
+    CHECK(false);
+}
+#endif
+
 int main(void)
 {
     machine_init(&machine);
+#ifdef CHECK_ALLOC_FAULTS
+    RUN(test_alloc_faults);
+#endif
     RUN(test_quantized);
     RUN(test_dense);
     RUN(test_odd_group);

@@ -1,4 +1,4 @@
-/* sources: backend/cpu/isa.c backend/cpu/context.c backend/cpu/elementwise.c backend/cpu/attention.c backend/cpu/kernels_*.c base/threads.c base/cpu_count.c base/status.c base/alloc.c base/dtype.c */
+/* sources: backend/cpu/isa.c backend/cpu/context.c backend/cpu/elementwise.c backend/cpu/attention.c backend/cpu/kernels_scalar.c backend/cpu/kernels_avx2.c backend/cpu/kernels_avx512.c backend/cpu/kernels_avx512_vnni.c base/threads.c base/cpu_count.c base/status.c base/alloc.c base/dtype.c */
 /* sanitizers: address thread */
 #include "cpu_ops.h"
 

@@ -1,4 +1,4 @@
-/* sources: base/ model/ kv/ sched/ sample/ engine/batch.c engine/detokenizer.c engine/driver.c engine/engine.c */
+/* sources: base/ model/ kv/ sched/ sample/ engine/batch.c engine/commands.c engine/detokenizer.c engine/driver.c engine/engine.c */
 /* sources: engine/options.c engine/output.c engine/request.c engine/utf8.c */
 /* sanitizers: address thread */
 /* alloc-faults: yes */

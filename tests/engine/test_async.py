@@ -116,8 +116,7 @@ def test_cancelled_task_cancels_the_request(llm):
 def test_leaving_a_stream_cancels_it(llm):
     async def main():
         stream = llm.stream(QUESTION, ENDLESS)
-        async for one in stream:
-            break
+        await stream.__anext__()
         await stream.aclose()
         await until_idle(llm)
 
@@ -188,3 +187,15 @@ def test_close_mid_stream(demo_dir):
         return rest
 
     assert asyncio.run(main())[-1].finish_reason == "abort"
+
+
+def test_close_wakes_those_who_wait(demo_dir):
+    async def main():
+        llm = AsyncLLM(str(demo_dir), kv_cache_tokens=4096)
+        tasks = [asyncio.create_task(llm.chat(QUESTION, ENDLESS)) for _ in range(3)]
+        while llm.stats()["num_running"] < 3:
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(llm.close)
+        return await asyncio.wait_for(asyncio.gather(*tasks), 10)
+
+    assert [output.outputs[0].finish_reason for (output,) in asyncio.run(main())] == ["abort"] * 3

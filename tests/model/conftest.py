@@ -11,5 +11,5 @@ def demo():
 
 
 def pytest_generate_tests(metafunc):
-    if "isa" in metafunc.fixturenames:
+    if "isa" in metafunc.fixturenames and "number_format" not in metafunc.fixturenames:
         metafunc.parametrize("isa", isas(), scope="session")

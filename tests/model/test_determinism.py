@@ -9,7 +9,7 @@ import random
 import struct
 
 import pytest
-from model_helpers import finish, open_engine, write_dummy
+from model_helpers import finish, isas, open_engine, write_dummy
 
 FORMATS = {
     "float32": dict(),
@@ -20,6 +20,8 @@ FORMATS = {
     "w4-float-activations": dict(quantization="w4", dtype="bfloat16", lm_head_dtype="int4", kv_cache_dtype="auto"),
 }
 
+QUICK = ("float32", "w4a8")
+
 VOCAB = 320
 
 
@@ -28,7 +30,7 @@ def make_requests():
     rng = random.Random(5)
     shared = [rng.randrange(VOCAB) for _ in range(150)]
     requests = []
-    for i, length in enumerate((1, 2, 17, 33, 64, 95, 150, 200, 257, 150)):
+    for i, length in enumerate((1, 2, 17, 33, 64, 95, 130, 150, 200, 130)):
         tail = [rng.randrange(VOCAB) for _ in range(length)]
         prompt = (shared + tail)[:length] if i % 2 == 0 else tail
         options = dict(max_tokens=40 if length < 100 else 24, ignore_eos=True, logprobs=3)
@@ -62,17 +64,28 @@ def run_together(engine, indices=ALL):
     return {i: bits(finish(handle)) for i, handle in handles}
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+@pytest.fixture(scope="module")
 def number_format(request):
     return FORMATS[request.param]
 
 
+def pytest_generate_tests(metafunc):
+    """Paths by formats. The plain C path is slow, so it runs two of the formats by default and all under `long`."""
+    if "start" in metafunc.fixturenames:
+        pairs = [
+            pytest.param(isa, name, marks=[pytest.mark.long] if isa == "scalar" and name not in QUICK else [])
+            for isa in isas()
+            for name in FORMATS
+        ]
+        metafunc.parametrize("isa, number_format", pairs, indirect=["number_format"], scope="module")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """GQA of 3, three groups of 128 in down_proj, one and a half in the others."""
+    """GQA of 3; two and a half groups of 128 in down_proj, one and a half in the others."""
     path = tmp_path_factory.mktemp("dummy")
-    heads = dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=1)
-    return write_dummy(path, **heads, num_hidden_layers=2, vocab_size=VOCAB, max_position_embeddings=1024)
+    shape = dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=1, intermediate_size=320)
+    return write_dummy(path, **shape, num_hidden_layers=2, vocab_size=VOCAB, max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +123,7 @@ def test_prefix_hit(start, reference):
         assert run_together(engine) == reference
         cold = engine.stats()["prefix_hit_tokens"]
         assert run_together(engine) == reference
-        assert engine.stats()["prefix_hit_tokens"] > cold + 500
-        engine.reset_prefix_cache()
-        assert run_together(engine) == reference
+        assert engine.stats()["prefix_hit_tokens"] > cold + 400
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [1, 7, 64])
@@ -122,13 +133,13 @@ def test_chunked_prefill(start, reference, max_num_batched_tokens):
 
 
 def test_preemption(start, reference):
-    with start(kv_cache_tokens=320, max_model_len=320, enable_prefix_caching=False) as engine:
+    with start(kv_cache_tokens=256, max_model_len=256, enable_prefix_caching=False) as engine:
         assert run_together(engine) == reference
         assert engine.stats()["num_preemptions"] > 0
 
 
 def test_preemption_with_prefix_cache_and_chunks(start, reference):
-    with start(kv_cache_tokens=320, max_model_len=320, max_num_batched_tokens=48, block_size=16) as engine:
+    with start(kv_cache_tokens=256, max_model_len=256, max_num_batched_tokens=48, block_size=16) as engine:
         for _ in range(2):
             assert run_together(engine) == reference
         assert engine.stats()["num_preemptions"] > 0

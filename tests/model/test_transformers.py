@@ -74,12 +74,16 @@ VARIATIONS = {
     "sliding-yarn-untied": shape(4, 2, 64, **SLIDING, **UNTIED, rope_scaling=YARN, max_position_embeddings=64),
     "sliding-window-set-but-off": shape(4, 2, 64, **{**SLIDING, "use_sliding_window": False}),
     "one-layer": shape(4, 2, 64, num_hidden_layers=1),
-    "k-bias": shape(4, 2, 64, num_hidden_layers=3),
 }
 
-
-def k_bias_norm(name):
-    return {"k-bias": 900.0, "k-bias-d128-yarn": 600.0}.get(name, 2.0)
+# name -> config, Euclidean norm of the k_proj bias in the first and the last layer
+LARGE_BIAS = {
+    "d64": (shape(4, 2, 64, num_hidden_layers=3), 900.0),
+    "d128-yarn": (
+        shape(7, 1, 128, num_hidden_layers=3, rope_scaling=YARN, max_position_embeddings=64, **UNTIED),
+        600.0,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", VARIATIONS)

@@ -170,16 +170,16 @@ static qf_status load_weights(qf_cpu_backend *self, const qf_checkpoint *checkpo
             QF_TRY(qf_cpu_linear_create(source, &options, self->pool, &layer->linears[id], err));
             done_bytes += qf_cpu_linear_bytes(source, &options);
         }
-        if (progress != NULL) {
-            progress(progress_arg, done_bytes, total_bytes);
+        if (progress != NULL && !progress(progress_arg, done_bytes, total_bytes)) {
+            return QF_FAIL(err, QF_ERROR_STATE, "loading was stopped at %zu of %zu bytes", done_bytes, total_bytes);
         }
     }
     self->final_norm = norm;
     qf_checkpoint_read_norm(checkpoint, 0, QF_FINAL_NORM, self->final_norm);
     QF_TRY(qf_cpu_linear_create(qf_checkpoint_linear(checkpoint, 0, QF_LM_HEAD), &head, self->pool, &self->lm_head,
                                 err));
-    if (progress != NULL) {
-        progress(progress_arg, total_bytes, total_bytes);
+    if (progress != NULL && !progress(progress_arg, total_bytes, total_bytes)) {
+        return QF_FAIL(err, QF_ERROR_STATE, "loading was stopped at its end");
     }
     return QF_OK;
 }

@@ -50,9 +50,13 @@ static void quantize_group(const float *x, int32_t count, int32_t group_size, in
         vf v = left >= 16 ? vf_load(x + i) : left > 0 ? vf_load_part(x + i, left) : vf_set1(0.0f);
         vi rounded = vi_round_vf(vf_mul(v, inverse));
         total = vi_add(total, rounded);
+        const int32_t quads = group_size - i >= 16 ? 4 : (group_size - i) / 4;
+        if (rows == 1 && quads == 4) {
+            vi_store_s8(q + i, rounded);
+            continue;
+        }
         int8_t bytes[16];
         vi_store_s8(bytes, rounded);
-        int32_t quads = group_size - i >= 16 ? 4 : (group_size - i) / 4;
         for (int32_t j = 0; j < quads; j++) {
             memcpy(q + (size_t)(i / 4 + j) * (size_t)rows * 4, bytes + 4 * j, 4);
         }
