@@ -189,18 +189,18 @@ class BaseLLM:
         return self._engine.closed
 
     def close(self) -> None:
-        """Ends all requests (finish_reason "abort") and frees the model. Idempotent; also done when the object is
-        collected and at interpreter exit."""
+        """Ends all requests (finish_reason "abort"). Idempotent; done by itself at interpreter exit."""
         self._close()
 
     def __repr__(self) -> str:
         if self.closed:
             return f"<{type(self).__name__} {self.model!r}, closed>"
         info, memory = self.info(), self.stats()["memory"]
+        cache = format_bytes(memory["kv_cache_bytes"])
         weights = memory["embedding_bytes"] + memory["layers_bytes"] + memory["head_bytes"]
         return (
             f"<{type(self).__name__} {self.model!r} on {info['backend']}: {info['num_layers']} layers, "
-            f"{info['quantization']}, weights {format_bytes(weights)}, KV cache {format_bytes(memory['kv_cache_bytes'])}: "
+            f"{info['quantization']}, weights {format_bytes(weights)}, KV cache {cache}: "
             f"{info['num_blocks'] * info['block_size']} tokens, max_model_len {info['max_model_len']}>"
         )
 

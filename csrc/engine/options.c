@@ -9,6 +9,7 @@
 
 #define MAX_SEQS_LIMIT 4096
 #define MAX_BATCHED_TOKENS_LIMIT (1 << 20)
+#define AUTO_KV_TOKENS 65536 /* a KV cache of unstated size holds at most this many, or two of the longest sequences */
 
 void qf_engine_options_init(qf_engine_options *options)
 {
@@ -251,7 +252,9 @@ static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, qf
     } else {
         uint64_t budget = (uint64_t)((double)out->available_bytes * o->memory_utilization);
         uint64_t left = budget > fixed ? budget - fixed : 0;
-        int64_t enough = (int64_t)o->max_num_seqs * ceil_div(wanted_len, o->block_size);
+        int64_t tokens = 2 * (int64_t)wanted_len > AUTO_KV_TOKENS ? 2 * (int64_t)wanted_len : AUTO_KV_TOKENS;
+        int64_t all_seqs = (int64_t)o->max_num_seqs * wanted_len;
+        int64_t enough = ceil_div(tokens < all_seqs ? tokens : all_seqs, o->block_size);
         blocks = (int64_t)(left / plan->kv_block_bytes);
         blocks = blocks < enough ? blocks : enough;
         if (blocks < 1) {

@@ -41,7 +41,9 @@ typedef struct qf_engine_options {
     int32_t tensor_parallel_size;  /* 1 */
     uint64_t kv_cache_memory_bytes; /* 0: not given */
     int64_t kv_cache_tokens;        /* 0: not given */
-    double memory_utilization;      /* share of the memory available at start that engine and cache may use */
+    double memory_utilization;      /* share of the memory available at start that engine and cache may use; where
+                                       neither figure above is given the cache takes what is left of it, at most
+                                       65,536 tokens or two sequences of max_model_len */
     bool enable_prefix_caching;
     int32_t num_threads;            /* 0: the CPUs of this process */
     const char *isa;                /* "auto", "scalar", "avx2", "avx512", "avx512_vnni" */

@@ -28,7 +28,8 @@ def test_interpreter_exit_in_the_middle_of_a_stream(demo_dir):
 
 
 def test_interpreter_exit_while_a_thread_reads(demo_dir):
-    body = "import threading, time\nthreading.Thread(target=lambda: list(llm.stream(question, endless)), daemon=True).start()\n"
+    body = "import threading, time\n"
+    body += "threading.Thread(target=lambda: list(llm.stream(question, endless)), daemon=True).start()\n"
     process = run_script(demo_dir, body + "time.sleep(0.2)\nprint('end')\n")
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output, errors) == (0, "end\n", "")
@@ -41,7 +42,8 @@ def test_ctrl_c_leaves_the_engine_usable(demo_dir, call):
     body = (
         "print('ready', flush=True)\n"
         f"try:\n    {call}\n    print('not interrupted')\nexcept KeyboardInterrupt:\n    print('interrupted')\n"
-        "out = llm.chat(question, SamplingParams(max_tokens=4, temperature=0))[0]\nprint(len(out.outputs[0].token_ids))\n"
+        "out = llm.chat(question, SamplingParams(max_tokens=4, temperature=0))[0]\n"
+        "print(len(out.outputs[0].token_ids))\n"
         "print(llm.stats()['num_running'])\n"
     )
     process = run_script(demo_dir, body)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from model_helpers import DATA, finish, log_softmax, open_engine
+from model_helpers import DATA, finish, isas, log_softmax, open_engine
 
 GOLDEN = json.loads((DATA / "demo_golden.json").read_text())["prompts"]
 
@@ -13,6 +13,17 @@ SMALLEST_MARGIN = 1e-3
 
 
 CASES = {case["name"]: case for case in GOLDEN}
+
+
+def pytest_generate_tests(metafunc):
+    """Paths by prompts; 3,310 tokens on the plain C path take minutes."""
+    if "name" in metafunc.fixturenames:
+        pairs = [
+            pytest.param(isa, name, marks=[pytest.mark.long] if (isa, name) == ("scalar", "long_context") else [])
+            for isa in isas()
+            for name in CASES
+        ]
+        metafunc.parametrize("isa, name", pairs, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +44,6 @@ def run(demo, isa):
         yield run
 
 
-@pytest.mark.parametrize("name", CASES)
 def test_greedy_ids(run, name):
     case, output = CASES[name], run(name)
     near_ties = [i for i, margin in enumerate(case["margins"]) if margin < SMALLEST_MARGIN]
@@ -42,7 +52,6 @@ def test_greedy_ids(run, name):
     assert output["token_ids"] == case["greedy_ids"]
 
 
-@pytest.mark.parametrize("name", CASES)
 def test_prompt_logits(run, name):
     case, ids = CASES[name], CASES[name]["prompt_ids"]
     rows = np.asarray(run(name)["logits"])

@@ -25,11 +25,13 @@ def rows(demo):
 
 def test_int8_activations(rows):
     divergence = mean_kl(rows["w4, float activations"], rows["w4"])
+    # Measured 7.8e-05.
     print(f"W4A8 against float activations on the same weights: mean KL {divergence:.2e}")
-    assert 0 < divergence < 5e-3
+    assert 0 < divergence < 2e-4
 
 
 def test_w4_against_float32(rows):
     divergence = mean_kl(rows["float32"], rows["w4"])
+    # Measured 2.0e-03: what rounding the demo's weights to 4 bits costs.
     print(f"W4A8 against the float32 model: mean KL {divergence:.2e}")
-    assert 0 < divergence < 5e-2
+    assert 0 < divergence < 3e-3

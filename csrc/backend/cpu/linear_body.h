@@ -247,72 +247,87 @@ QF_INLINE void dense_block(const qf_cpu_linear *w, const float *x, float *out, i
 
 /* Quantised weights, float activations: values are unpacked in registers, in order of k. */
 QF_INLINE void dequant_block(const qf_cpu_linear *w, const float *x, float *out, int32_t tile, const int bits,
-                             const int R)
+                             const int R, const int T)
 {
     const int per_line = bits == 4 ? 8 : 4;
     const size_t header = w->header_bytes, odd = (size_t)(tile % 2);
     const uint8_t *record = qf_cpu_pair(w, tile);
     const vi mask = vi_set1(bits == 4 ? 0x0f : 0xff);
-    vf acc[QF_MAX_ROWS];
+    vf acc[QF_MAX_ROWS][2];
     QF_UNROLL for (int r = 0; r < R; r++) {
-        acc[r] = vf_set1(0.0f);
+        QF_UNROLL for (int t = 0; t < T; t++) {
+            acc[r][t] = vf_set1(0.0f);
+        }
     }
     for (int32_t g = 0; g < w->num_groups; g++, record += w->record_bytes) {
-        const vf scale = record_scales(record + odd * header, w->wide_scales);
-        const vi zero = vi_load_u8(record + odd * header + header / 2);
         const int32_t end = (g + 1) * w->group_size < w->k ? (g + 1) * w->group_size : w->k;
         const uint8_t *line = record + 2 * header + odd * 64;
+        vf scale[2];
+        vi zero[2];
+        QF_UNROLL for (int t = 0; t < T; t++) {
+            const uint8_t *own = record + ((size_t)t + odd) * header;
+            scale[t] = record_scales(own, w->wide_scales);
+            zero[t] = vi_load_u8(own + header / 2);
+        }
         for (int32_t k0 = g * w->group_size; k0 < end; k0 += per_line, line += 128) {
-            const vi packed = vi_load(line);
-            vi bytes = packed; /* low nibbles of the four bytes are k0 .. k0 + 3, high ones k0 + 4 .. k0 + 7 */
+            vi packed[2], bytes[2]; /* low nibbles are k0 .. k0 + 3, high ones k0 + 4 .. k0 + 7 */
+            QF_UNROLL for (int t = 0; t < T; t++) {
+                packed[t] = bytes[t] = vi_load(line + 64 * t);
+                v_prefetch(line + 64 * t + QF_PREFETCH_BYTES);
+            }
             for (int32_t i = 0; i < per_line && k0 + i < end; i++) {
-                if (i == 4) {
-                    bytes = vi_srl(packed, 4);
+                vf weight[2];
+                QF_UNROLL for (int t = 0; t < T; t++) {
+                    bytes[t] = i == 4 ? vi_srl(packed[t], 4) : bytes[t];
+                    weight[t] = vf_mul(scale[t], vf_from_vi(vi_sub(vi_and(bytes[t], mask), zero[t])));
+                    bytes[t] = vi_srl(bytes[t], 8);
                 }
-                const vf weight = vf_mul(scale, vf_from_vi(vi_sub(vi_and(bytes, mask), zero)));
-                bytes = vi_srl(bytes, 8);
                 QF_UNROLL for (int r = 0; r < R; r++) {
-                    acc[r] = vf_fma(vf_set1(x[(size_t)r * (size_t)w->k + (size_t)(k0 + i)]), weight, acc[r]);
+                    const vf value = vf_set1(x[(size_t)r * (size_t)w->k + (size_t)(k0 + i)]);
+                    QF_UNROLL for (int t = 0; t < T; t++) {
+                        acc[r][t] = vf_fma(value, weight[t], acc[r][t]);
+                    }
                 }
             }
         }
     }
     QF_UNROLL for (int r = 0; r < R; r++) {
-        store_tile(w, tile, out + (size_t)r * (size_t)w->n, acc[r]);
+        QF_UNROLL for (int t = 0; t < T; t++) {
+            store_tile(w, tile + t, out + (size_t)r * (size_t)w->n, acc[r][t]);
+        }
     }
 }
 
-QF_INLINE int32_t f32_block(const qf_cpu_linear *w, const float *x, float *out, int32_t tile, int32_t tiles, const int R)
+/* One or two tiles from `tile` on: together, or one after the other where the registers would not hold them. */
+QF_INLINE void f32_block(const qf_cpu_linear *w, const float *x, float *out, int32_t tile, int32_t tiles, const int R)
 {
-#define QF_DENSE(KIND)                                                                                               \
+#define QF_BLOCK(KIND, BLOCK, ARG)                                                                                   \
     if (w->kind == (KIND)) {                                                                                         \
-        if (tiles >= 2) {                                                                                            \
-            dense_block(w, x, out, tile, (KIND), R, 2);                                                              \
-            return 2;                                                                                                \
+        if (tiles == 2 && (R <= QF_TWO_TILE_ROWS || (KIND) <= QF_WEIGHT_F16)) {                                      \
+            BLOCK(w, x, out, tile, (ARG), R, 2);                                                                     \
+            return;                                                                                                  \
         }                                                                                                            \
-        dense_block(w, x, out, tile, (KIND), R, 1);                                                                  \
-        return 1;                                                                                                    \
+        for (int32_t t = 0; t < tiles; t++) {                                                                        \
+            BLOCK(w, x, out, tile + t, (ARG), R, 1);                                                                 \
+        }                                                                                                            \
+        return;                                                                                                      \
     }
-    QF_DENSE(QF_WEIGHT_F32)
-    QF_DENSE(QF_WEIGHT_BF16)
-    QF_DENSE(QF_WEIGHT_F16)
-#undef QF_DENSE
-    if (w->kind == QF_WEIGHT_W4) {
-        dequant_block(w, x, out, tile, 4, R);
-    } else {
-        dequant_block(w, x, out, tile, 8, R);
-    }
-    return 1;
+    QF_BLOCK(QF_WEIGHT_F32, dense_block, QF_WEIGHT_F32)
+    QF_BLOCK(QF_WEIGHT_BF16, dense_block, QF_WEIGHT_BF16)
+    QF_BLOCK(QF_WEIGHT_F16, dense_block, QF_WEIGHT_F16)
+    QF_BLOCK(QF_WEIGHT_W8, dequant_block, 8)
+    QF_BLOCK(QF_WEIGHT_W4, dequant_block, 4)
+#undef QF_BLOCK
 }
 
 #define QF_F32_FUNCTION(R)                                                                                           \
-    static int32_t f32_block_##R(const qf_cpu_linear *w, const float *x, float *out, int32_t tile, int32_t tiles)     \
+    static void f32_block_##R(const qf_cpu_linear *w, const float *x, float *out, int32_t tile, int32_t tiles)        \
     {                                                                                                                \
-        return f32_block(w, x, out, tile, tiles, R);                                                                 \
+        f32_block(w, x, out, tile, tiles, R);                                                                        \
     }
 QF_FOR_EACH_ROW_COUNT(QF_F32_FUNCTION)
 
-typedef int32_t (*f32_block_fn)(const qf_cpu_linear *w, const float *x, float *out, int32_t tile, int32_t tiles);
+typedef void (*f32_block_fn)(const qf_cpu_linear *w, const float *x, float *out, int32_t tile, int32_t tiles);
 
 #define QF_F32_ENTRY(R) f32_block_##R,
 static const f32_block_fn f32_blocks[QF_ROWS_PER_BLOCK] = {QF_FOR_EACH_ROW_COUNT(QF_F32_ENTRY)};
@@ -320,13 +335,12 @@ static const f32_block_fn f32_blocks[QF_ROWS_PER_BLOCK] = {QF_FOR_EACH_ROW_COUNT
 static void linear_f32(const qf_linear_operands *op, int32_t tile_begin, int32_t tile_end)
 {
     const qf_cpu_linear *w = op->linear;
-    for (int32_t tile = tile_begin; tile < tile_end;) {
-        int32_t done = 1;
+    for (int32_t tile = tile_begin; tile < tile_end; tile += 2) {
+        const int32_t tiles = tile_end - tile >= 2 ? 2 : 1;
         for (int32_t row = op->row_begin; row < op->row_end; row += QF_ROWS_PER_BLOCK) {
             int32_t rows = op->num_tokens - row < QF_ROWS_PER_BLOCK ? op->num_tokens - row : QF_ROWS_PER_BLOCK;
-            done = f32_blocks[rows - 1](w, op->x + (size_t)row * (size_t)w->k, op->out + (size_t)row * (size_t)w->n,
-                                        tile, tile_end - tile);
+            f32_blocks[rows - 1](w, op->x + (size_t)row * (size_t)w->k, op->out + (size_t)row * (size_t)w->n, tile,
+                                 tiles);
         }
-        tile += done;
     }
 }
