@@ -108,13 +108,10 @@ def dummy_0_5b(directory: Path) -> Path:
 
 
 def demo_dir() -> Path:
-    """The packaged demo checkpoint."""
+    """The packaged demo checkpoint: 4 bits, groups of 32."""
     import qwen_fast
 
-    for path in (Path(qwen_fast.__file__).parent / "demo", HERE.parents[1] / "shared" / "demo-model"):
-        if (path / "config.json").exists():
-            return path
-    raise FileNotFoundError("the demo checkpoint is not installed with qwen_fast")
+    return Path(qwen_fast.__file__).parent / "demo"
 
 
 def kv_bytes_per_token(info: dict[str, Any]) -> int:

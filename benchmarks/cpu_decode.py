@@ -2,7 +2,9 @@
 
 Every decoded token reads all layers, the output head and the KV cache once: 4-bit codes with their scales as they
 are stored. efficiency = those bytes times steps per second, over the read bandwidth that probe.c measures in the
-same process, before and after each run. The demo model fits into a cache, so its efficiency may pass 1.
+same process, before and after each run. The demo model fits into a cache, so its efficiency may pass 1. A batch shares
+those bytes, so its limit is arithmetic: int8 efficiency = multiply-adds of the linear layers and the head per second,
+over the rate from registers (probe.c again).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from common import (
     dummy_0_5b,
     finish,
     kv_bytes_per_token,
+    linear_macs_per_token,
     logits_hash,
     parser,
     prompt_ids,
@@ -54,6 +57,7 @@ def measure(name: str, model: Path, probe: Probe, args: Any, **options: Any) -> 
     )
     try:
         info, memory = engine.info(), engine.stats()["memory"]
+        macs = linear_macs_per_token(info) + info["hidden_size"] * info["vocab_size"]
         digest = logits_hash(engine)
         print(f"\n{name}: {info['description']}; load {info['load_seconds']:.2f} s; logits {digest}, twice the same")
         for batch in (1, 8):
@@ -61,10 +65,11 @@ def measure(name: str, model: Path, probe: Probe, args: Any, **options: Any) -> 
             context = PROMPT_TOKENS + new_tokens / 2
             step_bytes = memory["layers_bytes"] + memory["head_bytes"] + batch * context * kv_bytes_per_token(info)
             decode(engine, batch, 8)  # warm
-            reads, rates = probe.read_bytes_per_s(), []
+            reads, dots, rates = probe.read_bytes_per_s(), probe.int8_macs_per_s(), []
             for _ in range(args.repeats):
                 rates.append(decode(engine, batch, new_tokens))
                 reads += probe.read_bytes_per_s()
+                dots += probe.int8_macs_per_s()
             bandwidth, steps = max(reads), max(rates)
             row = {
                 "model": name,
@@ -74,6 +79,8 @@ def measure(name: str, model: Path, probe: Probe, args: Any, **options: Any) -> 
                 "bytes_per_step": round(step_bytes),
                 "read_bytes_per_s": spread(reads),
                 "bandwidth_efficiency": step_bytes * steps / bandwidth,
+                "int8_macs_per_s": spread(dots),
+                "int8_efficiency": macs * batch * steps / max(dots),
                 "logits": digest,
                 "load_seconds": info["load_seconds"],
             }
@@ -81,7 +88,7 @@ def measure(name: str, model: Path, probe: Probe, args: Any, **options: Any) -> 
             print(
                 f"  batch {batch}: {batch * steps:8.1f} tok/s (median {row['tokens_per_s']['median']:.1f}), "
                 f"{step_bytes / 1e6:.0f} MB a step, {bandwidth / 1e9:.1f} GB/s read, "
-                f"efficiency {row['bandwidth_efficiency']:.2f}"
+                f"efficiency {row['bandwidth_efficiency']:.2f}; int8 efficiency {row['int8_efficiency']:.2f}"
             )
     finally:
         engine.close()
@@ -94,8 +101,7 @@ def main() -> None:
     arguments.add_argument("--only", choices=["demo", "0.5b"], help="one of the two models")
     args = arguments.parse_args()
     probe = Probe(args.threads)
-    dots = probe.int8_macs_per_s()
-    print(f"{args.threads} threads; int8 multiply-adds {max(dots) / 1e9:.0f} G/s ({probe.dot_width}-bit)")
+    print(f"{args.threads} threads; loads of {probe.read_width} bits, int8 multiply-adds of {probe.dot_width} bits")
     rows = []
     if args.only != "0.5b":
         for head in ("int8", "int4"):
@@ -104,10 +110,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             model = dummy_0_5b(Path(directory))
             for head in ("int8", "int4"):
-                options = dict(quantization="w4", lm_head_dtype=head, load_format="dummy")
-                rows += measure(f"0.5B shape, w4, {head} head", model, probe, args, **options)
-    for row in rows:
-        row["int8_macs_per_s"] = spread(dots)
+                options = {"quantization": "w4", "lm_head_dtype": head, "load_format": "dummy"}
+                rows += measure(f"0.5B shape, {head} head", model, probe, args, **options)
     save("cpu-decode", rows, args.save)
 
 

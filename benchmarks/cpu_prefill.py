@@ -83,7 +83,7 @@ def main() -> None:
     if args.only != "demo":
         with tempfile.TemporaryDirectory() as directory:
             model = dummy_0_5b(Path(directory))
-            rows += measure("0.5B shape, w4", model, probe, args, quantization="w4", load_format="dummy")
+            rows += measure("0.5B shape", model, probe, args, quantization="w4", load_format="dummy")
     save("cpu-prefill", rows, args.save)
 
 

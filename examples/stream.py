@@ -10,7 +10,7 @@ from qwen_fast import LLM, SamplingParams
 
 
 def main() -> None:
-    with LLM(sys.argv[1] if len(sys.argv) > 1 else "demo", quantization="w4") as llm:
+    with LLM(sys.argv[1] if len(sys.argv) > 1 else "demo") as llm:
         messages = [{"role": "user", "content": "Tell me a story about Nora the fox."}]
         for piece in llm.stream(messages, SamplingParams(max_tokens=120, seed=1)):
             print(piece.text, end="", flush=True)

@@ -28,7 +28,7 @@ typedef struct qf_backend_options {
 /* Bytes, exact, known before anything is allocated. */
 typedef struct qf_memory_plan {
     size_t embedding_bytes, layers_bytes, head_bytes;
-    size_t workspace_bytes;
+    size_t workspace_bytes; /* activations and the scratch of kernels */
     size_t kv_block_bytes; /* one block, all layers, K and V */
 } qf_memory_plan;
 

@@ -14,6 +14,7 @@ is quick, and several runs at once do not disturb each other.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -192,14 +193,12 @@ def build(variant: Variant) -> pathlib.Path:
     """Builds one variant and returns the program. Raises BuildError with the compiler's words."""
     source = TESTS / f"test_{variant.name}.c"
     flags = [*CFLAGS, *SANITIZER_FLAGS[variant.sanitizer]]
-    objects = []
-    for name in read_sources(source):
-        path = CSRC / name
-        if variant.alloc_faults and name == "base/alloc.c":
-            path = TESTS / "alloc_fault.c"
-        objects.append(compile_object(path, flags))
+    fault_alloc = {"base/alloc.c": TESTS / "alloc_fault.c"} if variant.alloc_faults else {}
+    paths = [fault_alloc.get(name, CSRC / name) for name in read_sources(source)]
     test_flags = [*flags, "-DCHECK_ALLOC_FAULTS"] if variant.alloc_faults else flags
-    objects.append(compile_object(source, test_flags))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        test_object = pool.submit(compile_object, source, test_flags)
+        objects = [*pool.map(lambda path: compile_object(path, flags), paths), test_object.result()]
     return link(objects, flags, BUILD / variant.label)
 
 

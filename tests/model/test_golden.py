@@ -1,4 +1,4 @@
-"""The demo model in float32 against values that transformers wrote: golden.json of the checkpoint."""
+"""The demo's 16-bit checkpoint in float32 against values that transformers wrote when the model was trained."""
 
 import json
 
@@ -27,10 +27,10 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="module")
-def run(demo, isa):
+def run(original_demo, isa):
     """name -> the output of one request: 64 greedy tokens and the logits of the whole prompt. Run once each."""
     outputs = {}
-    with open_engine(demo, isa=isa, enable_prefix_caching=False) as engine:
+    with open_engine(original_demo, isa=isa, enable_prefix_caching=False) as engine:
 
         def run(name):
             if name not in outputs:

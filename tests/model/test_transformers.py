@@ -179,26 +179,65 @@ def test_hf_overrides_turn_yarn_on(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def demo_reference(demo):
+def original_reference(original_demo):
     """2,000 tokens of the held-out text, and what transformers says of them."""
     torch, transformers = oracle("torch"), oracle("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32).eval()
-    ids = heldout_ids(demo, 2000)
+    model = transformers.AutoModelForCausalLM.from_pretrained(original_demo, dtype=torch.float32).eval()
+    ids = heldout_ids(original_demo, 2000)
     return ids, transformers_logits(model, ids)
 
 
-def test_demo_float32(demo, demo_reference):
-    ids, reference = demo_reference
-    with open_engine(demo) as engine:
-        assert relative_difference(reference, logits(engine, ids)) < 1e-4
+def test_original_demo_float32(original_demo, original_reference):
+    ids, reference = original_reference
+    with open_engine(original_demo) as engine:
+        assert relative_difference(reference, logits(engine, ids)) < DENSE
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_demo_16_bit(demo, demo_reference, dtype):
-    ids, reference = demo_reference
-    with open_engine(demo, dtype=dtype, kv_cache_dtype="auto") as engine:
+def test_original_demo_16_bit(original_demo, original_reference, dtype):
+    ids, reference = original_reference
+    with open_engine(original_demo, dtype=dtype, kv_cache_dtype="auto") as engine:
         divergence = mean_kl(reference, logits(engine, ids))
     print(f"{dtype}: mean KL {divergence:.2e} over {len(ids)} tokens")
+    assert divergence < KL
+
+
+def dequantized_demo(demo):
+    """The packaged checkpoint's weights by the format's description: scale * (code - zero point), low nibbles first."""
+    safetensors_torch, torch = oracle("safetensors.torch"), oracle("torch")
+    tensors = safetensors_torch.load_file(demo / "model.safetensors")
+
+    def nibbles(words, axis):
+        shifts = torch.arange(0, 32, 4)
+        parts = torch.stack([(words >> shift) & 15 for shift in shifts], dim=axis + 1)
+        return parts.flatten(axis, axis + 1).numpy().astype(np.float32)
+
+    weights = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight_packed":
+            scale = tensors[module + ".weight_scale"].float().numpy()
+            n, k = tensors[module + ".weight_shape"].tolist()
+            zero = nibbles(tensors[module + ".weight_zero_point"], 0)[:n]
+            groups = np.arange(k) // (k // scale.shape[1])
+            weights[module + ".weight"] = scale[:, groups] * (nibbles(tensor, 1)[:, :k] - zero[:, groups])
+        elif kind in ("weight", "bias"):
+            weights[name] = tensor.float().numpy()
+    return weights
+
+
+def test_packaged_demo(demo):
+    """Float32 to rounding, the 16-bit cache and then int8 activations (the default) within their divergence."""
+    config = json.loads((demo / "config.json").read_text())
+    ids = heldout_ids(demo, 2000)
+    reference = transformers_logits(transformers_model(config, dequantized_demo(demo)), ids)
+    with open_engine(demo) as engine:
+        assert relative_difference(reference, logits(engine, ids)) < DENSE
+    with open_engine(demo, dtype="auto", kv_cache_dtype="auto") as engine:
+        assert mean_kl(reference, logits(engine, ids)) < KL
+    with open_engine(demo, dtype="auto", kv_cache_dtype="auto", activation_dtype="auto", lm_head_dtype="auto") as engine:
+        divergence = mean_kl(reference, logits(engine, ids))
+        print(f"default, {engine.info()['activation_dtype']} activations: mean KL {divergence:.2e}")
     assert divergence < KL
 
 

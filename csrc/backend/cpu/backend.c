@@ -63,6 +63,17 @@ static qf_cpu_linear_options head_options(const qf_backend_options *options)
                                    .group_size = options->quantize_group_size};
 }
 
+/* The rows and the widest input that a linear layer gets: the kernels' scratch is sized by them. */
+static int32_t context_tokens(const qf_backend_options *options)
+{
+    return max_i32(options->max_num_batched_tokens, MAX_LOGIT_ROWS);
+}
+
+static int32_t context_features(const qf_model_config *config)
+{
+    return max_i32(config->intermediate_size, max_i32(config->hidden_size, config->num_heads * config->head_dim));
+}
+
 static qf_status cpu_plan_memory(const qf_checkpoint *checkpoint, const qf_backend_options *options,
                                  qf_memory_plan *out, qf_error *err)
 {
@@ -81,7 +92,9 @@ static qf_status cpu_plan_memory(const qf_checkpoint *checkpoint, const qf_backe
     out->layers_bytes += (size_t)(2 * config->num_layers + 1) * (size_t)config->hidden_size * sizeof(float);
     out->head_bytes = qf_cpu_linear_bytes(qf_checkpoint_linear(checkpoint, 0, QF_LM_HEAD), &head);
     qf_cpu_workspace ws;
-    out->workspace_bytes = qf_cpu_workspace_layout(config, options, NULL, &ws);
+    out->workspace_bytes = qf_cpu_workspace_layout(config, options, NULL, &ws) +
+                           qf_cpu_context_bytes(options->num_threads, context_tokens(options),
+                                                context_features(config));
     out->kv_block_bytes = 2 * (size_t)config->num_layers *
                           qf_cpu_kv_cache_bytes(1, options->block_size, config->num_kv_heads, config->head_dim,
                                                 kv_dtype(options));
@@ -208,10 +221,8 @@ static qf_status alloc_step_state(qf_cpu_backend *self, qf_isa isa, qf_error *er
 {
     const qf_model_config *config = &self->config;
     const qf_backend_options *options = &self->options;
-    int32_t features = max_i32(config->intermediate_size,
-                               max_i32(config->hidden_size, config->num_heads * config->head_dim));
-    QF_TRY(qf_cpu_context_create(isa, self->pool, max_i32(options->max_num_batched_tokens, MAX_LOGIT_ROWS), features,
-                                 &self->ctx, err));
+    QF_TRY(qf_cpu_context_create(isa, self->pool, context_tokens(options), context_features(config), &self->ctx,
+                                 err));
     self->workspace_bytes = qf_cpu_workspace_layout(config, options, NULL, &self->ws);
     QF_TRY(qf_pages_alloc(&self->workspace, self->workspace_bytes, "the workspace", err));
     (void)qf_cpu_workspace_layout(config, options, self->workspace, &self->ws);

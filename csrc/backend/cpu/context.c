@@ -45,6 +45,12 @@ static size_t carve_context(qf_cpu_context *ctx, char *base, int32_t num_threads
     return c.used_bytes;
 }
 
+size_t qf_cpu_context_bytes(int32_t num_threads, int32_t max_num_tokens, int32_t max_features)
+{
+    qf_cpu_context unused = {0};
+    return carve_context(&unused, NULL, num_threads, max_num_tokens, max_features);
+}
+
 qf_status qf_cpu_context_create(qf_isa isa, qf_thread_pool *pool, int32_t max_num_tokens, int32_t max_features,
                                 qf_cpu_context **out, qf_error *err)
 {
@@ -67,7 +73,7 @@ qf_status qf_cpu_context_create(qf_isa isa, qf_thread_pool *pool, int32_t max_nu
     self->max_num_tokens = max_num_tokens;
     self->max_features = max_features;
     self->max_partials = QF_MAX_ATTENTION_PARTIALS;
-    self->pages_bytes = carve_context(self, NULL, self->num_threads, max_num_tokens, max_features);
+    self->pages_bytes = qf_cpu_context_bytes(self->num_threads, max_num_tokens, max_features);
     qf_status status = qf_pages_alloc(&self->pages, self->pages_bytes, "the CPU workspace", err);
     if (status != QF_OK) {
         qf_free(self);

@@ -27,6 +27,8 @@ typedef struct qf_cpu_context qf_cpu_context;
 qf_status qf_cpu_context_create(qf_isa isa, qf_thread_pool *pool, int32_t max_num_tokens, int32_t max_features,
                                 qf_cpu_context **out, qf_error *err); /* isa beyond the machine's: invalid argument */
 void qf_cpu_context_destroy(qf_cpu_context *self); /* NULL-safe; the pool is borrowed */
+/* Bytes of scratch memory that qf_cpu_context_create reserves: exact, before allocation. */
+size_t qf_cpu_context_bytes(int32_t num_threads, int32_t max_num_tokens, int32_t max_features);
 
 void qf_cpu_embedding(qf_cpu_context *ctx, const qf_embedding_args *args);
 void qf_cpu_rmsnorm(qf_cpu_context *ctx, const qf_rmsnorm_args *args);

@@ -16,13 +16,15 @@
  *
  * Roofline: 1 row reads 4.25 bits per weight (G 128) and is bound by memory; from about 8 rows on the dot
  * instructions bound it: 64 multiply-adds each, two per cycle. R 8, T 2 makes 16 independent accumulators (latency
- * 4, two per cycle: 8 would do) and 10 loads per 16 dots. */
-
-#if defined(__clang__)
-#define QF_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define QF_UNROLL _Pragma("GCC unroll 16")
-#endif
+ * 4, two per cycle: 8 would do) and 10 loads per 16 dots.
+ *
+ * Measured (Zen 5, 2 cores, AVX-512 VNNI, November 2026; all layers and a 4-bit head of the 0.5B shape, 262 MB):
+ *   2 threads, wall time:  1 row 7.2 ms = 36.6 GB/s, 95 % of a plain read of as many bytes; 8 rows 10.6 ms (5.4 x)
+ *   1 thread, CPU time:    1 row 33.9 GB/s, 88 %; 8 rows 12.1 ms; 512 rows 0.73 TOPS, 72 % of a loop of dots alone,
+ *                          rounding the activations included. AVX2: 1 row 28.9 GB/s, 512 rows 0.22 TOPS.
+ * Tried and lost: one stream per tile (records of a tile in sequence): the first lines of every second tile miss,
+ * 4 rows 12.8 instead of 8.9 ms; records of two tiles alternating by group: 1 row 24 GB/s, the order of addresses
+ * defeats the prefetcher; prefetching 1 KB ahead: 30 GB/s; 4 or 8 KB: like 2. */
 
 #define QF_PREFETCH_BYTES 2048
 

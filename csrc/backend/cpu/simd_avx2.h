@@ -7,6 +7,12 @@
 #include <string.h>
 
 #define QF_INLINE static inline __attribute__((always_inline))
+/* The loops over rows and tiles of a register block must vanish, or its accumulators would live in memory. */
+#if defined(__clang__)
+#define QF_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define QF_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 typedef struct vf { __m256 a, b; } vf;
 typedef struct vi { __m256i a, b; } vi;

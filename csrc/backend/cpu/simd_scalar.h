@@ -12,7 +12,8 @@
 
 #include "base/dtype.h"
 
-#define QF_INLINE static inline __attribute__((always_inline))
+#define QF_INLINE static inline /* the compiler may choose: this is the reference, not the fast path */
+#define QF_UNROLL
 #define QF_LANES for (int i = 0; i < 16; i++)
 
 typedef struct vf { float v[16]; } vf;
