@@ -89,6 +89,7 @@ typedef struct qf_backend_vtable {
 
 struct qf_backend {
     const qf_backend_vtable *vtable;
+    const char *isa; /* the instruction set in use, a string literal; NULL: the backend has none to choose */
 };
 
 const qf_backend_vtable *qf_cpu_backend_vtable(void);

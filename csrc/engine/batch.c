@@ -4,12 +4,24 @@
 #include "base/alloc.h"
 #include "engine/engine.h"
 
+static size_t table_stride(const qf_backend_options *o)
+{
+    return ((size_t)o->max_model_len + (size_t)o->block_size - 1) / (size_t)o->block_size;
+}
+
+size_t qf_step_bytes(const qf_backend_options *o)
+{
+    size_t tokens = (size_t)o->max_num_batched_tokens;
+    size_t seqs = (size_t)o->max_num_seqs;
+    return (3 * tokens + seqs + 1 + seqs + seqs * table_stride(o)) * sizeof(int32_t) + tokens * sizeof(qf_logit_task);
+}
+
 qf_status qf_step_init(qf_step *step, const qf_resolved_options *resolved, qf_error *err)
 {
     const qf_backend_options *o = &resolved->backend;
     size_t tokens = (size_t)o->max_num_batched_tokens;
     size_t seqs = (size_t)o->max_num_seqs;
-    size_t stride = ((size_t)o->max_model_len + (size_t)o->block_size - 1) / (size_t)o->block_size;
+    size_t stride = table_stride(o);
     *step = (qf_step){0};
     step->batch.block_table_stride = (int32_t)stride;
     QF_TRY(qf_step_plan_init(&step->plan, o->max_num_seqs, err));

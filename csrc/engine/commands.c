@@ -90,6 +90,10 @@ void qf_driver_finish(qf_engine *e, qf_request *r, qf_finish_reason reason, cons
         }
     }
     (void)pthread_mutex_lock(&e->lock);
+    if (delta.stop_index >= 0 && reason == QF_FINISH_LENGTH) { /* completed by the last bytes */
+        r->stop_index = delta.stop_index;
+        reason = QF_FINISH_STOP;
+    }
     r->finish_reason = reason;
     if (error != NULL) {
         r->error = *error;

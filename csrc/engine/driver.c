@@ -107,7 +107,8 @@ static bool start_step(qf_engine *e, qf_status *status, qf_error *err)
     return true;
 }
 
-static void take_token(qf_engine *e, const qf_step_entry *entry, int32_t parity)
+/* True if the token went to its request. */
+static bool take_token(qf_engine *e, const qf_step_entry *entry, int32_t parity)
 {
     qf_request *r = entry->seq->owner;
     int32_t token_id = r->step_token[parity];
@@ -120,9 +121,12 @@ static void take_token(qf_engine *e, const qf_step_entry *entry, int32_t parity)
                       entry->seq->num_tokens);
         qf_driver_finish(e, r, QF_FINISH_ERROR, &error);
         (void)qf_scheduler_accept(e->scheduler, entry, 0);
+        e->forget_prefixes = true;
     } else if (qf_scheduler_accept(e->scheduler, entry, token_id)) {
         deliver(e, r, token_id, parity);
+        return true;
     }
+    return false;
 }
 
 /* Waits for the oldest step and hands its tokens out. */
@@ -142,12 +146,15 @@ static qf_status finish_step(qf_engine *e, qf_error *err)
         if (prompt_left > 0) {
             num_prompt += (uint64_t)(prompt_left < entry->num_tokens ? prompt_left : entry->num_tokens);
         }
-        if (entry->samples) {
-            take_token(e, entry, parity);
+        if (entry->samples && take_token(e, entry, parity)) {
             num_sampled++;
         }
     }
     qf_scheduler_complete(e->scheduler, plan);
+    if (e->forget_prefixes) {
+        e->forget_prefixes = false;
+        qf_block_pool_reset_prefix_cache(e->pool);
+    }
     for (int32_t i = 0; i < plan->num_entries; i++) {
         qf_request *r = plan->entries[i].seq->owner;
         bool whole = r->seq.num_completed_tokens == r->seq.num_prompt_tokens;
@@ -242,6 +249,9 @@ void *qf_driver_main(void *engine)
         (void)pthread_mutex_unlock(&e->lock);
         if (stopping) {
             end_all(e, QF_FINISH_ABORT, NULL);
+            (void)pthread_mutex_lock(&e->lock); /* signals that came meanwhile hold references */
+            qf_driver_take_commands(e);
+            (void)pthread_mutex_unlock(&e->lock);
             break;
         }
         if (failed) { /* requests that were on their way in when it failed */

@@ -1,6 +1,7 @@
 /* Creation, shutdown and the small queries of an engine. */
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -86,11 +87,17 @@ static qf_status create_machinery(qf_engine *self, const qf_engine_options *opti
     QF_TRY(open_event_fd(self, err));
     QF_TRY(backend->create(checkpoint, &resolved->backend, resolved->num_blocks, options->progress,
                            options->progress_arg, &self->backend, err));
+    self->isa = self->backend->isa != NULL ? self->backend->isa : "";
     (void)snprintf(self->description, sizeof self->description, "%s", backend->describe(self->backend));
     qf_memory_report_fill(resolved, &self->stats.memory);
     self->stats.num_free_blocks = resolved->num_blocks;
-    if (pthread_create(&self->driver, NULL, qf_driver_main, self) != 0) {
-        return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY, "cannot start the driver thread: %s", strerror(errno));
+    sigset_t all, before; /* signals stay with the threads of the program around us */
+    (void)sigfillset(&all);
+    (void)pthread_sigmask(SIG_SETMASK, &all, &before);
+    int code = pthread_create(&self->driver, NULL, qf_driver_main, self);
+    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (code != 0) {
+        return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY, "cannot start the driver thread: %s", strerror(code));
     }
     self->driver_started = true;
     return QF_OK;
@@ -158,6 +165,13 @@ void qf_engine_stop(qf_engine *self)
     if (join) {
         (void)pthread_join(self->driver, NULL);
     }
+    (void)pthread_mutex_lock(&self->lock);
+    self->driver_gone = self->driver_gone || join || !self->driver_started;
+    (void)pthread_cond_broadcast(&self->wake);
+    while (!self->driver_gone) { /* another caller is joining it */
+        (void)pthread_cond_wait(&self->wake, &self->lock);
+    }
+    (void)pthread_mutex_unlock(&self->lock);
 }
 
 void qf_engine_destroy(qf_engine *self)
@@ -205,6 +219,7 @@ void qf_engine_get_info(const qf_engine *self, qf_engine_info *out)
     const qf_resolved_options *resolved = &self->resolved;
     *out = (qf_engine_info){.backend = self->backend_name,
                             .description = self->description,
+                            .isa = self->isa,
                             .vocab_size = config->vocab_size,
                             .hidden_size = config->hidden_size,
                             .intermediate_size = config->intermediate_size,

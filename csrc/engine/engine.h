@@ -32,9 +32,6 @@ typedef struct qf_resolved_options {
 qf_status qf_options_resolve(const qf_engine_options *options, const qf_backend_vtable *backend,
                              qf_checkpoint **checkpoint, qf_resolved_options *out, qf_error *err);
 void qf_memory_report_fill(const qf_resolved_options *resolved, qf_memory_report *out);
-/* Bytes this process may still use: free memory and cgroup limit. */
-uint64_t qf_available_memory_bytes(void);
-
 /* Commands to the driver about a request; bits of qf_request.signals. */
 enum { QF_SIGNAL_CANCEL = 1, QF_SIGNAL_RESUME = 2, QF_SIGNAL_MASK = 4 };
 
@@ -112,6 +109,7 @@ struct qf_engine {
     int32_t references;  /* the owner and each request; guarded by lock */
     pthread_t driver;
     bool driver_started, driver_joined;
+    bool driver_gone; /* joined: guarded by lock */
 
     /* Fixed after creation. */
     qf_resolved_options resolved;
@@ -119,6 +117,7 @@ struct qf_engine {
     double load_seconds;
     char description[160];
     const char *backend_name;
+    const char *isa; /* "": none */
     int event_read_fd, event_write_fd;
 
     /* Guarded by lock. */
@@ -139,6 +138,7 @@ struct qf_engine {
     int32_t num_in_flight;
     uint64_t num_submitted, num_collected;
     qf_request *live_head;
+    bool forget_prefixes;       /* a step gave logits that are not finite: what it cached is not trusted */
     bool finishing_step;        /* ends are published when the step's books are closed */
     qf_request *finishing_head;
     int32_t num_masks_waited;
@@ -163,6 +163,7 @@ void qf_driver_update_stats(qf_engine *engine); /* lock held */
 /* batch.c */
 qf_status qf_step_init(qf_step *step, const qf_resolved_options *resolved, qf_error *err);
 void qf_step_deinit(qf_step *step);
+size_t qf_step_bytes(const qf_backend_options *options); /* what qf_step_init allocates, beside the plan's entries */
 /* Fills step->batch from step->plan. `parity` selects where results go. */
 void qf_step_build(qf_step *step, const qf_engine *engine, int32_t parity);
 

@@ -1,15 +1,15 @@
 /* Engine options: strings parsed, defaults resolved against the checkpoint and the machine, memory planned. */
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
+#include "base/memory.h"
 #include "base/threads.h"
 #include "engine/engine.h"
 
 #define MAX_SEQS_LIMIT 4096
 #define MAX_BATCHED_TOKENS_LIMIT (1 << 20)
-#define AUTO_KV_TOKENS 65536 /* a KV cache of unstated size holds at most this many, or two of the longest sequences */
+#define AUTO_UTILIZATION 0.5 /* where neither a share of the memory nor a size of the KV cache is given, and then ... */
+#define AUTO_KV_TOKENS 65536 /* ... the cache holds at most this many, or two of the longest sequences */
 
 void qf_engine_options_init(qf_engine_options *options)
 {
@@ -25,7 +25,6 @@ void qf_engine_options_init(qf_engine_options *options)
                                    .max_num_seqs = 256,
                                    .max_num_batched_tokens = 2048,
                                    .tensor_parallel_size = 1,
-                                   .memory_utilization = 0.5,
                                    .enable_prefix_caching = true,
                                    .isa = "auto"};
 }
@@ -88,8 +87,9 @@ static qf_status check_numbers(const qf_engine_options *o, qf_error *err)
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "quantization_group_size must be 32, 64 or 128; got %d",
                        o->quantization_group_size);
     }
-    if (!(o->memory_utilization > 0.0 && o->memory_utilization <= 1.0)) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "memory_utilization must be above 0 and at most 1; got %g",
+    if (!(o->memory_utilization >= 0.0 && o->memory_utilization <= 1.0)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "memory_utilization must be above 0 and at most 1 (or 0: not given); got %g",
                        o->memory_utilization);
     }
     if (o->kv_cache_tokens > 0 && o->kv_cache_memory_bytes > 0) {
@@ -187,52 +187,21 @@ static qf_status resolve_formats(const qf_engine_options *o, const qf_model_conf
 
 /* --- memory -------------------------------------------------------------------------------------------- */
 
-/* The number after `key` in a file of "key value" lines, or with key NULL the file's first number; 0 if absent. */
-static uint64_t read_number(const char *path, const char *key)
-{
-    FILE *file = fopen(path, "re");
-    if (file == NULL) {
-        return 0;
-    }
-    char line[256];
-    uint64_t value = 0;
-    while (fgets(line, sizeof line, file) != NULL) {
-        if (key == NULL) {
-            value = strtoull(line, NULL, 10);
-            break;
-        }
-        size_t length = strlen(key);
-        if (strncmp(line, key, length) == 0) {
-            value = strtoull(line + length, NULL, 10);
-            break;
-        }
-    }
-    (void)fclose(file);
-    return value;
-}
-
-uint64_t qf_available_memory_bytes(void)
-{
-    uint64_t available = read_number("/proc/meminfo", "MemAvailable:") * 1024u;
-    if (available == 0) {
-        long pages = sysconf(_SC_PHYS_PAGES);
-        long page_bytes = sysconf(_SC_PAGESIZE);
-        available = pages > 0 && page_bytes > 0 ? (uint64_t)pages * (uint64_t)page_bytes : (uint64_t)1 << 30;
-    }
-    static const char *const limits[][2] = {
-        {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"},
-        {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"}};
-    for (size_t i = 0; i < sizeof limits / sizeof limits[0]; i++) {
-        uint64_t limit = read_number(limits[i][0], NULL); /* "max" reads as 0: no limit */
-        uint64_t used = read_number(limits[i][1], NULL);
-        if (limit > used && limit - used < available) {
-            available = limit - used;
-        }
-    }
-    return available;
-}
-
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The most tokens that a KV cache sized by a share of the memory holds: what all sequences can use, and where no
+ * share was given, far less of a large machine. */
+static int64_t most_tokens(const qf_engine_options *o, int32_t wanted_len)
+{
+    int64_t all_seqs = (int64_t)o->max_num_seqs * wanted_len;
+    if (o->memory_utilization > 0.0) {
+        return all_seqs;
+    }
+    int64_t two_seqs = 2 * (int64_t)wanted_len;
+    return min_i64(two_seqs > AUTO_KV_TOKENS ? two_seqs : AUTO_KV_TOKENS, all_seqs);
+}
 
 /* How many blocks the options ask for, before max_model_len is settled. */
 static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, qf_resolved_options *out, qf_error *err)
@@ -250,20 +219,26 @@ static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, qf
                            (unsigned long long)o->kv_cache_memory_bytes, o->block_size, plan->kv_block_bytes);
         }
     } else {
-        uint64_t budget = (uint64_t)((double)out->available_bytes * o->memory_utilization);
+        double share = o->memory_utilization > 0.0 ? o->memory_utilization : AUTO_UTILIZATION;
+        uint64_t budget = (uint64_t)((double)out->available_bytes * share);
         uint64_t left = budget > fixed ? budget - fixed : 0;
-        int64_t tokens = 2 * (int64_t)wanted_len > AUTO_KV_TOKENS ? 2 * (int64_t)wanted_len : AUTO_KV_TOKENS;
-        int64_t all_seqs = (int64_t)o->max_num_seqs * wanted_len;
-        int64_t enough = ceil_div(tokens < all_seqs ? tokens : all_seqs, o->block_size);
-        blocks = (int64_t)(left / plan->kv_block_bytes);
-        blocks = blocks < enough ? blocks : enough;
+        blocks = min_i64((int64_t)(left / plan->kv_block_bytes), ceil_div(most_tokens(o, wanted_len), o->block_size));
+        blocks = min_i64(blocks, INT32_MAX / o->block_size);
         if (blocks < 1) {
             return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY,
                            "no memory is left for the KV cache: %.0f %% of %llu available bytes is %llu; weights and "
                            "workspace take %llu, one KV block %zu",
-                           o->memory_utilization * 100.0, (unsigned long long)out->available_bytes,
+                           share * 100.0, (unsigned long long)out->available_bytes,
                            (unsigned long long)budget, (unsigned long long)fixed, plan->kv_block_bytes);
         }
+    }
+    double kv_bytes = (double)blocks * (double)plan->kv_block_bytes;
+    if ((double)fixed + kv_bytes > (double)out->available_bytes) {
+        return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY,
+                       "weights and workspace of %llu bytes and a KV cache of %.0f (%lld blocks of %zu) exceed the %llu "
+                       "bytes of memory that are available",
+                       (unsigned long long)fixed, kv_bytes, (long long)blocks, plan->kv_block_bytes,
+                       (unsigned long long)out->available_bytes);
     }
     if (blocks > INT32_MAX / o->block_size) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "a KV cache of %lld blocks of %d tokens exceeds 2^31 tokens",
@@ -340,6 +315,8 @@ qf_status qf_options_resolve(const qf_engine_options *options, const qf_backend_
      * request that stops would waste a planned row: one step in flight unless asked otherwise. */
     out->max_steps_in_flight = options->max_steps_in_flight > 0 ? options->max_steps_in_flight : 1;
     QF_TRY_GOTO(backend->plan_memory(*checkpoint, b, &out->plan, err), fail);
+    b->max_model_len = options->max_model_len > 0 ? options->max_model_len : config->max_position_embeddings;
+    out->plan.workspace_bytes += QF_MAX_STEPS_IN_FLIGHT * qf_step_bytes(b);
     QF_TRY_GOTO(resolve_lengths(options, config, out, err), fail);
     return QF_OK;
 fail:

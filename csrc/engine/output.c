@@ -11,6 +11,12 @@ static size_t row_entries(const qf_request *r) { return (size_t)r->num_logprobs 
 
 static int32_t num_unread(const qf_request *r) { return r->num_output_tokens - r->num_read_tokens; }
 
+static bool has_news_locked(const qf_request *r)
+{
+    return num_unread(r) > 0 || r->text_bytes > 0 || (r->mask_position >= 0 && !r->mask_told) ||
+           (r->finished && !r->finish_read);
+}
+
 /* --- the driver's side --------------------------------------------------------------------------------- */
 
 qf_status qf_request_append_text_locked(qf_request *r, const char *text, size_t text_bytes, qf_error *err)
@@ -84,8 +90,10 @@ int32_t qf_engine_take_ready(qf_engine *self, uint64_t *tags, int32_t capacity)
         qf_request *r = self->ready_head;
         self->ready_head = r->next_ready;
         r->in_ready_list = false;
-        r->ready_told = true;
-        tags[count++] = r->tag;
+        if (has_news_locked(r)) { /* not read since it was put on the list */
+            r->ready_told = true;
+            tags[count++] = r->tag;
+        }
     }
     if (self->ready_head == NULL) {
         self->ready_tail = NULL;
@@ -98,12 +106,6 @@ int32_t qf_engine_take_ready(qf_engine *self, uint64_t *tags, int32_t capacity)
 }
 
 /* --- the reader's side --------------------------------------------------------------------------------- */
-
-static bool has_news_locked(const qf_request *r)
-{
-    return num_unread(r) > 0 || r->text_bytes > 0 || (r->mask_position >= 0 && !r->mask_told) ||
-           (r->finished && !r->finish_read);
-}
 
 bool qf_request_wait(qf_request *self, int64_t timeout_us)
 {

@@ -63,8 +63,10 @@ static qf_status check_options(const qf_engine *engine, const qf_request_options
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "min_tokens %d exceeds max_tokens %d", o->sampling.min_tokens,
                        max_tokens);
     }
-    if (o->num_prompt_logprobs < -1 || o->num_prompt_logprobs > QF_MAX_LOGPROBS) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "prompt_logprobs must be 0 to %d; got %d", QF_MAX_LOGPROBS,
+    int32_t vocab_size = engine->config.vocab_size;
+    int32_t max_logprobs = vocab_size < QF_MAX_LOGPROBS ? vocab_size : QF_MAX_LOGPROBS;
+    if (o->num_prompt_logprobs < -1 || o->num_prompt_logprobs > max_logprobs) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "prompt_logprobs must be 0 to %d; got %d", max_logprobs,
                        o->num_prompt_logprobs);
     }
     if (o->logits_start < 0 || o->logits_stop < o->logits_start || o->logits_stop > o->num_prompt_tokens) {

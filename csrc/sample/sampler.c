@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <stddef.h>
+#include <string.h>
 
 #include "base/alloc.h"
 #include "base/math.h"
@@ -9,20 +10,17 @@
 #include "sample/select.h"
 #include "sample/state.h"
 
-qf_status qf_sampler_create(int32_t vocab_size, qf_sampler **out, qf_error *err)
+typedef struct scratch {
+    void **out;
+    size_t count, size;
+} scratch;
+
+enum { NUM_SCRATCH = 11 };
+
+static void list_scratch(qf_sampler *self, int32_t vocab_size, scratch arrays[NUM_SCRATCH])
 {
-    *out = NULL;
-    if (vocab_size < 1) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "vocab_size is %d: must be at least 1", vocab_size);
-    }
-    qf_sampler *self;
-    QF_TRY(qf_alloc((void **)&self, 1, sizeof *self, "sampler", err));
-    self->vocab_size = vocab_size;
     size_t size = (size_t)vocab_size;
-    const struct {
-        void **out;
-        size_t count, size;
-    } arrays[] = {
+    const scratch all[NUM_SCRATCH] = {
         {(void **)&self->row, size, sizeof *self->row},
         {(void **)&self->weights, size, sizeof *self->weights},
         {(void **)&self->sorted, size, sizeof *self->sorted},
@@ -35,8 +33,34 @@ qf_status qf_sampler_create(int32_t vocab_size, qf_sampler **out, qf_error *err)
         {(void **)&self->spare_keys, size, sizeof *self->spare_keys},
         {(void **)&self->digits, QF_NUM_DIGITS * QF_NUM_BUCKETS, sizeof *self->digits},
     };
+    memcpy(arrays, all, sizeof all);
+}
+
+size_t qf_sampler_bytes(int32_t vocab_size)
+{
+    qf_sampler none;
+    scratch arrays[NUM_SCRATCH];
+    list_scratch(&none, vocab_size, arrays);
+    size_t bytes = sizeof none;
+    for (int i = 0; i < NUM_SCRATCH; i++) {
+        bytes += arrays[i].count * arrays[i].size;
+    }
+    return bytes;
+}
+
+qf_status qf_sampler_create(int32_t vocab_size, qf_sampler **out, qf_error *err)
+{
+    *out = NULL;
+    if (vocab_size < 1) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "vocab_size is %d: must be at least 1", vocab_size);
+    }
+    qf_sampler *self;
+    QF_TRY(qf_alloc((void **)&self, 1, sizeof *self, "sampler", err));
+    self->vocab_size = vocab_size;
+    scratch arrays[NUM_SCRATCH];
+    list_scratch(self, vocab_size, arrays);
     qf_status status;
-    for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; i++) {
+    for (size_t i = 0; i < NUM_SCRATCH; i++) {
         QF_TRY_GOTO(qf_alloc(arrays[i].out, arrays[i].count, arrays[i].size, "sampler scratch", err), fail);
     }
     *out = self;

@@ -16,6 +16,7 @@
 #define QF_SAMPLE_SAMPLER_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "base/status.h"
@@ -44,6 +45,7 @@ typedef struct qf_logprob {
 typedef struct qf_sampler qf_sampler;
 qf_status qf_sampler_create(int32_t vocab_size, qf_sampler **out, qf_error *err);
 void qf_sampler_destroy(qf_sampler *self); /* NULL-safe */
+size_t qf_sampler_bytes(int32_t vocab_size); /* what qf_sampler_create allocates */
 
 /* Draws the token for output position qf_sample_state_num_output_tokens(state) and appends it to the state.
  * logits: (vocab_size) float32, read only. bitmask: ((vocab_size + 31) / 32) words, bit 1 = allowed, or NULL.

@@ -85,15 +85,14 @@ static qf_status create_counts(qf_sample_state *self, int32_t num_prompt_tokens,
     self->slot_mask = (uint32_t)(num_slots - 1);
     QF_TRY(qf_alloc((void **)&self->counts, (size_t)self->max_counts, sizeof *self->counts, "token counts", err));
     QF_TRY(qf_alloc((void **)&self->slots, num_slots, sizeof *self->slots, "token counts", err));
-    memset(self->slots, 0xff, num_slots * sizeof *self->slots);
     return QF_OK;
 }
 
 static void count_token(qf_sample_state *self, int32_t token_id, int32_t num_output)
 {
     uint32_t slot = ((uint32_t)token_id * 0x9E3779B1u >> 7) & self->slot_mask;
-    while (self->slots[slot] >= 0) {
-        qf_token_count *count = &self->counts[self->slots[slot]];
+    while (self->slots[slot] > 0) {
+        qf_token_count *count = &self->counts[self->slots[slot] - 1];
         if (count->token_id == token_id) {
             count->num_output += num_output;
             return;
@@ -102,7 +101,7 @@ static void count_token(qf_sample_state *self, int32_t token_id, int32_t num_out
     }
     if (self->num_counts < self->max_counts) {
         self->counts[self->num_counts] = (qf_token_count){.token_id = token_id, .num_output = num_output};
-        self->slots[slot] = self->num_counts++;
+        self->slots[slot] = ++self->num_counts;
     }
 }
 

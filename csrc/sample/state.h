@@ -26,7 +26,8 @@ struct qf_sample_state {
     int32_t *tail;
     int32_t tail_capacity, tail_length;
 
-    /* Distinct tokens seen, in order of appearance, and an open-addressing index of them (-1: empty). Both stay
+    /* Distinct tokens seen, in order of appearance, and an open-addressing index of them, plus one (0: empty,
+     * so that fresh memory needs no touching). Both stay
      * NULL without penalties. At most half of the slots are ever used. */
     qf_token_count *counts;
     int32_t *slots;

@@ -334,6 +334,39 @@ static void test_notification(void)
     remove_config(dir);
 }
 
+/* What was read before take_ready is no news, and must not keep later news from being told. */
+static void test_notification_of_what_was_read(void)
+{
+    qf_error err;
+    char dir[64];
+    write_config(dir, sizeof dir);
+    qf_engine_options options = engine_options(dir, 1);
+    qf_engine *engine = NULL;
+    CHECK_OK(qf_engine_create_with(&options, fake_backend_vtable(), &engine, &err));
+    int32_t ids[3] = {1};
+    qf_request_options o;
+    qf_request_options_init(&o);
+    o.prompt_token_ids = ids;
+    o.num_prompt_tokens = 1;
+    o.max_tokens = 2;
+    o.guided = true;
+    o.notify = true;
+    qf_request *r = NULL;
+    CHECK_OK(qf_engine_submit(engine, &o, &r, &err));
+    qf_output out;
+    CHECK_OK(qf_request_read(r, &out, &err));
+    CHECK_INT(out.mask_position, 0);
+    qf_output_deinit(&out);
+    uint64_t tag = 0;
+    CHECK_INT(qf_engine_take_ready(engine, &tag, 1), 0);
+    answer_mask(r, ids, 1, 0);
+    CHECK(qf_request_wait(r, 10 * 1000000));
+    CHECK_INT(qf_engine_take_ready(engine, &tag, 1), 1);
+    qf_request_release(r);
+    qf_engine_destroy(engine);
+    remove_config(dir);
+}
+
 static void test_late_mask_fails_its_request_alone(void)
 {
     qf_error err;
@@ -465,6 +498,7 @@ int main(void)
     RUN(test_engine_destroyed_under_requests);
     RUN(test_backend_failure_ends_every_request);
     RUN(test_notification);
+    RUN(test_notification_of_what_was_read);
     RUN(test_late_mask_fails_its_request_alone);
     RUN(test_refusals);
 #ifdef CHECK_ALLOC_FAULTS

@@ -94,7 +94,8 @@ static qf_status cpu_plan_memory(const qf_checkpoint *checkpoint, const qf_backe
     qf_cpu_workspace ws;
     out->workspace_bytes = qf_cpu_workspace_layout(config, options, NULL, &ws) +
                            qf_cpu_context_bytes(options->num_threads, context_tokens(options),
-                                                context_features(config));
+                                                context_features(config)) +
+                           (size_t)options->num_threads * qf_sampler_bytes(config->vocab_size);
     out->kv_block_bytes = 2 * (size_t)config->num_layers *
                           qf_cpu_kv_cache_bytes(1, options->block_size, config->num_kv_heads, config->head_dim,
                                                 kv_dtype(options));
@@ -247,6 +248,7 @@ static qf_status cpu_init(qf_cpu_backend *self, const qf_checkpoint *checkpoint,
                        "isa must be auto, scalar, avx2, avx512 or avx512_vnni; got \"%.40s\"", self->options.isa);
     }
     self->options.isa = qf_isa_name(isa);
+    self->base.isa = self->options.isa;
     qf_memory_plan plan;
     QF_TRY(cpu_plan_memory(checkpoint, &self->options, &plan, err));
     QF_TRY(qf_thread_pool_create(self->options.num_threads, &self->pool, err));
