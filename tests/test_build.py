@@ -24,7 +24,7 @@ def source_copy(tmp_path):
     """A copy of what is built, so that a build does not touch the repository."""
     copy = tmp_path / "source"
     copy.mkdir()
-    ignore = shutil.ignore_patterns("*.so", "*.o", "__pycache__", "demo")
+    ignore = shutil.ignore_patterns("*.so", "*.o", "__pycache__")
     for name in SOURCES:
         path = ROOT / name
         if path.is_dir():
@@ -104,6 +104,9 @@ def test_distributions(source_copy, tmp_path):
         names = archive.namelist()
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
         scripts = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+        demo = {item.filename: item.compress_size for item in archive.infolist() if "/demo/" in item.filename}
+    assert {f"qwen_fast/demo/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")} <= set(demo)
+    assert sum(demo.values()) < 16_000_000
     assert f"qwen_fast/_engine{sysconfig.get_config_var('EXT_SUFFIX')}" in names
     assert {"qwen_fast/_engine.pyi", "qwen_fast/py.typed"} <= set(names)
     assert not [name for name in names if name.endswith((".c", ".h", ".cu", ".cuh", ".o"))]

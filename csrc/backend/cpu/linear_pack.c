@@ -223,7 +223,7 @@ static void pack_units(void *arg, int64_t begin, int64_t end, int32_t worker)
     const pack_task *task = arg;
     const pack_plan *plan = task->plan;
     const qf_linear_source *source = task->source;
-    pack_scratch s;
+    pack_scratch s = {0};
     carve_scratch(plan, source->k, task->rows_at_once, task->scratch + (size_t)worker * task->scratch_bytes, &s);
     for (int64_t unit = begin; unit < end; unit++) {
         const int32_t n0 = (int32_t)unit * task->rows_at_once;
