@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Probe:
         self._library.probe_free.argtypes = (ctypes.c_void_p,)
         self.read_width = self._library.probe_width(0)
         self.dot_width = self._library.probe_width(1)
+        self.best_macs_per_s = 0.0
 
     def read_bytes_per_s(self, repeats: int = 5) -> list[float]:
         """Each thread streams its share of the buffer once per repeat, with the widest loads."""
@@ -59,10 +61,13 @@ class Probe:
         finally:
             self._library.probe_free(data)
 
-    def int8_macs_per_s(self, repeats: int = 5, rounds: int = 2_000_000) -> list[float]:
-        """Multiply-adds of int8 from registers: vpdpbusd, or what AVX2 or plain C needs for the same."""
+    def int8_macs_per_s(self, repeats: int = 10, rounds: int = 2_000_000) -> list[float]:
+        """Multiply-adds of int8 from registers: vpdpbusd, or what AVX2 or plain C needs for the same. The readings and
+        the best one so far: neighbours can only take from this limit, never add to it."""
         macs = self._library.probe_dot_macs(self.dot_width) * rounds * self.num_threads
-        return [macs / self._run(None, 0, rounds, self.dot_width) for _ in range(repeats)]
+        readings = [macs / self._run(None, 0, rounds, self.dot_width) for _ in range(repeats)]
+        self.best_macs_per_s = max(self.best_macs_per_s, *readings)
+        return [*readings, self.best_macs_per_s]
 
     def _run(self, data: int | None, size: int, rounds: int, width: int) -> float:
         seconds = self._library.probe_run(data, size, rounds, self.num_threads, width)
@@ -162,14 +167,36 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all CPUs of this process"
     )
-    result.add_argument("--repeats", type=int, default=3, help="runs of each case, with a probe before and after each")
+    result.add_argument("--repeats", type=int, default=5, help="runs of each case, with a probe before and after each")
     result.add_argument("--isa", default="auto")
     result.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-<what>.json")
     return result
 
 
+def measure_between(
+    run: Callable[[], float], probes: Sequence[Callable[[], list[float]]], repeats: int
+) -> tuple[list[float], list[list[float]]]:
+    """Probes, run, probes, run, ..., probes. Returns what the runs gave and, for each probe, the limit that held for
+    each run: the best reading just before or just after it."""
+    values: list[float] = []
+    limits: list[list[float]] = [[] for _ in probes]
+    before = [max(probe()) for probe in probes]
+    for _ in range(repeats):
+        values.append(run())
+        after = [max(probe()) for probe in probes]
+        for limit, first, second in zip(limits, before, after):
+            limit.append(max(first, second))
+        before = after
+    return values, limits
+
+
+def efficiency(factor: float, values: list[float], limits: list[float]) -> dict[str, float]:
+    """Spread of factor * value / limit, each run against its own limit."""
+    return spread([factor * value / limit for value, limit in zip(values, limits)])
+
+
 def spread(values: list[float]) -> dict[str, float]:
-    """best is the figure to quote; the others say how noisy the machine was."""
+    """The median is the figure to quote; the others say how noisy the machine was."""
     return {"best": max(values), "median": statistics.median(values), "worst": min(values), "runs": len(values)}
 
 

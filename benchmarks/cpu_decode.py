@@ -17,10 +17,12 @@ from common import (
     Probe,
     demo_dir,
     dummy_0_5b,
+    efficiency,
     finish,
     kv_bytes_per_token,
     linear_macs_per_token,
     logits_hash,
+    measure_between,
     parser,
     prompt_ids,
     save,
@@ -48,7 +50,7 @@ def decode(engine: Any, batch: int, new_tokens: int) -> float:
     return (new_tokens - 1 - late_steps) / (end - begin)
 
 
-def measure(name: str, model: Path, probe: Probe, args: Any, **options: Any) -> list[dict[str, Any]]:
+def measure(name: str, model: Path, new_tokens: int, probe: Probe, args: Any, **options: Any) -> list[dict[str, Any]]:
     from qwen_fast import _engine
 
     rows = []
@@ -61,34 +63,34 @@ def measure(name: str, model: Path, probe: Probe, args: Any, **options: Any) -> 
         digest = logits_hash(engine)
         print(f"\n{name}: {info['description']}; load {info['load_seconds']:.2f} s; logits {digest}, twice the same")
         for batch in (1, 8):
-            new_tokens = args.new_tokens
             context = PROMPT_TOKENS + new_tokens / 2
             step_bytes = memory["layers_bytes"] + memory["head_bytes"] + batch * context * kv_bytes_per_token(info)
             decode(engine, batch, 8)  # warm
-            reads, dots, rates = probe.read_bytes_per_s(), probe.int8_macs_per_s(), []
-            for _ in range(args.repeats):
-                rates.append(decode(engine, batch, new_tokens))
-                reads += probe.read_bytes_per_s()
-                dots += probe.int8_macs_per_s()
-            bandwidth, steps = max(reads), max(rates)
+            steps, (reads, dots) = measure_between(
+                lambda batch=batch: decode(engine, batch, new_tokens),
+                (probe.read_bytes_per_s, probe.int8_macs_per_s),
+                args.repeats,
+            )
             row = {
                 "model": name,
                 "batch": batch,
                 "threads": args.threads,
-                "tokens_per_s": spread([batch * rate for rate in rates]),
+                "new_tokens": new_tokens,
+                "tokens_per_s": spread([batch * rate for rate in steps]),
                 "bytes_per_step": round(step_bytes),
                 "read_bytes_per_s": spread(reads),
-                "bandwidth_efficiency": step_bytes * steps / bandwidth,
+                "bandwidth_efficiency": efficiency(step_bytes, steps, reads),
                 "int8_macs_per_s": spread(dots),
-                "int8_efficiency": macs * batch * steps / max(dots),
+                "int8_efficiency": efficiency(macs * batch, steps, dots),
                 "logits": digest,
                 "load_seconds": info["load_seconds"],
             }
             rows.append(row)
+            rate, read = row["tokens_per_s"], row["read_bytes_per_s"]
             print(
-                f"  batch {batch}: {batch * steps:8.1f} tok/s (median {row['tokens_per_s']['median']:.1f}), "
-                f"{step_bytes / 1e6:.0f} MB a step, {bandwidth / 1e9:.1f} GB/s read, "
-                f"efficiency {row['bandwidth_efficiency']:.2f}; int8 efficiency {row['int8_efficiency']:.2f}"
+                f"  batch {batch}: {rate['median']:8.1f} tok/s (best {rate['best']:.1f}), {step_bytes / 1e6:.0f} MB a step, "
+                f"{read['median'] / 1e9:.1f} GB/s read, efficiency {row['bandwidth_efficiency']['median']:.2f}; "
+                f"int8 efficiency {row['int8_efficiency']['median']:.2f}"
             )
     finally:
         engine.close()
@@ -97,7 +99,6 @@ def measure(name: str, model: Path, probe: Probe, args: Any, **options: Any) -> 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--new-tokens", type=int, default=96)
     arguments.add_argument("--only", choices=["demo", "0.5b"], help="one of the two models")
     args = arguments.parse_args()
     probe = Probe(args.threads)
@@ -105,13 +106,13 @@ def main() -> None:
     rows = []
     if args.only != "0.5b":
         for head in ("int8", "int4"):
-            rows += measure(f"demo, w4, {head} head", demo_dir(), probe, args, lm_head_dtype=head)
+            rows += measure(f"demo, {head} head", demo_dir(), 768, probe, args, lm_head_dtype=head)
     if args.only != "demo":
         with tempfile.TemporaryDirectory() as directory:
             model = dummy_0_5b(Path(directory))
             for head in ("int8", "int4"):
                 options = {"quantization": "w4", "lm_head_dtype": head, "load_format": "dummy"}
-                rows += measure(f"0.5B shape, {head} head", model, probe, args, **options)
+                rows += measure(f"0.5B shape, {head} head", model, 96, probe, args, **options)
     save("cpu-decode", rows, args.save)
 
 

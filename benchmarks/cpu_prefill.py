@@ -14,9 +14,11 @@ from common import (
     Probe,
     demo_dir,
     dummy_0_5b,
+    efficiency,
     finish,
     linear_macs_per_token,
     logits_hash,
+    measure_between,
     parser,
     prompt_ids,
     save,
@@ -47,11 +49,9 @@ def measure(name: str, model: Path, probe: Probe, args: Any, **options: Any) -> 
         print(f"\n{name}: {info['description']}; logits {digest}, twice the same")
         for length in (128, 512, 2048):
             prefill(engine, 64)  # warm
-            dots, rates = probe.int8_macs_per_s(), []
-            for _ in range(args.repeats):
-                rates.append(prefill(engine, length))
-                dots += probe.int8_macs_per_s()
-            rate, peak = max(rates), max(dots)
+            rates, (dots,) = measure_between(
+                lambda length=length: prefill(engine, length), (probe.int8_macs_per_s,), args.repeats
+            )
             row = {
                 "model": name,
                 "prompt_tokens": length,
@@ -59,13 +59,14 @@ def measure(name: str, model: Path, probe: Probe, args: Any, **options: Any) -> 
                 "tokens_per_s": spread(rates),
                 "linear_macs_per_token": macs,
                 "int8_macs_per_s": spread(dots),
-                "int8_efficiency": macs * rate / peak,
+                "int8_efficiency": efficiency(macs, rates, dots),
                 "logits": digest,
             }
             rows.append(row)
+            rate, peak = row["tokens_per_s"], row["int8_macs_per_s"]["median"]
             print(
-                f"  {length:5} tokens: {rate:8.1f} tok/s (median {row['tokens_per_s']['median']:.1f}), "
-                f"{macs * rate / 1e9:.0f} of {peak / 1e9:.0f} G multiply-adds/s, efficiency {row['int8_efficiency']:.2f}"
+                f"  {length:5} tokens: {rate['median']:8.1f} tok/s (best {rate['best']:.1f}), {macs * rate['median'] / 1e9:.0f} of "
+                f"{peak / 1e9:.0f} G multiply-adds/s, efficiency {row['int8_efficiency']['median']:.2f}"
             )
     finally:
         engine.close()
@@ -79,7 +80,7 @@ def main() -> None:
     probe = Probe(args.threads)
     rows = []
     if args.only != "0.5b":
-        rows += measure("demo, w4", demo_dir(), probe, args)
+        rows += measure("demo", demo_dir(), probe, args)
     if args.only != "demo":
         with tempfile.TemporaryDirectory() as directory:
             model = dummy_0_5b(Path(directory))

@@ -16,7 +16,7 @@ def main() -> None:
             print(piece.text, end="", flush=True)
         print("\n")
 
-        questions = ["What is 128 + 256?", "Say hello.", "Sort these numbers: 9, 4, 7"]
+        questions = ["What is 128 + 256?", "Explain a cache.", "Reverse this list: island, toad, river"]
         greedy = SamplingParams(temperature=0, max_tokens=60)
         for question, output in zip(questions, llm.chat([[{"role": "user", "content": q}] for q in questions], greedy)):
             print(f"{question}\n  {output.outputs[0].text}")

@@ -88,7 +88,7 @@ class Engine:
         tensor_parallel_size: int = 1,
         kv_cache_memory: int = 0,
         kv_cache_tokens: int = 0,
-        memory_utilization: float = 0.5,
+        memory_utilization: float = 0.0,  # 0: not given
         enable_prefix_caching: bool = True,
         num_threads: int = 0,
         isa: str = "auto",

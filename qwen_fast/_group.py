@@ -188,6 +188,6 @@ class Group:
     def _row(self, row: Sequence[tuple[int, float, int]]) -> dict[int, Logprob]:
         decoded: dict[int, Logprob] = {}
         for token_id, logprob, rank in row:
-            if token_id not in decoded:
+            if token_id >= 0 and token_id not in decoded:  # -1: the logits were not finite
                 decoded[token_id] = Logprob(logprob, rank, self._decode(token_id).decode("utf-8", "replace"))
         return decoded

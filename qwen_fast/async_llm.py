@@ -12,13 +12,16 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._group import Group
+from ._logits import logits_array, start_logits
 from .base import STREAM_UNREAD_TOKENS, BaseLLM
 from .errors import EngineError
-from .llm import conversation_list
 from .outputs import RequestOutput, StreamOutput
 from .params import SamplingParams
+from .prompts import conversation_list, one_conversation, params_list, prompt_list
 
 if TYPE_CHECKING:
+    import numpy
+
     from ._engine import Engine
 
 _LONG_TEXT = 4096  # characters; a longer prompt is tokenised in a thread
@@ -97,17 +100,15 @@ class _Wakeups:
 
 
 class AsyncLLM(BaseLLM):
-    """A loaded model, for asyncio: the methods of LLM as coroutines and async generators.
+    """A loaded model, for asyncio: what computes in LLM is a coroutine or an async generator here; info(), stats(),
+    encode(), decode(), apply_chat_template() and reset_prefix_cache() are the same.
 
     Loading blocks. Methods may be called from several event loops in several threads; each call belongs to the loop
     that runs it. Cancelling the task, or closing the generator, cancels the request. For the options see __init__.
     """
 
-    def __init__(self, model: Any, **options: Any) -> None:
-        super().__init__(model, **options)
+    def _loaded(self) -> None:
         self._wakeups = _Wakeups(self._engine)
-
-    __init__.__doc__ = BaseLLM.__init__.__doc__
 
     def close(self) -> None:
         super().close()
@@ -139,37 +140,46 @@ class AsyncLLM(BaseLLM):
         self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """All outputs in the order of the prompts, as LLM.generate(). One failure cancels the rest."""
-        prompts = self._prompt_list(prompts)
-        many = self._params_list(sampling_params, len(prompts))
+        prompts = prompt_list(prompts)
+        many = params_list(sampling_params, len(prompts))
         return await self._gather([self._whole(prompt, self._prompt, params) for prompt, params in zip(prompts, many)])
 
-    async def chat(
+    def chat(
         self,
         messages: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        stream: bool = False,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         split_special_tokens: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[RequestOutput]:
-        """generate() for conversations, as LLM.chat(). To stream one, see stream_chat()."""
+    ) -> Any:
+        """generate() for conversations, as LLM.chat(): `outputs = await llm.chat(messages)`.
 
+        stream: `async for out in llm.chat(messages, stream=True)`, for one conversation: what stream_chat() yields.
+        """
+        options: dict[str, Any] = {
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "split_special_tokens": split_special_tokens,
+            "chat_template": chat_template,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        if stream:
+            (params,) = params_list(sampling_params, 1)
+            return self.stream_chat(one_conversation(messages), params, **options)
+        return self._chat(messages, sampling_params, options)
+
+    async def _chat(self, messages: Any, sampling_params: Any, options: Mapping[str, Any]) -> list[RequestOutput]:
         def render(conversation: Any) -> tuple[str, list[int]]:
-            return self.apply_chat_template(
-                conversation,
-                tools,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                split_special_tokens=split_special_tokens,
-                chat_template=chat_template,
-                chat_template_kwargs=chat_template_kwargs,
-            )
+            return self.apply_chat_template(conversation, **options)
 
         conversations = conversation_list(messages)
-        many = self._params_list(sampling_params, len(conversations))
+        many = params_list(sampling_params, len(conversations))
         return await self._gather([self._whole(one, render, params) for one, params in zip(conversations, many)])
 
     async def stream_chat(
@@ -188,6 +198,24 @@ class AsyncLLM(BaseLLM):
             ready, sampling_params, request_id, max_unread_tokens=STREAM_UNREAD_TOKENS, cache_salt=cache_salt
         ):
             yield output
+
+    async def logits(self, token_ids: Any, start: int = 0, stop: int | None = None) -> numpy.ndarray:
+        """As LLM.logits()."""
+        _, ids = await self._in_thread(token_ids, self._prompt)
+        tag, event = self._wakeups.add()
+        group: Group | None = None
+        try:
+            group = start_logits(self, ids, start, stop, notify=True, tag=tag)
+            while True:
+                await event.wait()
+                event.clear()
+                output = group.requests[0].read(0)
+                if output is not None and output["finished"]:
+                    return logits_array(output, self.vocab_size)
+        finally:
+            if group is not None:
+                group.cancel()
+            self._wakeups.remove(tag)
 
     async def _iterate(
         self,

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import _engine
 from ._group import Group
 from .chat import ChatTemplate, is_conversation, load_chat_template
 from .errors import ModelError
 from .hub import resolve_model
+from .native import _engine
 from .options import engine_options, merged_overrides, refuse_unknown
 from .params import SamplingParams, generation_defaults
 from .progress import Progress
+from .prompts import refuse_bytes
 from .tokenizer import Tokenizer, check_token_ids, read_json_object
 from .utils import derived_seed, format_bytes, fresh_seed
 
@@ -64,7 +64,7 @@ class BaseLLM:
         download_dir: str | None = None,
         trust_remote_code: bool = False,
         progress: bool | None = None,
-        **unbuilt: Any,
+        **vllm_options: Any,
     ) -> None:
         """Loads a model.
 
@@ -81,8 +81,10 @@ class BaseLLM:
         max_num_seqs, max_num_batched_tokens: sequences and tokens in one step.
         seed: requests without a seed get seeds that follow from it and from their number in order of submission: a
             program run again gives the same outputs. None: fresh seeds.
-        kv_cache_memory: bytes, or a text such as "6GiB". kv_cache_tokens: the same in tokens. Without either, the share
-            memory_utilization (alias gpu_memory_utilization) of the free memory, default 0.5, holds weights and cache.
+        kv_cache_memory: bytes, or a text such as "6GiB". kv_cache_tokens: the same in tokens.
+        memory_utilization: without a size above, weights and KV cache take this share of the memory that is free: the
+            cache what the weights leave, at most max_num_seqs sequences of max_model_len. None: 0.5, and the cache
+            then holds at most 65,536 tokens or two sequences of max_model_len. gpu_memory_utilization is an alias.
         enable_prefix_caching: share the KV cache of equal prompt beginnings.
         rope_scaling: such as {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}.
         hf_overrides: keys laid over config.json.
@@ -95,10 +97,11 @@ class BaseLLM:
         trust_remote_code: must stay False: no code of a checkpoint is ever run.
         progress: show a progress bar while loading; None: in a notebook and on a terminal.
 
-        An option that is not built yet raises NotImplementedError and names it. A checkpoint that is wrong raises
-        ModelError. Without a tokenizer.json only token ids can be prompts.
+        Other options of vLLM are accepted where they ask for nothing that is missing: options.VLLM_OPTIONS lists them.
+        batch_invariant may be True or False: the CPU always is. What is not built raises NotImplementedError and names
+        the option. A checkpoint that is wrong raises ModelError. Without a tokenizer.json only token ids can be prompts.
         """
-        refuse_unknown(unbuilt)
+        refuse_unknown(vllm_options, type(self).__name__)
         if trust_remote_code:
             raise ValueError("trust_remote_code=True is refused: no code of a checkpoint is ever run")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -154,7 +157,10 @@ class BaseLLM:
         self._seed = seed
         self._seed_numbers = itertools.count()
         self._request_numbers = itertools.count()
-        self._lock = threading.Lock()
+        self._loaded()
+
+    def _loaded(self) -> None:
+        """For a subclass: the engine is there."""
 
     # -- questions
 
@@ -253,6 +259,7 @@ class BaseLLM:
     def _prompt(self, prompt: Any) -> tuple[str | None, list[int]]:
         """Text (None for ids) and token ids of anything that a prompt can be."""
         text: str | None
+        refuse_bytes(prompt)
         if isinstance(prompt, str):
             text, ids = prompt, self.encode(prompt)
         elif is_conversation(prompt):
@@ -274,36 +281,6 @@ class BaseLLM:
             raise ValueError("the prompt is empty: it has no tokens")
         return text, ids
 
-    @staticmethod
-    def _prompt_list(prompts: Any) -> list[Any]:
-        """One prompt or several, as a list of prompts."""
-        if hasattr(prompts, "tolist"):
-            prompts = prompts.tolist()
-        if isinstance(prompts, (str, Mapping)):
-            return [prompts]
-        if not hasattr(prompts, "__iter__"):
-            raise TypeError(f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}")
-        prompts = list(prompts)
-        if prompts and isinstance(prompts[0], int):
-            return [prompts]
-        if is_conversation(prompts):
-            raise TypeError("generate() takes texts and token ids; use chat() for messages")
-        return prompts
-
-    @staticmethod
-    def _params_list(params: Any, count: int) -> list[SamplingParams]:
-        if params is None:
-            params = SamplingParams()
-        if isinstance(params, SamplingParams):
-            return [params] * count
-        params = list(params) if isinstance(params, (list, tuple)) else [params]
-        for one in params:
-            if not isinstance(one, SamplingParams):
-                raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {type(one).__name__}")
-        if len(params) != count:
-            raise ValueError(f"{count} prompts but {len(params)} sampling_params")
-        return params
-
     # -- requests
 
     def _start(
@@ -324,6 +301,9 @@ class BaseLLM:
         values["bad_words"] = self._bad_word_ids(values["bad_words"])
         values["eos_token_ids"] = self._eos_token_ids
         text, ids = prompt
+        if values["max_tokens"] > 0 and (params is None or params.max_tokens is None):
+            room = self.max_model_len - len(ids)  # generation_config's default must not refuse a long prompt
+            values["max_tokens"] = max(1, min(values["max_tokens"], room))
         decode = self.tokenizer.token_bytes if self.tokenizer is not None else lambda token_id: b""
         request_id = request_id or str(next(self._request_numbers))
         return Group(self._engine, request_id, text, ids, values, decode, extra)

@@ -6,13 +6,24 @@ Modules are imported where they are needed: the time from `qwen-fast generate` t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import __version__
+
+
+def json_option(text: str) -> Any:
+    """The value of an option that takes JSON."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        shown = text if len(text) <= 80 else text[:77] + "..."
+        raise argparse.ArgumentTypeError(f"not JSON: {shown!r}: {error}") from None
+
 
 _SAMPLING = (  # option, type, help; the field is the option's name
     ("max-tokens", int, "most tokens to generate (default: until the model ends)"),
@@ -40,13 +51,17 @@ _ENGINE = (
     ("tensor-parallel-size", int, "1"),
     ("kv-cache-memory", str, "such as 6GiB"),
     ("kv-cache-tokens", int, "KV cache size in tokens"),
-    ("memory-utilization", float, "share of the free memory for weights and cache (default 0.5)"),
+    (
+        "memory-utilization",
+        float,
+        "share of the free memory for weights and cache (default: 0.5, cache of bounded size)",
+    ),
     (
         "rope-scaling",
-        json.loads,
+        json_option,
         'JSON, such as {"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":32768}',
     ),
-    ("hf-overrides", json.loads, "JSON laid over config.json"),
+    ("hf-overrides", json_option, "JSON laid over config.json"),
     ("load-format", str, "auto, dummy (random weights)"),
     ("num-threads", int, "CPU threads (default: all of this process)"),
     ("isa", str, "auto, scalar, avx2, avx512, avx512_vnni"),
@@ -142,7 +157,7 @@ def _options(parser: argparse.ArgumentParser, title: str, rows: Sequence[tuple[s
         group.add_argument(f"--{name}", type=kind, help=text.replace("%", "%%"), metavar=_METAVAR[kind])
 
 
-_METAVAR = {int: "N", float: "X", str: "TEXT", json.loads: "JSON"}
+_METAVAR = {int: "N", float: "X", str: "TEXT", json_option: "JSON"}
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +204,7 @@ def run_generate(args: argparse.Namespace) -> int:
     params = _sampling_params(args, n=args.n, stop=args.stop, ignore_eos=args.ignore_eos)
     from .llm import LLM
 
-    with LLM(args.model, **engine_arguments(args)) as llm:
+    with LLM(args.model, **engine_arguments(args)) as llm, _room_explained(llm):
         if args.chat or (not args.raw and (args.system is not None or llm.has_chat_template)):
             messages = [{"role": "user", "content": prompt}]
             if args.system is not None:
@@ -205,6 +220,22 @@ def run_generate(args: argparse.Namespace) -> int:
         if args.stats:
             print(_stats_line(llm, last, first_token_s), file=sys.stderr)
     return 0
+
+
+@contextlib.contextmanager
+def _room_explained(llm: Any) -> Iterator[None]:
+    """Adds what can be done to the message that a request does not fit."""
+    try:
+        yield
+    except ValueError as error:
+        if "max_model_len" in str(error):
+            info = llm.info()
+            most = info["max_position_embeddings"]
+            advice = "shorten the prompt or lower --max-tokens"
+            if info["max_model_len"] < most:
+                advice += f", or raise --max-model-len and --kv-cache-tokens (the model takes up to {most} tokens)"
+            error.args = (f"{error}; {advice}",)
+        raise
 
 
 def _print_stream(stream: Any, n: int, quiet: bool) -> tuple[list[str], list[Any], float | None]:
@@ -315,15 +346,16 @@ def _turn(llm: Any, messages: list[dict[str, str]], line: str, params: Any) -> N
     messages.append({"role": "user", "content": line})
     answer = ""
     try:
-        for output in llm.chat(messages, params, stream=True):
-            answer += output.text
-            sys.stdout.write(output.text)
-            sys.stdout.flush()
+        with _room_explained(llm):
+            for output in llm.chat(messages, params, stream=True):
+                answer += output.text
+                sys.stdout.write(output.text)
+                sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stdout.write(" [stopped]")
     except ValueError as error:
         messages.pop()
-        print(f"qwen-fast: {error}", file=sys.stderr)
+        print(f"qwen-fast: {error} (/reset forgets the conversation)", file=sys.stderr)
         return
     print(flush=True)
     messages.append({"role": "assistant", "content": answer})

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .utils import format_bytes, format_count
+from .utils import DEMO_DIR, format_bytes, format_count
 
 
 def run_info(args: argparse.Namespace) -> int:
-    from . import _engine, cli
+    from . import cli
     from .hub import resolve_model
+    from .native import _engine
     from .options import engine_options, merged_overrides
     from .tokenizer import read_json_object
 
@@ -29,6 +30,10 @@ def run_info(args: argparse.Namespace) -> int:
     )
     for name in ("tokenizer", "chat_template"):
         options.pop(name, None)
+    # A config.json alone says all that the sizes need; with load_format="auto" the engine would want the weights too.
+    has_weights = any(Path(directory).glob("*.safetensors"))
+    if not has_weights:
+        options.setdefault("load_format", "dummy")
     overrides = merged_overrides(options.get("rope_scaling"), options.get("hf_overrides"))
     config = {**read_json_object(Path(directory, "config.json")), **overrides}
     defaults = dict.fromkeys(
@@ -38,11 +43,8 @@ def run_info(args: argparse.Namespace) -> int:
     memory = _engine.estimate(directory, **engine_options(**{**defaults, **options}))
     parameters = count_parameters(config)
     if args.json:
-        print(
-            json.dumps(
-                {"model": model, "directory": directory, "config": config, "parameters": parameters, "memory": memory}
-            )
-        )
+        report = {"model": model, "directory": directory, "has_weights": has_weights, "config": config}
+        print(json.dumps({**report, "parameters": parameters, "memory": memory}))
         return 0
     quantised = config.get("quantization_config") or {}
     rows = [
@@ -63,6 +65,7 @@ def run_info(args: argparse.Namespace) -> int:
             "positions",
             f"{config.get('max_position_embeddings')} in the checkpoint, max_model_len {memory['max_model_len']}",
         ),
+        ("weights", "safetensors" if has_weights else "none here: sizes follow from config.json"),
         ("embedding", format_bytes(memory["embedding_bytes"])),
         ("layers' weights", format_bytes(memory["layers_bytes"])),
         ("head", format_bytes(memory["head_bytes"]) if memory["head_bytes"] else "shares the embedding"),
@@ -174,7 +177,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     }
     problems = []
     try:
-        from . import _engine
+        from .native import _engine
 
         report["engine"] = _engine.build_info()
         if _engine.__version__ != __version__:
@@ -183,11 +186,9 @@ def run_doctor(args: argparse.Namespace) -> int:
             )
     except ImportError as error:
         report["engine"] = None
-        problems.append(f"the extension cannot be imported: {error}")
+        problems.append(str(error))
     report["packages"] = {name: _package_version(name) for name in (*_NEEDED, *_OPTIONAL)}
     problems += [f"{name} is missing: pip install {name}" for name in _NEEDED if report["packages"][name] is None]
-    from .hub import DEMO_DIR
-
     report["demo_model"] = (DEMO_DIR / "config.json").is_file()
     if not report["demo_model"]:
         problems.append("the demo model is missing from the package")
@@ -200,6 +201,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     rows.append(
         ("memory", f"{format_bytes(report['memory_available'])} available" if report["memory_available"] else "unknown")
     )
+    rows.append(("engine", f"version {engine['version']}" if engine else "not built: see below"))
     if engine:
         rows.append(("CPU path", f"{engine['isa']} (of {', '.join(engine['isas'])})"))
         cuda = (

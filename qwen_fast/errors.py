@@ -5,6 +5,9 @@ EngineError (a RuntimeError): the engine is closed or failed.
 Wrong arguments raise ValueError or TypeError; what is known but not built yet raises NotImplementedError.
 """
 
-from ._engine import EngineError, ModelError
+from .native import _engine
+
+ModelError = _engine.ModelError
+EngineError = _engine.EngineError
 
 __all__ = ["EngineError", "ModelError"]

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 from .errors import ModelError
-
-DEMO_DIR = Path(__file__).parent / "demo"
+from .utils import DEMO_DIR
 
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "vocab.json", "merges.txt"]

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._group import Group
+from ._logits import logits_array, start_logits
 from .base import STREAM_UNREAD_TOKENS, BaseLLM
-from .chat import is_conversation
-from .errors import EngineError
 from .outputs import RequestOutput, StreamOutput
 from .params import SamplingParams
 from .progress import Progress
+from .prompts import conversation_list, one_conversation, params_list, prompt_list
 
 if TYPE_CHECKING:
     import numpy
@@ -79,8 +79,8 @@ class LLM(BaseLLM):
 
         If one prompt is refused or one request fails, or on Ctrl-C, all are cancelled and the exception is raised.
         """
-        prompts = self._prompt_list(prompts)
-        many = self._params_list(sampling_params, len(prompts))
+        prompts = prompt_list(prompts)
+        many = params_list(sampling_params, len(prompts))
         return self._generate(
             [(lambda p=prompt: self._prompt(p)) for prompt in prompts], many, progress if use_tqdm is None else use_tqdm
         )
@@ -113,39 +113,27 @@ class LLM(BaseLLM):
             "chat_template": chat_template,
             "chat_template_kwargs": chat_template_kwargs,
         }
-        conversations = conversation_list(messages)
         if stream:
-            if len(conversations) != 1:
-                raise ValueError(f"stream=True takes one conversation, got {len(conversations)}")
-            (params,) = self._params_list(sampling_params, 1)
-            prompt = self.apply_chat_template(conversations[0], **options)
+            prompt = self.apply_chat_template(one_conversation(messages), **options)
+            (params,) = params_list(sampling_params, 1)
             return self._iterate(self._start(prompt, params, max_unread_tokens=STREAM_UNREAD_TOKENS))
-        many = self._params_list(sampling_params, len(conversations))
+        conversations = conversation_list(messages)
+        many = params_list(sampling_params, len(conversations))
         makers = [(lambda c=conversation: self.apply_chat_template(c, **options)) for conversation in conversations]
         return self._generate(makers, many, progress if use_tqdm is None else use_tqdm)
 
     def logits(self, token_ids: Any, start: int = 0, stop: int | None = None) -> numpy.ndarray:
         """The model's raw logits after each of the positions start .. stop - 1 of token_ids: float32, shape
         (stop - start, vocab_size). stop None: the end. A text is tokenised first. Needs numpy."""
-        import numpy
-
         _, ids = self._prompt(token_ids)
-        start, stop, _ = slice(start, stop).indices(len(ids))
-        if start >= stop:
-            raise ValueError(f"no positions from {start} to {stop} in {len(ids)} tokens")
-        params = SamplingParams(max_tokens=0, seed=0)
-        group = self._start((None, ids), params, logits_start=start, logits_stop=stop)
+        group = start_logits(self, ids, start, stop)
         (request,) = group.requests
         try:
             while (output := request.read(None)) is None or not output["finished"]:
                 pass
         finally:
             group.cancel()
-        if output["error"] is not None:
-            raise output["error"]
-        if output["logits"] is None:
-            raise EngineError(f"the request ended without logits (finish_reason {output['finish_reason']!r})")
-        return numpy.asarray(output["logits"], dtype=numpy.float32).reshape(stop - start, self.vocab_size)
+        return logits_array(output, self.vocab_size)
 
     def _generate(self, makers: list[Any], many: list[SamplingParams], progress: bool | None) -> list[RequestOutput]:
         groups: list[Group] = []
@@ -202,15 +190,3 @@ class LLM(BaseLLM):
                 next_sweep = time.monotonic() + _SWEEP_S
         bar.update(done)
         return [group.result(completion) for group, completion in zip(groups, completions)]
-
-
-def conversation_list(messages: Any) -> list[Any]:
-    """One conversation or several, as a list of conversations."""
-    if is_conversation(messages):
-        return [messages]
-    if isinstance(messages, (str, bytes, Mapping)) or not hasattr(messages, "__iter__"):
-        raise TypeError(f"messages must be a list of {{'role', 'content'}}, got {type(messages).__name__}")
-    conversations = list(messages)
-    if not conversations:
-        raise ValueError("messages is empty")
-    return conversations

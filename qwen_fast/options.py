@@ -6,32 +6,71 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .params import MAX_LOGPROBS
 from .utils import parse_bytes
 
-# Options of other engines and of later versions: name -> the value that means "off".
-_UNBUILT: dict[str, Any] = {
-    "cpu_offload": None,
-    "cpu_offload_gb": 0,
-    "swap_space": 0,
-    "batch_invariant": False,
-    "speculative_model": None,
-    "speculative_config": None,
-    "num_speculative_tokens": None,
-    "enable_lora": False,
-    "pipeline_parallel_size": 1,
-    "data_parallel_size": 1,
+# vLLM's options that LLM() does not name: name -> (the values that are accepted, what the message says about others).
+# None is always accepted. ANY: no value has an effect, because what the option steers does not exist here (CUDA graphs,
+# custom all-reduce, swap) or is always so (bit-identical batches, chunked prefill).
+ANY = object()
+_LEAVE = "leave it out"
+VLLM_OPTIONS: dict[str, tuple[Any, str]] = {
+    "async_scheduling": (ANY, ""),
+    "batch_invariant": (ANY, ""),  # the CPU always is
+    "compilation_config": (ANY, ""),
+    "cudagraph_capture_sizes": (ANY, ""),
+    "disable_async_output_proc": (ANY, ""),
+    "disable_custom_all_reduce": (ANY, ""),
+    "disable_log_requests": (ANY, ""),
+    "disable_log_stats": (ANY, ""),
+    "enable_log_requests": (ANY, ""),
+    "enforce_eager": (ANY, ""),
+    "max_num_partial_prefills": (ANY, ""),
+    "max_parallel_loading_workers": (ANY, ""),
+    "max_seq_len_to_capture": (ANY, ""),
+    "ray_workers_use_nsight": (ANY, ""),
+    "swap_space": (ANY, ""),  # a preempted request is computed again
+    "use_v2_block_manager": (ANY, ""),
+    "config_format": (("auto", "hf"), "only config.json is read"),
+    "cpu_offload": ((), _LEAVE),
+    "cpu_offload_gb": ((0,), _LEAVE),
+    "data_parallel_size": ((1,), "leave it 1"),
+    "disable_sliding_window": ((False,), "hf_overrides={'use_sliding_window': False} switches it off"),
+    "distributed_executor_backend": (("mp", "uni"), "the engine is one process"),
+    "enable_chunked_prefill": ((True,), "prompts are always cut into chunks of max_num_batched_tokens"),
+    "enable_expert_parallel": ((False,), _LEAVE),
+    "enable_lora": ((False,), _LEAVE),
+    "enable_prompt_embeds": ((False,), _LEAVE),
+    "enable_sleep_mode": ((False,), _LEAVE),
+    "guided_decoding_backend": (("auto",), _LEAVE),
+    "kv_transfer_config": ((), _LEAVE),
+    "logits_processors": (([],), _LEAVE),
+    "max_logprobs": (range(MAX_LOGPROBS + 1), f"the limit is {MAX_LOGPROBS} for every request"),
+    "model_impl": (("auto", "vllm"), _LEAVE),
+    "num_gpu_blocks_override": ((), "use kv_cache_tokens (blocks times block_size) in its place"),
+    "num_speculative_tokens": ((0,), _LEAVE),
+    "pipeline_parallel_size": ((1,), "leave it 1"),
+    "runner": (("auto", "generate"), "the engine generates text"),
+    "scheduling_policy": (("fcfs", "priority"), "SamplingParams(priority=...) orders requests, then arrival does"),
+    "skip_tokenizer_init": ((False,), "prompts may be token ids, and detokenize=False leaves out the text"),
+    "speculative_config": (({},), _LEAVE),
+    "speculative_model": ((), _LEAVE),
+    "task": (("auto", "generate"), "the engine generates text"),
+    "tokenizer_mode": (("auto",), "tokenizer.json is read by the package tokenizers"),
+    "tokenizer_revision": ((), "revision holds for both; or give tokenizer= a directory"),
 }
 _UNBUILT_KV = ("fp8", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "nf4")
 
 
-def refuse_unknown(options: Mapping[str, Any]) -> None:
-    """For keywords that LLM does not name: NotImplementedError where they are known and switched on, TypeError where
-    they are not known."""
+def refuse_unknown(options: Mapping[str, Any], caller: str = "LLM") -> None:
+    """For keywords that LLM does not name: NotImplementedError where VLLM_OPTIONS knows them and the value asks for
+    what is not there, TypeError where it does not know them."""
     for name, value in options.items():
-        if name not in _UNBUILT:
-            raise TypeError(f"LLM() got an unexpected keyword argument {name!r}")
-        if value != _UNBUILT[name] and value:
-            raise NotImplementedError(f"{name}={value!r} is not built yet; leave it {_UNBUILT[name]!r}")
+        if name not in VLLM_OPTIONS:
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
+        accepted, advice = VLLM_OPTIONS[name]
+        if accepted is not ANY and value is not None and value not in accepted:
+            raise NotImplementedError(f"{name}={value!r} is not built: {advice}")
 
 
 def engine_options(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from typing import Any
 
 MAX_LOGPROBS = 64  # top logprobs per position
@@ -12,6 +12,21 @@ MAX_SAMPLES = 1024  # n
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256  # of one stop string in UTF-8
 _INT32_MAX = 2**31 - 1
+
+# vLLM's fields that are not built -> the values that ask for nothing, beside None. In the order of the fields below.
+_UNBUILT: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "structured_outputs": (),
+    "guided_decoding": (),
+    "logits_processors": ([], ()),
+    "truncate_prompt_tokens": (),
+    "output_kind": (0,),  # RequestOutputKind.CUMULATIVE; stream() yields increments, generate() whole outputs
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "early_stopping": (False,),
+    "flat_logprobs": (False,),
+    "extra_args": ({},),
+}
 
 
 @dataclass(slots=True)
@@ -46,6 +61,9 @@ class SamplingParams:
     include_stop_str_in_output: see stop.
     detokenize: False leaves the text empty; stop strings then are refused.
     priority: lower runs first.
+
+    spaces_between_special_tokens is accepted and has no effect: no spaces are ever put between tokens. The fields after
+    it are vLLM's too, and not built: a value that asks for something raises NotImplementedError. None of them is kept.
     """
 
     n: int = 1
@@ -71,8 +89,25 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     detokenize: bool = True
     priority: int = 0
+    spaces_between_special_tokens: InitVar[bool] = True
+    best_of: InitVar[Any] = None
+    structured_outputs: InitVar[Any] = None
+    guided_decoding: InitVar[Any] = None
+    logits_processors: InitVar[Any] = None
+    truncate_prompt_tokens: InitVar[Any] = None
+    output_kind: InitVar[Any] = None
+    use_beam_search: InitVar[Any] = None
+    length_penalty: InitVar[Any] = None
+    early_stopping: InitVar[Any] = None
+    flat_logprobs: InitVar[Any] = None
+    extra_args: InitVar[Any] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, spaces_between_special_tokens: bool, *unbuilt: Any) -> None:
+        if not isinstance(spaces_between_special_tokens, bool):
+            raise TypeError(f"spaces_between_special_tokens must be a bool, got {spaces_between_special_tokens!r}")
+        for (name, accepted), value in zip(_UNBUILT.items(), unbuilt):
+            if value is not None and value not in accepted:
+                raise NotImplementedError(f"SamplingParams({name}={value!r}) is not built; leave {name} out")
         self.n = _integer("n", self.n, 1, MAX_SAMPLES)
         if self.temperature is not None:
             self.temperature = _number("temperature", self.temperature, 0, 100)

@@ -219,6 +219,8 @@ class Tokenizer:
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> list[int]:
     """Token ids as a list of ints below vocab_size; numpy arrays and tensors are taken too."""
+    if isinstance(token_ids, (bytes, bytearray)):
+        raise TypeError(f"token ids must be a list of ints, got {type(token_ids).__name__}")
     if hasattr(token_ids, "tolist"):
         token_ids = token_ids.tolist()
     ids = list(token_ids)

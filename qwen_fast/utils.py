@@ -1,10 +1,13 @@
-"""Sizes for people, and seeds."""
+"""Where the demo model is, sizes for people, and seeds. Needs no engine."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+from pathlib import Path
+
+DEMO_DIR = Path(__file__).parent / "demo"
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):

@@ -133,9 +133,15 @@ static void sort_members(const qf_json_value *items, uint32_t *index, size_t len
 
 static qf_status fail_duplicate(const parser *p, const qf_json_value *member)
 {
-    int shown = member->key_length < 100 ? (int)member->key_length : 100;
-    return QF_FAIL(p->scan.err, QF_ERROR_MODEL, "%s: byte %zu: the object has the key \"%.*s\" twice", p->scan.what,
-                   p->scan.at, shown, member->key);
+    char shown[101]; /* its beginning; what is no printable ASCII would spoil the message */
+    size_t length = member->key_length < sizeof shown - 1 ? member->key_length : sizeof shown - 1;
+    for (size_t i = 0; i < length; i++) {
+        char c = member->key[i];
+        shown[i] = c >= 0x20 && c < 0x7f ? c : '?';
+    }
+    shown[length] = '\0';
+    return QF_FAIL(p->scan.err, QF_ERROR_MODEL, "%s: byte %zu: the object has the key \"%s\" twice", p->scan.what,
+                   p->scan.at, shown);
 }
 
 /* `index` is NULL for a small object. */

@@ -28,7 +28,8 @@ typedef struct qf_engine_options {
     const char *hf_overrides_json; /* JSON object merged over config.json, or NULL */
     const char *load_format;       /* "auto" (safetensors), "safetensors", "dummy" */
     const char *device;            /* "auto", "cpu", "cuda" */
-    const char *dtype;             /* "auto", "bfloat16", "float16", "half", "float32" */
+    const char *dtype;             /* "auto" (the checkpoint's), "bfloat16", "float32"; "float16" and "half" run as
+                                      bfloat16, since Qwen2.5 exceeds float16's range */
     const char *activation_dtype;  /* "auto" (int8 for 4- and 8-bit weights on the CPU), "int8", "float32" */
     const char *quantization;      /* "auto" (as the checkpoint is), "none", "w4", "awq", "gptq", "compressed-tensors" */
     int32_t quantization_group_size; /* for "w4": 32, 64, 128 */
@@ -43,7 +44,8 @@ typedef struct qf_engine_options {
     int64_t kv_cache_tokens;        /* 0: not given */
     double memory_utilization;      /* share of the memory available at start that engine and cache may use; where
                                        neither figure above is given the cache takes what is left of it, at most
-                                       65,536 tokens or two sequences of max_model_len */
+                                       max_num_seqs sequences of max_model_len. 0: not given: 0.5, and the cache
+                                       takes at most 65,536 tokens or two sequences of max_model_len */
     bool enable_prefix_caching;
     int32_t num_threads;            /* 0: the CPUs of this process */
     const char *isa;                /* "auto", "scalar", "avx2", "avx512", "avx512_vnni" */
@@ -81,6 +83,7 @@ qf_status qf_engine_set_vocabulary(qf_engine *self, const uint8_t *bytes, const 
 typedef struct qf_engine_info {
     const char *backend;     /* "cpu" */
     const char *description; /* one line */
+    const char *isa;         /* the instruction set in use: see the option; "" for a backend without the choice */
     int32_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim;
     int32_t max_position_embeddings; /* the checkpoint's (with YaRN, extended) */
     int32_t max_model_len, block_size, num_blocks, max_num_seqs, max_num_batched_tokens, max_steps_in_flight;

@@ -72,7 +72,8 @@ typedef struct qf_checkpoint_options {
 } qf_checkpoint_options;
 
 /* Opens and checks everything: every tensor that the model needs exists, with the right dtype and shape, inside
- * its file. All errors are QF_ERROR_MODEL or QF_ERROR_IO and name the file and the tensor or key. */
+ * its file. QF_ERROR_MODEL: the checkpoint is wrong, or a file of it is missing; QF_ERROR_IO: the directory is missing,
+ * or a file cannot be read. Both name the file and the tensor or key. */
 qf_status qf_checkpoint_open(const qf_checkpoint_options *options, qf_checkpoint **out, qf_error *err);
 void qf_checkpoint_close(qf_checkpoint *self); /* NULL-safe; unmaps */
 

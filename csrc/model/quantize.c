@@ -143,6 +143,29 @@ static bool try_grid(grid candidate, const float *w, int32_t count, grid *best, 
     return true;
 }
 
+/* Steps 1 to 3 of the search, from the grid of the full range on. */
+static void refine(const float *w, int32_t count, float max, float low, float high, grid *best, float *error)
+{
+    float factor = 1.0f;
+    for (int step = 1; step < 12 && *error > 0.0f; step++) {
+        float f = 1.0f - 0.035f * (float)step;
+        if (try_grid(grid_of_range(low * f, high * f, max), w, count, best, error)) {
+            factor = f;
+        }
+    }
+    static const float sides[4][2] = {{1.06f, 1.0f}, {1.0f, 1.06f}, {0.94f, 1.0f}, {1.0f, 0.94f}};
+    for (int i = 0; i < 4 && *error > 0.0f; i++) {
+        (void)try_grid(grid_of_range(low * factor * sides[i][0], high * factor * sides[i][1], max), w, count, best,
+                       error);
+    }
+    for (int i = 0; i < 3 && *error > 0.0f; i++) {
+        float scale = fitted_scale(best, w, count);
+        if (!(scale > 0.0f) || !try_grid(grid_of(scale, -best->low, max), w, count, best, error)) {
+            break;
+        }
+    }
+}
+
 static grid search(const float *w, int32_t count, float max)
 {
     float low = 0.0f;
@@ -152,30 +175,17 @@ static grid search(const float *w, int32_t count, float max)
         high = w[i] > high ? w[i] : high;
     }
     grid best = grid_of_range(low, high, max);
-    if (max > 15.0f) {
-        return best; /* 255 steps: clipping gains nothing worth its time */
+    bool one_sided = low == 0.0f || high == 0.0f;
+    bool coarse = max < 255.0f; /* with 255 steps clipping gains nothing worth its time */
+    if (!coarse && !one_sided) {
+        return best;
     }
     float error = error_of(&best, w, count);
-    float factor = 1.0f;
-    for (int step = 1; step < 12 && error > 0.0f; step++) {
-        float f = 1.0f - 0.035f * (float)step;
-        if (try_grid(grid_of_range(low * f, high * f, max), w, count, &best, &error)) {
-            factor = f;
-        }
-    }
-    static const float sides[4][2] = {{1.06f, 1.0f}, {1.0f, 1.06f}, {0.94f, 1.0f}, {1.0f, 0.94f}};
-    for (int i = 0; i < 4 && error > 0.0f; i++) {
-        (void)try_grid(grid_of_range(low * factor * sides[i][0], high * factor * sides[i][1], max), w, count, &best,
-                       &error);
-    }
-    for (int i = 0; i < 3 && error > 0.0f; i++) {
-        float scale = fitted_scale(&best, w, count);
-        if (!(scale > 0.0f) || !try_grid(grid_of(scale, -best.low, max), w, count, &best, &error)) {
-            break;
-        }
+    if (coarse) {
+        refine(w, count, max, low, high, &best, &error);
     }
     /* One value repeated (and zeros): a step of just that size is exact where float16 holds it. */
-    if (error > 0.0f) {
+    if (one_sided && error > 0.0f) {
         float size = high > -low ? high : -low;
         (void)try_grid(grid_of(size, high > -low ? 0.0f : max, max), w, count, &best, &error);
     }

@@ -38,14 +38,15 @@ typedef struct qf_safetensors_file {
     int fd;
 } qf_safetensors_file;
 
-qf_status qf_safetensors_open(const char *path, qf_safetensors_file *out, qf_error *err);
+/* Opens dir/name. A file that is missing is QF_ERROR_MODEL (`alternative`, if not NULL, is named as well); where the
+ * whole directory is missing, or the file cannot be read, QF_ERROR_IO. */
+qf_status qf_safetensors_open(const char *dir, const char *name, const char *alternative, qf_safetensors_file *out,
+                              qf_error *err);
 void qf_safetensors_close(qf_safetensors_file *self); /* for a zeroed one, too */
 
-/* Reads dir/name as text of at most max_bytes. With `optional`, a missing file gives *out = NULL. */
+/* Reads dir/name as text of at most max_bytes. With `optional`, a missing file gives *out = NULL;
+ * otherwise it fails as above. */
 qf_status qf_model_read_file(const char *dir, const char *name, size_t max_bytes, int optional, char **out,
                              size_t *size_bytes, qf_error *err);
-
-/* dir/name in `buffer`; fails if that is longer than the buffer. */
-qf_status qf_model_path(const char *dir, const char *name, char *buffer, size_t size, qf_error *err);
 
 #endif

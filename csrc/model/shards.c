@@ -4,13 +4,10 @@
 #include <string.h>
 
 #include "base/alloc.h"
-#include "base/json.h"
 #include "model/fields.h"
+#include "model/shard_index.h"
 
-#define MAX_SHARDS 4096
 #define MAX_INDEX_BYTES ((size_t)64 << 20)
-#define MAX_PATH_BYTES 4096
-#define INDEX_NAME "model.safetensors.index.json"
 #define SINGLE_NAME "model.safetensors"
 
 static int compare_by_name(const void *a, const void *b)
@@ -69,75 +66,28 @@ static qf_status merge(qf_shards *self, qf_error *err)
     return QF_OK;
 }
 
-/* A plain file name: nothing that could lead out of the directory. */
-static bool is_shard_name(const qf_json_value *value)
-{
-    static const char suffix[] = ".safetensors";
-    size_t suffix_bytes = sizeof suffix - 1;
-    if (value->type != QF_JSON_STRING || value->length <= suffix_bytes || value->length > 255 ||
-        strlen(value->string) != value->length || value->string[0] == '.') {
-        return false;
-    }
-    return strchr(value->string, '/') == NULL && strchr(value->string, '\\') == NULL &&
-           strcmp(value->string + value->length - suffix_bytes, suffix) == 0;
-}
-
-static int compare_strings(const void *a, const void *b)
-{
-    return strcmp(*(const char *const *)a, *(const char *const *)b);
-}
-
-/* The distinct file names of the map, sorted; their index is the shard's number. *names is allocated. */
-static qf_status list_shards(const qf_json_value *map, const char ***names, int32_t *count, qf_error *err)
-{
-    QF_TRY(qf_alloc((void **)names, map->length, sizeof **names, "shard names", err));
-    for (size_t i = 0; i < map->length; i++) {
-        const qf_json_value *item = &map->items[i];
-        if (!is_shard_name(item)) {
-            char text[80];
-            char name[97];
-            return QF_FAIL(err, QF_ERROR_MODEL,
-                           "%s: tensor \"%s\" is in %s; expected the name of a .safetensors file beside it", INDEX_NAME,
-                           qf_printable(item->key, item->key_length, name, sizeof name),
-                           qf_json_describe(item, text, sizeof text));
-        }
-        (*names)[i] = item->string;
-    }
-    qsort(*names, map->length, sizeof **names, compare_strings);
-    size_t distinct = 0;
-    for (size_t i = 0; i < map->length; i++) {
-        if (i == 0 || strcmp((*names)[distinct - 1], (*names)[i]) != 0) {
-            (*names)[distinct++] = (*names)[i];
-        }
-    }
-    if (distinct > MAX_SHARDS) {
-        return QF_FAIL(err, QF_ERROR_MODEL, "%s: %zu shards; at most %d are read", INDEX_NAME, distinct, MAX_SHARDS);
-    }
-    *count = (int32_t)distinct;
-    return QF_OK;
-}
-
-static qf_status open_files(const char *dir, const char *const *names, int32_t count, qf_shards *out, qf_error *err)
+/* `alternative`: the file that would have done where the first is missing, or NULL. */
+static qf_status open_files(const char *dir, const char *const *names, int32_t count, const char *alternative,
+                            qf_shards *out, qf_error *err)
 {
     QF_TRY(qf_alloc((void **)&out->files, (size_t)count, sizeof *out->files, "shard table", err));
     for (int32_t i = 0; i < count; i++) {
-        char path[MAX_PATH_BYTES];
-        QF_TRY(qf_model_path(dir, names[i], path, sizeof path, err));
-        QF_TRY(qf_safetensors_open(path, &out->files[i], err));
+        QF_TRY(qf_safetensors_open(dir, names[i], alternative, &out->files[i], err));
         out->num_files++;
     }
     return merge(out, err);
 }
 
 /* Every entry of the index must be in the shard that it names. Tensors that the index leaves out are not seen. */
-static qf_status apply_index(qf_shards *self, const qf_json_value *map, const char *const *names, qf_error *err)
+static qf_status apply_index(qf_shards *self, const qf_shard_index *index, qf_error *err)
 {
+    const qf_json_value *map = index->map;
     for (size_t i = 0; i < map->length; i++) {
         const qf_json_value *item = &map->items[i];
         const qf_shard_tensor *found = strlen(item->key) == item->key_length ? find(self, item->key) : NULL;
-        if (found == NULL || strcmp(names[found->shard], item->string) != 0) {
+        if (found == NULL || strcmp(index->names[found->shard], item->string) != 0) {
             char name[97];
-            return QF_FAIL(err, QF_ERROR_MODEL, "%s: tensor \"%s\" is not in %.128s", INDEX_NAME,
+            return QF_FAIL(err, QF_ERROR_MODEL, "%s: tensor \"%s\" is not in %.128s", QF_SHARD_INDEX_NAME,
                            qf_printable(item->key, item->key_length, name, sizeof name), item->string);
         }
     }
@@ -153,24 +103,13 @@ static qf_status apply_index(qf_shards *self, const qf_json_value *map, const ch
 
 static qf_status open_indexed(const char *dir, const char *text, size_t size_bytes, qf_shards *out, qf_error *err)
 {
-    qf_status status = QF_OK;
-    qf_json *json = NULL;
-    const char **names = NULL;
-    int32_t count = 0;
-    qf_json_limits limits = qf_json_default_limits();
-    QF_TRY_GOTO(qf_json_parse(text, size_bytes, &limits, INDEX_NAME, &json, err), done);
-    const qf_json_value *map = qf_json_get(qf_json_root(json), "weight_map");
-    if (map == NULL || map->type != QF_JSON_OBJECT || map->length == 0) {
-        status = QF_FAIL(err, QF_ERROR_MODEL, "%s: \"weight_map\" must be an object of tensor names to shard names",
-                         INDEX_NAME);
-        goto done;
+    qf_shard_index index;
+    QF_TRY(qf_shard_index_parse(text, size_bytes, &index, err));
+    qf_status status = open_files(dir, index.names, index.count, NULL, out, err);
+    if (status == QF_OK) {
+        status = apply_index(out, &index, err);
     }
-    QF_TRY_GOTO(list_shards(map, &names, &count, err), done);
-    QF_TRY_GOTO(open_files(dir, names, count, out, err), done);
-    QF_TRY_GOTO(apply_index(out, map, names, err), done);
-done:
-    qf_free(names);
-    qf_json_destroy(json);
+    qf_shard_index_deinit(&index);
     return status;
 }
 
@@ -181,8 +120,9 @@ qf_status qf_shards_open(const char *dir, qf_shards *out, qf_error *err)
     char *text = NULL;
     size_t size_bytes;
     memset(out, 0, sizeof *out);
-    QF_TRY(qf_model_read_file(dir, INDEX_NAME, MAX_INDEX_BYTES, 1, &text, &size_bytes, err));
-    status = text != NULL ? open_indexed(dir, text, size_bytes, out, err) : open_files(dir, single, 1, out, err);
+    QF_TRY(qf_model_read_file(dir, QF_SHARD_INDEX_NAME, MAX_INDEX_BYTES, 1, &text, &size_bytes, err));
+    status = text != NULL ? open_indexed(dir, text, size_bytes, out, err)
+                          : open_files(dir, single, 1, QF_SHARD_INDEX_NAME, out, err);
     qf_free(text);
     if (status != QF_OK) {
         qf_shards_close(out);

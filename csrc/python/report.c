@@ -24,6 +24,7 @@ static const qf_py_field memory_fields[] = {
 static const qf_py_field info_fields[] = {
     FIELD(QF_PY_STRING, backend),
     FIELD(QF_PY_STRING, description),
+    FIELD(QF_PY_STRING, isa),
     FIELD(QF_PY_INT32, vocab_size),
     FIELD(QF_PY_INT32, hidden_size),
     FIELD(QF_PY_INT32, intermediate_size),

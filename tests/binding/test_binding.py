@@ -139,8 +139,10 @@ def test_bad_call(model_dir, function):
 def test_failures_of_the_engine_have_their_exceptions(model_dir, tmp_path, function):
     with pytest.raises(ValueError, match="block_size"):
         function(model_dir, **{**OPTIONS, "block_size": 17})
-    with pytest.raises(OSError, match=r"config\.json"):
+    with pytest.raises(_engine.ModelError, match=r"config\.json is missing"):
         function(str(tmp_path), **OPTIONS)
+    with pytest.raises(OSError, match=r"config\.json"):
+        function(str(tmp_path / "nowhere"), **OPTIONS)
     with pytest.raises(NotImplementedError, match="cuda"):
         function(model_dir, **{**OPTIONS, "device": "cuda"})
     (tmp_path / "config.json").write_text("[]")
@@ -500,7 +502,7 @@ def test_refused_creation_leaks_nothing(model_dir, tmp_path):
     for _ in range(50):
         with pytest.raises(ValueError, match="block_size"):
             _engine.Engine(model_dir, **{**OPTIONS, "block_size": 17})
-        with pytest.raises(OSError, match="config"):
+        with pytest.raises(_engine.ModelError, match="config"):
             _engine.Engine(str(tmp_path), **OPTIONS)
     assert count_objects() == before
 

@@ -76,6 +76,7 @@ static const struct {
     {TEXT("{\"a\":}"), "not a value"}, {TEXT("{\"a\":1,}"), "name in quotes"}, {TEXT("{,}"), "name in quotes"}, {TEXT("{a:1}"), "name in quotes"},
     {TEXT("{1:1}"), "name in quotes"}, {TEXT("{\"a\":1 \"b\":2}"), "missing in an object"}, {TEXT("{\"a\":1]"), "missing in an object"},
     {TEXT("{\"a\" 1}"), "colon"}, {TEXT("{\"a\":1,\"a\":2}"), "\"a\" twice"}, {TEXT("{\"a\":1,\"\\u0061\":2}"), "\"a\" twice"},
+    {TEXT("{\"\\n\\u0000\177\":1,\"\\n\\u0000\177\":2}"), "\"???\" twice"},
     {TEXT("{\"\":1,\"\":2}"), "\"\" twice"}, {TEXT("// c\n1"), "not a value"}, {TEXT("[1/**/]"), "missing in an array"}, {TEXT("\0"), "not a value"},
     {TEXT("1\0"), "byte 1: the text goes on"},
 };

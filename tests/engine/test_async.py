@@ -1,6 +1,7 @@
 """AsyncLLM over the demo model."""
 
 import asyncio
+import inspect
 import threading
 import time
 
@@ -52,6 +53,41 @@ def test_generate_and_chat(llm, expected):
         return [output.outputs[0].text for output in (*generated, chatted)] + [streamed]
 
     assert asyncio.run(main()) == [expected.text] * 4
+
+
+def test_chat_streams_too(llm, expected):
+    async def main():
+        return "".join([one.text async for one in llm.chat(QUESTION, GREEDY, stream=True)])
+
+    assert asyncio.run(main()) == expected.text
+    with pytest.raises(ValueError, match="stream=True takes one conversation, got 2"):
+        llm.chat([QUESTION, QUESTION], stream=True)
+
+
+def test_logits(llm, demo_dir):
+    numpy = pytest.importorskip("numpy")
+
+    async def main():
+        return await asyncio.gather(llm.logits("One morning in June,"), llm.logits([5, 6, 7, 8], 1, 3))
+
+    whole, part = asyncio.run(main())
+    with LLM(str(demo_dir), kv_cache_tokens=4096) as model:
+        assert numpy.array_equal(whole, model.logits("One morning in June,"))
+        assert numpy.array_equal(part, model.logits([5, 6, 7, 8], 1, 3)) and part.shape == (2, 8192)
+    with pytest.raises(ValueError, match="no positions from 2 to 2 in 2 tokens"):
+        asyncio.run(llm.logits([1, 2], 2))
+    asyncio.run(until_idle(llm))
+
+
+def test_the_same_methods_and_options(llm):
+    public = {name for name in dir(LLM) if not name.startswith("_")}
+    assert public <= set(dir(AsyncLLM))
+    assert inspect.signature(AsyncLLM) == inspect.signature(LLM)
+    assert "kv_cache_memory" in inspect.signature(AsyncLLM).parameters and AsyncLLM.__init__.__doc__
+    chat, other = inspect.signature(LLM.chat).parameters, inspect.signature(AsyncLLM.chat).parameters
+    assert set(chat) - set(other) == {"progress", "use_tqdm"}
+    llm.reset_prefix_cache()
+    assert llm.info()["num_layers"] == 8 and llm.stats()["num_running"] == 0
 
 
 def test_many_streams_at_once(llm, expected):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from qwen_fast import LLM, EngineError, ModelError, SamplingParams
+from qwen_fast import LLM, EngineError, ModelError, SamplingParams, _engine
 
 QUESTION = [{"role": "user", "content": "Tell me a story about Nora the fox."}]
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=24)
@@ -239,6 +239,13 @@ def test_chat_forms(llm):
         (lambda llm: llm.generate(["a", "b"], [SamplingParams()]), ValueError, "2 prompts but 1 sampling_params"),
         (lambda llm: llm.generate(QUESTION), TypeError, r"use chat\(\) for messages"),
         (lambda llm: llm.chat("hi"), TypeError, "messages must be a list"),
+        (lambda llm: llm.generate(b"x"), TypeError, r"must be a text or token ids, got bytes; use .decode\(\)"),
+        (lambda llm: llm.generate(bytearray(b"x")), TypeError, r"a text or token ids, got bytearray; use .decode\(\)"),
+        (lambda llm: llm.generate(["a", b"x"]), TypeError, "prompt 1: a prompt must be a text or token ids, got bytes"),
+        (lambda llm: llm.stream(b"x"), TypeError, "a prompt must be a text or token ids, got bytes"),
+        (lambda llm: llm.logits(b"x"), TypeError, "a prompt must be a text or token ids, got bytes"),
+        (lambda llm: llm.generate({"prompt_token_ids": b"x"}), TypeError, "must be a list of ints, got bytes"),
+        (lambda llm: llm.chat(b"x"), TypeError, "messages must be a list"),
         (lambda llm: llm.generate(["a", [9000]]), ValueError, "prompt 1: token id 9000"),
         (lambda llm: llm.stream([1] * 4097), ValueError, "409[67]"),
         (lambda llm: llm.stream("x", SamplingParams(logit_bias={8192: 1})), ValueError, "8192"),
@@ -323,6 +330,7 @@ def test_close_mid_stream(demo_dir):
 def test_info_stats_and_repr(llm):
     info = llm.info()
     assert (info["num_layers"], info["hidden_size"], info["vocab_size"]) == (8, 384, 8192)
+    assert info["isa"] in _engine.build_info()["isas"] and info["isa"] in info["description"]
     memory = llm.stats()["memory"]
     assert memory["layers_bytes"] > 0 and memory["kv_cache_bytes"] == memory["num_blocks"] * memory["kv_block_bytes"]
     assert "8 layers" in repr(llm)
@@ -345,6 +353,33 @@ def test_options(demo_dir, tmp_path):
         LLM(str(tmp_path))
     with pytest.raises(ModelError, match="neither a directory nor a hub id"):
         LLM("not a model")
+
+
+def test_vllm_options(demo_dir):
+    options = {"batch_invariant": True, "enforce_eager": True, "max_logprobs": 20, "enable_chunked_prefill": True}
+    with LLM(str(demo_dir), kv_cache_tokens=1024, isa="scalar", **options) as llm:
+        assert llm.info()["isa"] == "scalar"
+    with pytest.raises(NotImplementedError, match="use kv_cache_tokens"):
+        LLM(str(demo_dir), num_gpu_blocks_override=10)
+
+
+def test_size_of_the_kv_cache(demo_dir):
+    """Without a size: half of the memory, bounded. A share that was asked for is used, up to what all sequences need."""
+
+    def tokens(**options):
+        report = _engine.estimate(str(demo_dir), **options)
+        return report["num_blocks"] * report["block_size"], report
+
+    assert tokens()[0] == tokens(memory_utilization=0.0)[0] == 65536
+    assert tokens(memory_utilization=0.5, max_num_seqs=20, max_model_len=4000)[0] == 20 * 4000
+    count, report = tokens(memory_utilization=0.02, max_num_seqs=4096)
+    fixed = sum(report[f"{name}_bytes"] for name in ("embedding", "layers", "head", "workspace"))
+    left = int(report["available_bytes"] * 0.02) - fixed
+    if left >= report["kv_block_bytes"]:  # true of any machine with 8 GB free
+        assert count == left // report["kv_block_bytes"] * report["block_size"]
+    for share in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="memory_utilization must be above 0 and at most 1"):
+            tokens(memory_utilization=share)
 
 
 def test_hub_id_offline(monkeypatch, tmp_path):

@@ -1,11 +1,12 @@
 """SamplingParams, options and sizes: what is accepted, what is refused with which message, who wins."""
 
+import dataclasses
 import math
 
 import pytest
 
 from qwen_fast import SamplingParams
-from qwen_fast.options import engine_options, refuse_unknown
+from qwen_fast.options import VLLM_OPTIONS, engine_options, refuse_unknown
 from qwen_fast.params import generation_defaults
 from qwen_fast.utils import derived_seed, format_bytes, fresh_seed, parse_bytes
 
@@ -53,7 +54,7 @@ BAD = [
     ({"prompt_logprobs": -1}, ValueError, "prompt_logprobs must be from 0 to 64, got -1"),
     ({"ignore_eos": 1}, TypeError, "ignore_eos must be True or False, got 1"),
     ({"priority": 2**31}, ValueError, "priority must be from"),
-    ({"best_of": 2}, TypeError, "best_of"),
+    ({"best_off": 2}, TypeError, "best_off"),
 ]
 
 
@@ -201,9 +202,70 @@ def test_engine_options_passed():
 
 def test_unknown_options():
     refuse_unknown({"cpu_offload": None, "cpu_offload_gb": 0, "pipeline_parallel_size": 1})
-    with pytest.raises(NotImplementedError, match="cpu_offload='embeddings' is not built yet"):
+    with pytest.raises(NotImplementedError, match="cpu_offload='embeddings' is not built: leave it out"):
         refuse_unknown({"cpu_offload": "embeddings"})
     with pytest.raises(NotImplementedError, match="speculative_config"):
         refuse_unknown({"speculative_config": {"model": "x"}})
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_modle_len'"):
         refuse_unknown({"max_modle_len": 1})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"enforce_eager": True, "disable_log_stats": False, "enable_chunked_prefill": True, "tokenizer_mode": "auto"},
+        {"max_logprobs": 20, "swap_space": 4, "disable_custom_all_reduce": True, "use_v2_block_manager": True},
+        {"batch_invariant": True, "skip_tokenizer_init": False, "num_gpu_blocks_override": None},
+        dict.fromkeys(VLLM_OPTIONS),
+    ],
+)
+def test_options_that_ask_for_nothing(options):
+    refuse_unknown(options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"enable_chunked_prefill": False}, "enable_chunked_prefill=False is not built: prompts are always cut"),
+        ({"skip_tokenizer_init": True}, "skip_tokenizer_init=True is not built: prompts may be token ids"),
+        ({"num_gpu_blocks_override": 100}, "num_gpu_blocks_override=100 is not built: use kv_cache_tokens"),
+        ({"max_logprobs": 65}, "max_logprobs=65 is not built: the limit is 64"),
+        ({"max_logprobs": -1}, "max_logprobs=-1 is not built: the limit is 64"),
+        ({"tokenizer_mode": "mistral"}, "tokenizer_mode='mistral' is not built"),
+        ({"enable_lora": True}, "enable_lora=True is not built"),
+    ],
+)
+def test_options_that_ask_for_what_is_not_there(options, message):
+    with pytest.raises(NotImplementedError, match=message):
+        refuse_unknown(options)
+
+
+UNBUILT_FIELDS = {
+    "best_of": (2, 1),
+    "structured_outputs": ({"json": {}}, None),
+    "guided_decoding": ({"regex": "a"}, None),
+    "logits_processors": ([len], []),
+    "truncate_prompt_tokens": (5, None),
+    "output_kind": (2, 0),
+    "use_beam_search": (True, False),
+    "length_penalty": (0.5, 1.0),
+    "early_stopping": (True, False),
+    "flat_logprobs": (True, False),
+    "extra_args": ({"a": 1}, {}),
+}
+
+
+@pytest.mark.parametrize("name", UNBUILT_FIELDS)
+def test_fields_that_are_not_built(name):
+    refused, accepted = UNBUILT_FIELDS[name]
+    with pytest.raises(NotImplementedError, match=rf"SamplingParams\({name}=.*is not built; leave {name} out"):
+        SamplingParams(**{name: refused})
+    assert SamplingParams(**{name: accepted}) == SamplingParams(**{name: None}) == SamplingParams()
+    assert name not in SamplingParams().resolved({})
+
+
+def test_spaces_between_special_tokens():
+    assert SamplingParams(spaces_between_special_tokens=True) == SamplingParams(spaces_between_special_tokens=False)
+    with pytest.raises(TypeError, match="spaces_between_special_tokens must be a bool, got 'x'"):
+        SamplingParams(spaces_between_special_tokens="x")
+    assert dataclasses.replace(SamplingParams(n=2), max_tokens=3) == SamplingParams(n=2, max_tokens=3)

@@ -60,14 +60,14 @@ def heldout_ids(demo, count):
 
 # --- the engine under test -----------------------------------------------------------------------------------
 
-DEFAULTS = dict(
-    device="cpu",
-    dtype="float32",
-    activation_dtype="float32",
-    kv_cache_dtype="float32",
-    kv_cache_tokens=8192,
-    num_threads=2,
-)
+DEFAULTS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "activation_dtype": "float32",
+    "kv_cache_dtype": "float32",
+    "kv_cache_tokens": 8192,
+    "num_threads": 2,
+}
 
 
 @contextlib.contextmanager

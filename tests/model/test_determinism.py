@@ -12,12 +12,21 @@ import pytest
 from model_helpers import finish, isas, open_engine, write_dummy
 
 FORMATS = {
-    "float32": dict(),
-    "bfloat16": dict(dtype="bfloat16", kv_cache_dtype="auto"),
-    "w4a8": dict(
-        quantization="w4", dtype="bfloat16", activation_dtype="int8", lm_head_dtype="int8", kv_cache_dtype="auto"
-    ),
-    "w4-float-activations": dict(quantization="w4", dtype="bfloat16", lm_head_dtype="int4", kv_cache_dtype="auto"),
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16", "kv_cache_dtype": "auto"},
+    "w4a8": {
+        "quantization": "w4",
+        "dtype": "bfloat16",
+        "activation_dtype": "int8",
+        "lm_head_dtype": "int8",
+        "kv_cache_dtype": "auto",
+    },
+    "w4-float-activations": {
+        "quantization": "w4",
+        "dtype": "bfloat16",
+        "lm_head_dtype": "int4",
+        "kv_cache_dtype": "auto",
+    },
 }
 
 QUICK = ("float32", "w4a8")
@@ -33,7 +42,7 @@ def make_requests():
     for i, length in enumerate((1, 2, 17, 33, 64, 95, 130, 150, 200, 130)):
         tail = [rng.randrange(VOCAB) for _ in range(length)]
         prompt = (shared + tail)[:length] if i % 2 == 0 else tail
-        options = dict(max_tokens=40 if length < 100 else 24, ignore_eos=True, logprobs=3)
+        options = {"max_tokens": 40 if length < 100 else 24, "ignore_eos": True, "logprobs": 3}
         if i % 3 == 0:
             options.update(temperature=0.0)
         elif i % 3 == 1:
@@ -84,7 +93,7 @@ def pytest_generate_tests(metafunc):
 def model(tmp_path_factory):
     """GQA of 3; two and a half groups of 128 in down_proj, one and a half in the others."""
     path = tmp_path_factory.mktemp("dummy")
-    shape = dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=1, intermediate_size=320)
+    shape = {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 320}
     return write_dummy(path, **shape, num_hidden_layers=2, vocab_size=VOCAB, max_position_embeddings=1024)
 
 

@@ -145,10 +145,10 @@ def idle(engine):
 
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.long)])
 def test_soak(tmp_path, count):
-    shape = dict(hidden_size=64, intermediate_size=128, num_attention_heads=1, num_key_value_heads=1)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 1, "num_key_value_heads": 1}
     model = write_dummy(tmp_path, **shape, vocab_size=VOCAB)
     rng = random.Random(count)
-    options = dict(load_format="dummy", kv_cache_tokens=NUM_BLOCKS * BLOCK_SIZE, block_size=BLOCK_SIZE)
+    options = {"load_format": "dummy", "kv_cache_tokens": NUM_BLOCKS * BLOCK_SIZE, "block_size": BLOCK_SIZE}
     with open_engine(model, **options, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=128) as engine:
         assert engine.stats()["memory"]["num_blocks"] == NUM_BLOCKS
         warm_up = soak(engine, rng, count // 2)

@@ -235,7 +235,9 @@ def test_packaged_demo(demo):
         assert relative_difference(reference, logits(engine, ids)) < DENSE
     with open_engine(demo, dtype="auto", kv_cache_dtype="auto") as engine:
         assert mean_kl(reference, logits(engine, ids)) < KL
-    with open_engine(demo, dtype="auto", kv_cache_dtype="auto", activation_dtype="auto", lm_head_dtype="auto") as engine:
+    with open_engine(
+        demo, dtype="auto", kv_cache_dtype="auto", activation_dtype="auto", lm_head_dtype="auto"
+    ) as engine:
         divergence = mean_kl(reference, logits(engine, ids))
         print(f"default, {engine.info()['activation_dtype']} activations: mean KL {divergence:.2e}")
     assert divergence < KL

@@ -21,6 +21,7 @@ def rows(path, ids, **options):
 
 def test_int8_activations(demo, ids, isa):
     """On the same 4-bit weights, with the same head and cache: int8 activations are the only difference."""
+    ids = ids[: 300 if isa == "scalar" else len(ids)]  # plain C is slow
     int8, info = rows(demo, ids, isa=isa)
     assert (info["activation_dtype"], info["lm_head_dtype"]) == ("int8", "int8")
     float32, info = rows(demo, ids, isa=isa, activation_dtype="float32", lm_head_dtype="int8")
