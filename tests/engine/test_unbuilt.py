@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
 
@@ -35,8 +36,7 @@ def test_doctor_reports_all_the_same():
     assert {"qwen_fast", "python", "platform", "cpus", "memory", "engine", "tokenizers", "numpy"} <= set(shown)
     assert shown["engine"].startswith("not built")
     (problem,) = done.stderr.splitlines()
-    assert problem.startswith("problem: the native engine is not built in this folder")
-    assert "`pip install -e .`" in problem
+    assert problem.startswith("problem: the native engine is not built") and "install" in problem
 
 
 def test_doctor_json():
@@ -48,8 +48,8 @@ def test_doctor_json():
 
 def test_doctor_in_a_source_folder(checkout):
     done = run("-S", "-c", "import sys\n" + DOCTOR, cwd=checkout)
-    assert done.returncode == 1
-    assert f"the native engine is not built in this folder, {checkout}:" in done.stderr
+    assert done.returncode == 1 and "python " in done.stdout
+    assert f"the native engine is not built in this folder, {checkout}: build it there with `pip install" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["LLM", "AsyncLLM", "ModelError"])
@@ -69,9 +69,8 @@ def test_command_in_a_source_folder(checkout):
 
 def test_an_engine_that_cannot_be_loaded(checkout, tmp_path):
     """It is there, but not for this machine: another message, with the loader's words."""
-    suffix = next(path.name for path in (ROOT / "qwen_fast").glob("_engine*.so")).removeprefix("_engine")
     shutil.copytree(checkout / "qwen_fast", tmp_path / "qwen_fast")
-    (tmp_path / "qwen_fast" / f"_engine{suffix}").write_bytes(b"no library")
+    (tmp_path / "qwen_fast" / f"_engine{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
     done = run("-S", "-c", "import qwen_fast; qwen_fast.LLM", cwd=tmp_path)
     assert "cannot be loaded: " in done.stderr.splitlines()[-1]
 
