@@ -131,10 +131,10 @@ class AsyncLLM(BaseLLM):
         """`async for out in llm.stream(prompt, params)`: increments as LLM.stream() yields them. The request starts
         with the first step of the loop."""
         ready = await self._in_thread(prompt, self._prompt)
-        async for output in self._iterate(
-            ready, sampling_params, request_id, max_unread_tokens=STREAM_UNREAD_TOKENS, cache_salt=cache_salt
-        ):
-            yield output
+        limits = {"max_unread_tokens": STREAM_UNREAD_TOKENS, "cache_salt": cache_salt}
+        async with contextlib.aclosing(self._iterate(ready, sampling_params, request_id, **limits)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def generate(
         self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -194,10 +194,10 @@ class AsyncLLM(BaseLLM):
     ) -> AsyncIterator[StreamOutput]:
         """stream() for one conversation; template_options: see apply_chat_template."""
         ready = await self._in_thread(messages, lambda one: self.apply_chat_template(one, tools, **template_options))
-        async for output in self._iterate(
-            ready, sampling_params, request_id, max_unread_tokens=STREAM_UNREAD_TOKENS, cache_salt=cache_salt
-        ):
-            yield output
+        limits = {"max_unread_tokens": STREAM_UNREAD_TOKENS, "cache_salt": cache_salt}
+        async with contextlib.aclosing(self._iterate(ready, sampling_params, request_id, **limits)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def logits(self, token_ids: Any, start: int = 0, stop: int | None = None) -> numpy.ndarray:
         """As LLM.logits()."""

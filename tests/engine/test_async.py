@@ -153,7 +153,9 @@ def test_leaving_a_stream_cancels_it(llm):
     async def main():
         stream = llm.stream(QUESTION, ENDLESS)
         await stream.__anext__()
-        await stream.aclose()
+        assert len(llm._wakeups._waiting) == 1
+        await stream.aclose()  # not only once the garbage collector finds the inner generator
+        assert not llm._wakeups._waiting
         await until_idle(llm)
 
     asyncio.run(main())
