@@ -92,6 +92,8 @@ def measure(name: str, model: Path, new_tokens: int, probe: Probe, args: Any, **
                 f"{read['median'] / 1e9:.1f} GB/s read, efficiency {row['bandwidth_efficiency']['median']:.2f}; "
                 f"int8 efficiency {row['int8_efficiency']['median']:.2f}"
             )
+        ratio = rows[1]["tokens_per_s"]["median"] / rows[0]["tokens_per_s"]["median"]
+        print(f"  batch 8 over batch 1: {ratio:.1f}")
     finally:
         engine.close()
     return rows

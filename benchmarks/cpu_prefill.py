@@ -49,8 +49,10 @@ def measure(name: str, model: Path, probe: Probe, args: Any, **options: Any) -> 
         print(f"\n{name}: {info['description']}; logits {digest}, twice the same")
         for length in (128, 512, 2048):
             prefill(engine, 64)  # warm
-            rates, (dots,) = measure_between(
-                lambda length=length: prefill(engine, length), (probe.int8_macs_per_s,), args.repeats
+            rates, (dots, reads) = measure_between(
+                lambda length=length: prefill(engine, length),
+                (probe.int8_macs_per_s, probe.read_bytes_per_s),
+                args.repeats,
             )
             row = {
                 "model": name,
@@ -60,13 +62,15 @@ def measure(name: str, model: Path, probe: Probe, args: Any, **options: Any) -> 
                 "linear_macs_per_token": macs,
                 "int8_macs_per_s": spread(dots),
                 "int8_efficiency": efficiency(macs, rates, dots),
+                "read_bytes_per_s": spread(reads),
                 "logits": digest,
             }
             rows.append(row)
             rate, peak = row["tokens_per_s"], row["int8_macs_per_s"]["median"]
+            read = row["read_bytes_per_s"]["median"]
             print(
                 f"  {length:5} tokens: {rate['median']:8.1f} tok/s (best {rate['best']:.1f}), {macs * rate['median'] / 1e9:.0f} of "
-                f"{peak / 1e9:.0f} G multiply-adds/s, efficiency {row['int8_efficiency']['median']:.2f}"
+                f"{peak / 1e9:.0f} G multiply-adds/s, efficiency {row['int8_efficiency']['median']:.2f}; {read / 1e9:.1f} GB/s read"
             )
     finally:
         engine.close()
