@@ -178,6 +178,9 @@ static qf_status finish_step(qf_engine *e, qf_error *err)
     for (int32_t i = 0; i < plan->num_entries; i++) {
         qf_driver_drop_if_released(e, plan->entries[i].seq->owner);
     }
+#ifdef QF_CHECK_INVARIANTS /* debug and test builds */
+    QF_TRY(qf_scheduler_check(e->scheduler, err));
+#endif
     return QF_OK;
 }
 

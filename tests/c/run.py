@@ -34,7 +34,8 @@ CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "c-tests"
 
 CFLAGS = (
-    "-std=c11 -D_GNU_SOURCE -g -O1 -Wall -Wextra -Wconversion -Wshadow -Werror -ffp-contract=off -pthread"
+    "-std=c11 -D_GNU_SOURCE -DQF_CHECK_INVARIANTS -g -O1 -Wall -Wextra -Wconversion -Wshadow -Werror "
+    "-ffp-contract=off -pthread"
 ).split()
 LIBRARIES = ["-pthread", "-lm", "-ldl"]
 SANITIZER_FLAGS = {
