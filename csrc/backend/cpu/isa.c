@@ -5,14 +5,27 @@
 
 #include "backend/cpu/kernels.h"
 
+#if QF_CPU_X86
+#include <cpuid.h>
+#endif
+
 static const char *const isa_names[QF_ISA_COUNT] = {"scalar", "avx2", "avx512", "avx512_vnni"};
+
+#if QF_CPU_X86
+/* __builtin_cpu_supports knows the name from gcc 11 and clang 15 on only. */
+static bool has_f16c(void)
+{
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 /* __builtin_cpu_supports asks cpuid, and xgetbv for whether the system saves the wide registers. */
 qf_isa qf_isa_detect(void)
 {
 #if QF_CPU_X86
     __builtin_cpu_init();
-    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) {
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())) {
         return QF_ISA_SCALAR;
     }
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
