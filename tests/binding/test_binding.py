@@ -693,6 +693,7 @@ def test_ctrl_c_during_read(model_dir):
         PRELUDE
         + textwrap.dedent("""
         request = blocked()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background may ignore it
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         start = time.monotonic()
         try:

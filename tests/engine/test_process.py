@@ -11,7 +11,9 @@ QUESTION = [{"role": "user", "content": "Tell me a story about Nora the fox."}]
 
 
 def run_script(demo_dir, body, **options):
-    code = (
+    # A test run in the background may have SIGINT ignored, and children inherit that.
+    code = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += (
         f"import sys\nfrom qwen_fast import LLM, SamplingParams\nllm = LLM({str(demo_dir)!r}, kv_cache_tokens=8192)\n"
     )
     code += f"question = {QUESTION!r}\nendless = SamplingParams(ignore_eos=True, max_tokens=3000)\n{body}"
