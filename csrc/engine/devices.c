@@ -10,6 +10,12 @@
 #define QF_VERSION "0"
 #endif
 
+#if defined(__clang__)
+#define COMPILER __VERSION__ /* names clang itself */
+#else
+#define COMPILER "gcc " __VERSION__
+#endif
+
 qf_status qf_engine_create(const qf_engine_options *options, qf_engine **out, qf_error *err)
 {
     return qf_engine_create_with(options, qf_cpu_backend_vtable(), out, err);
@@ -36,5 +42,5 @@ void qf_build_info(char *buffer, size_t size_bytes)
     (void)snprintf(buffer, size_bytes,
                    "{\"version\": \"%s\", \"compiler\": \"%s\", \"cuda\": false, \"isa\": \"%s\", \"isas\": [%s], "
                    "\"cpu_count\": %d}",
-                   QF_VERSION, __VERSION__, qf_isa_name(best), isas, qf_cpu_count());
+                   QF_VERSION, COMPILER, qf_isa_name(best), isas, qf_cpu_count());
 }
