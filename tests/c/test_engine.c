@@ -61,6 +61,23 @@ static uint32_t next_random(uint64_t *state)
     return (uint32_t)(*state >> 33);
 }
 
+/* An engine over the fake backend, and the end of it. */
+static qf_engine *start(char dir[64], const qf_backend_vtable *backend, int32_t depth)
+{
+    qf_error err;
+    qf_engine *engine = NULL;
+    write_config(dir, 64);
+    qf_engine_options options = engine_options(dir, depth);
+    CHECK_OK(qf_engine_create_with(&options, backend, &engine, &err));
+    return engine;
+}
+
+static void stop(const char *dir, qf_engine *engine)
+{
+    qf_engine_destroy(engine);
+    remove_config(dir);
+}
+
 /* --- a soak from several threads ----------------------------------------------------------------------- */
 
 typedef struct client {
@@ -180,12 +197,8 @@ static void wait_until_idle(qf_engine *engine, qf_engine_stats *stats)
 static void soak(int32_t depth)
 {
     enum { NUM_CLIENTS = 12, NUM_REQUESTS = 25 };
-    qf_error err;
     char dir[64];
-    write_config(dir, sizeof dir);
-    qf_engine_options options = engine_options(dir, depth);
-    qf_engine *engine = NULL;
-    CHECK_OK(qf_engine_create_with(&options, fake_backend_vtable(), &engine, &err));
+    qf_engine *engine = start(dir, fake_backend_vtable(), depth);
     if (engine == NULL) {
         return;
     }
@@ -209,8 +222,7 @@ static void soak(int32_t depth)
     CHECK(num_complete > NUM_CLIENTS * NUM_REQUESTS / 3);
     CHECK(stats.num_preemptions > 0);
     CHECK(stats.prefix_hit_tokens > 0);
-    qf_engine_destroy(engine);
-    remove_config(dir);
+    stop(dir, engine);
 }
 
 static void test_soak_one_step_in_flight(void) { soak(1); }
@@ -251,12 +263,8 @@ static void drain(qf_request *r, qf_output *last)
 
 static void test_engine_destroyed_under_requests(void)
 {
-    qf_error err;
     char dir[64];
-    write_config(dir, sizeof dir);
-    qf_engine_options options = engine_options(dir, 2);
-    qf_engine *engine = NULL;
-    CHECK_OK(qf_engine_create_with(&options, fake_backend_vtable(), &engine, &err));
+    qf_engine *engine = start(dir, fake_backend_vtable(), 2);
     qf_request *a = submit_simple(engine, 250, NULL);
     qf_request *b = submit_simple(engine, 250, a);
     (void)qf_request_wait(a, 1000000);
@@ -278,10 +286,7 @@ static void test_backend_failure_ends_every_request(void)
 {
     qf_error err;
     char dir[64];
-    write_config(dir, sizeof dir);
-    qf_engine_options options = engine_options(dir, 2);
-    qf_engine *engine = NULL;
-    CHECK_OK(qf_engine_create_with(&options, failing_backend_vtable(), &engine, &err));
+    qf_engine *engine = start(dir, failing_backend_vtable(), 2);
     qf_request *a = submit_simple(engine, 100, NULL);
     qf_request *b = submit_simple(engine, 100, NULL);
     qf_output out;
@@ -301,18 +306,14 @@ static void test_backend_failure_ends_every_request(void)
     CHECK_STATUS(qf_engine_submit(engine, &o, &c, &err), QF_ERROR_STATE);
     qf_request_release(a);
     qf_request_release(b);
-    qf_engine_destroy(engine);
-    remove_config(dir);
+    stop(dir, engine);
 }
 
 static void test_notification(void)
 {
     qf_error err;
     char dir[64];
-    write_config(dir, sizeof dir);
-    qf_engine_options options = engine_options(dir, 1);
-    qf_engine *engine = NULL;
-    CHECK_OK(qf_engine_create_with(&options, fake_backend_vtable(), &engine, &err));
+    qf_engine *engine = start(dir, fake_backend_vtable(), 1);
     qf_request *r = submit_simple(engine, 5, NULL);
     qf_output out;
     bool finished = false;
@@ -330,8 +331,7 @@ static void test_notification(void)
     }
     CHECK_INT(num_tokens, 5);
     qf_request_release(r);
-    qf_engine_destroy(engine);
-    remove_config(dir);
+    stop(dir, engine);
 }
 
 /* What was read before take_ready is no news, and must not keep later news from being told. */
@@ -339,10 +339,7 @@ static void test_notification_of_what_was_read(void)
 {
     qf_error err;
     char dir[64];
-    write_config(dir, sizeof dir);
-    qf_engine_options options = engine_options(dir, 1);
-    qf_engine *engine = NULL;
-    CHECK_OK(qf_engine_create_with(&options, fake_backend_vtable(), &engine, &err));
+    qf_engine *engine = start(dir, fake_backend_vtable(), 1);
     int32_t ids[3] = {1};
     qf_request_options o;
     qf_request_options_init(&o);
@@ -363,18 +360,14 @@ static void test_notification_of_what_was_read(void)
     CHECK(qf_request_wait(r, 10 * 1000000));
     CHECK_INT(qf_engine_take_ready(engine, &tag, 1), 1);
     qf_request_release(r);
-    qf_engine_destroy(engine);
-    remove_config(dir);
+    stop(dir, engine);
 }
 
 static void test_late_mask_fails_its_request_alone(void)
 {
     qf_error err;
     char dir[64];
-    write_config(dir, sizeof dir);
-    qf_engine_options options = engine_options(dir, 2);
-    qf_engine *engine = NULL;
-    CHECK_OK(qf_engine_create_with(&options, fake_backend_vtable(), &engine, &err));
+    qf_engine *engine = start(dir, fake_backend_vtable(), 2);
     int32_t id = 1;
     qf_request_options o;
     qf_request_options_init(&o);
@@ -396,8 +389,7 @@ static void test_late_mask_fails_its_request_alone(void)
     qf_output_deinit(&out);
     qf_request_release(guided);
     qf_request_release(free_one);
-    qf_engine_destroy(engine);
-    remove_config(dir);
+    stop(dir, engine);
 }
 
 static void test_refusals(void)
@@ -431,8 +423,7 @@ static void test_refusals(void)
     CHECK_STATUS(qf_engine_submit(engine, &o, &second, &err), QF_ERROR_STATE);
     CHECK(strstr(err.message, "max_waiting_requests is 1") != NULL);
     qf_request_release(r);
-    qf_engine_destroy(engine);
-    remove_config(dir);
+    stop(dir, engine);
 }
 
 #ifdef CHECK_ALLOC_FAULTS
