@@ -1,5 +1,5 @@
 /* Elementary functions of our own: the same bits on every machine and under every libm, with no rounding mode,
- * errno or table behind them. Plain elementwise arithmetic, so that a loop of fixed length over qf_expf vectorises.
+ * errno or table behind them. Plain elementwise arithmetic, so that a loop of fixed length over one vectorises.
  * The promise holds under -ffp-contract=off and round-to-nearest. */
 #ifndef QF_BASE_MATH_H
 #define QF_BASE_MATH_H
@@ -7,34 +7,19 @@
 #include <stdint.h>
 #include <string.h>
 
-static inline float qf_float_from_bits(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint32_t qf_float_to_bits(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
+#include "base/dtype.h"
 
 /* condition ? a : b, without a branch: compilers turn chains of ?: into jumps, which do not vectorise. */
 static inline float qf_select_float(int condition, float a, float b)
 {
     uint32_t mask = 0u - (uint32_t)(condition != 0);
-    return qf_float_from_bits((qf_float_to_bits(a) & mask) | (qf_float_to_bits(b) & ~mask));
+    return qf_bits_f32((qf_f32_bits(a) & mask) | (qf_f32_bits(b) & ~mask));
 }
 
-/* e^x, at most 1 ulp off (subnormal results too); e^-inf = 0, overflow gives +inf, NaN gives NaN.
+/* e^x for x <= 0, at most 1 ulp off; below -87 (where e^x is almost subnormal) it is 0. NaN gives NaN.
  *   x = n ln 2 + r with |r| <= ln 2 / 2;   e^x = 2^n (1 + r + r^2 q(r)),  q of degree 4 (minimax, error 3.1e-9). */
-static inline float qf_expf(float x)
+static inline float qf_expf_nonpositive(float x)
 {
-    /* Beyond these e^x rounds to 0 and to +inf. Each comparison is false for NaN, which passes. */
-    x = qf_select_float(x < -104.0f, -104.0f, x);
-    x = qf_select_float(x > 89.0f, 89.0f, x);
     /* 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits. */
     const float shift = 12582912.0f;
     float t = x * 0x1.715476p+0f + shift;
@@ -48,30 +33,7 @@ static inline float qf_expf(float x)
     q = q * r + 0x1.555492p-3f;
     q = q * r + 0x1.fffffcp-2f;
     float p = (q * (r * r) + r) + 1.0f;
-    /* 2^n as two factors: n reaches from -150 to 128, further than one float's exponent. Unsigned: NaN leaves
-     * garbage here, and garbage * NaN is NaN. */
-    uint32_t n_bits = qf_float_to_bits(t) - 0x4b400000u;
-    uint32_t half = (n_bits + 256u) / 2u - 128u; /* floor(n / 2) */
-    uint32_t rest = n_bits - half;
-    return p * qf_float_from_bits((half + 127u) << 23) * qf_float_from_bits((rest + 127u) << 23);
-}
-
-/* e^x for x <= 0 in fewer steps, for long loops of weights: below -87 (where e^x is almost subnormal) it is 0. The
- * same bits as qf_expf everywhere else. */
-static inline float qf_expf_nonpositive(float x)
-{
-    const float shift = 12582912.0f;
-    float t = x * 0x1.715476p+0f + shift;
-    float n = t - shift;
-    float r = x - n * 0x1.62e400p-1f;
-    r = r - n * 0x1.7f7d1cp-20f;
-    float q = 0x1.6a2434p-10f;
-    q = q * r + 0x1.1239e2p-7f;
-    q = q * r + 0x1.5558f2p-5f;
-    q = q * r + 0x1.555492p-3f;
-    q = q * r + 0x1.fffffcp-2f;
-    float p = (q * (r * r) + r) + 1.0f;
-    float scale = qf_float_from_bits((qf_float_to_bits(t) - 0x4b400000u + 127u) << 23);
+    float scale = qf_bits_f32((qf_f32_bits(t) - 0x4b400000u + 127u) << 23);
     return qf_select_float(x < -87.0f, 0.0f, p * scale);
 }
 

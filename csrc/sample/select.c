@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "base/dtype.h"
 #include "base/math.h"
 
 /* Inner loops have this fixed length and independent lanes, so that compilers vectorise them without reordering. */
@@ -128,7 +129,7 @@ double qf_row_weights(qf_sampler *self, const float *x, int32_t size, float max,
 
 static uint64_t make_key(float x, int32_t token_id)
 {
-    uint32_t bits = qf_float_to_bits(x + 0.0f); /* -0 becomes 0: they tie */
+    uint32_t bits = qf_f32_bits(x + 0.0f); /* -0 becomes 0: they tie */
     uint32_t descending = (bits & 0x80000000u) != 0 ? bits : ~(bits | 0x80000000u);
     return (uint64_t)descending << 32 | (uint32_t)token_id;
 }

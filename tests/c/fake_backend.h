@@ -10,8 +10,6 @@
 /* The token after `context` (num_tokens ids), in [0, vocab_size). */
 int32_t fake_next_token(const int32_t *context, int32_t num_tokens, int32_t vocab_size);
 
-
-
 const qf_backend_vtable *fake_backend_vtable(void);
 const qf_backend_vtable *failing_backend_vtable(void); /* the 5th step reports a failure when collected */
 

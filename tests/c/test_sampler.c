@@ -77,24 +77,16 @@ static void test_philox(void)
 static void test_math(void)
 {
     double worst = 0.0;
-    for (uint32_t bits = 0; bits < 0xff800000u; bits += 4099) {
-        float x = qf_float_from_bits(bits);
+    for (uint32_t bits = 0x80000000u; bits <= 0xc2ae0000u; bits += 1021) { /* -0 to -87 */
+        float x = qf_bits_f32(bits);
         double exact = exp((double)x);
-        if (isnan(x) || exact > 3.4028234e38) {
-            continue;
-        }
         int exponent;
         (void)frexp(exact, &exponent);
-        double ulp = fmax(ldexp(1.0, exponent - 24), 0x1p-149);
-        worst = fmax(worst, fabs((double)qf_expf(x) - exact) / ulp);
-        if (x <= 0.0f && x >= -87.0f) {
-            CHECK(qf_float_to_bits(qf_expf(x)) == qf_float_to_bits(qf_expf_nonpositive(x)));
-        }
+        worst = fmax(worst, fabs((double)qf_expf_nonpositive(x) - exact) / ldexp(1.0, exponent - 24));
     }
     CHECK(worst <= 1.0);
-    CHECK(qf_expf(-INFINITY) == 0.0f && qf_expf_nonpositive(-INFINITY) == 0.0f && qf_expf_nonpositive(-88.0f) == 0.0f);
-    CHECK(qf_expf(0.0f) == 1.0f && qf_expf_nonpositive(0.0f) == 1.0f);
-    CHECK(qf_expf(100.0f) == INFINITY && qf_expf(INFINITY) == INFINITY && isnan(qf_expf(NAN)));
+    CHECK(qf_expf_nonpositive(-INFINITY) == 0.0f && qf_expf_nonpositive(-88.0f) == 0.0f);
+    CHECK(qf_expf_nonpositive(0.0f) == 1.0f && isnan(qf_expf_nonpositive(NAN)));
     CHECK(qf_log(1.0) == 0.0);
     for (double x = 1.5; x < 1e12; x *= 1.01) {
         CHECK(fabs(qf_log(x) - log(x)) <= 4e-16 * log(x));
