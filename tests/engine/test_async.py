@@ -124,13 +124,13 @@ def test_the_loop_stays_free(llm):
 
         ticker = asyncio.create_task(tick())
         tokens = sum(
-            [len(one.token_ids) async for one in llm.stream(QUESTION, SamplingParams(ignore_eos=True, max_tokens=100))]
+            [len(one.token_ids) async for one in llm.stream(QUESTION, SamplingParams(ignore_eos=True, max_tokens=1000))]
         )
         ticker.cancel()
         return tokens, ticks
 
     tokens, ticks = asyncio.run(main())
-    assert tokens == 100 and ticks > 5
+    assert tokens == 1000 and ticks > 5
 
 
 def test_cancelled_task_cancels_the_request(llm):

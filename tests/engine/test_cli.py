@@ -33,11 +33,14 @@ def test_import_is_light():
         "heavy = {'torch', 'numpy', 'huggingface_hub', 'tokenizers', 'jinja2', 'rich', 'asyncio'}\n"
         "print(t, sorted(heavy & set(sys.modules)))"
     )
-    seconds, heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split(
-        maxsplit=1
-    )
-    assert heavy.strip() == "[]"
-    assert float(seconds) < 0.15
+    times = []
+    for _ in range(5):  # the best: others may use the machine
+        seconds, heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split(
+            maxsplit=1
+        )
+        assert heavy.strip() == "[]"
+        times.append(float(seconds))
+    assert min(times) < 0.15, times
 
 
 def test_generating_imports_nothing_it_does_not_need():

@@ -36,7 +36,6 @@ def idle(llm):
 
 def test_stream_and_generate_agree(llm):
     increments = list(llm.stream(QUESTION, GREEDY))
-    assert len(increments) > 1
     assert [one.finished for one in increments] == [False] * (len(increments) - 1) + [True]
     (output,) = llm.chat(QUESTION, GREEDY)
     (sample,) = output.outputs
@@ -46,6 +45,13 @@ def test_stream_and_generate_agree(llm):
     assert sample.text == llm.decode(sample.token_ids, skip_special_tokens=True).rstrip("\ufffd")
     assert output.prompt == llm.decode(output.prompt_token_ids)
     assert "Nora" in output.prompt and output.finished
+
+
+def test_a_stream_comes_in_pieces(llm):
+    """However slowly it is read: the unread part is bounded, so thousands of tokens cannot come as one."""
+    increments = list(llm.stream(QUESTION, ENDLESS))
+    assert len(increments) > 1
+    assert sum(len(one.token_ids) for one in increments) == ENDLESS.max_tokens
 
 
 def test_the_demo_model_answers(llm):
