@@ -4,7 +4,8 @@ Everything else about the package is in pyproject.toml. The CUDA backend is adde
 there; these variables steer the build (none of them is read at run time):
 
     QF_WITHOUT_CUDA=1       leave the CUDA backend out
-    QF_CUDA_ARCHS=80,90     GPU generations to compile for, as compute capabilities without the point
+    QF_CUDA_ARCHS=80,90     GPU generations to compile for, as compute capabilities without the point; left out, those of
+                            the GPUs that nvidia-smi shows here, or, where it shows none, 80,86,89,90
     CUDA_HOME=/usr/local/cuda
 """
 
@@ -14,6 +15,7 @@ import concurrent.futures
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -27,8 +29,8 @@ C_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-fvisibility=hidden", "-pthread"
 C_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]  # the same sums on every compiler
 C_FLAGS += ["-g0"]  # Python's own flags ask for debugging symbols, which would be most of the wheel
 LINK_FLAGS = ["-pthread", "-Wl,--exclude-libs,ALL", "-Wl,-z,relro,-z,now"]
-CUDA_ARCHS = "80,86,89,90"
-NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-exceptions,-Wall"]
+CUDA_ARCHS = ["80", "86", "89", "90"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-exceptions,-Wall"]
 
 
 def sources(*patterns: str) -> list[str]:
@@ -50,11 +52,40 @@ def cuda_home(nvcc: str, source: str) -> pathlib.Path:
     return pathlib.Path(tops[0]).resolve()
 
 
-def arch_flags(archs: str) -> list[str]:
-    """Machine code for each generation, and PTX of the newest for those to come."""
-    names = sorted({int(name) for name in archs.replace(";", ",").split(",")})
-    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
+def cuda_archs() -> list[str]:
+    """Compute capabilities to compile for, without the point, the oldest first."""
+    asked = os.environ.get("QF_CUDA_ARCHS", "").strip()
+    names = re.split(r"[;,\s]+", asked) if asked else present_archs() or CUDA_ARCHS
+    wrong = [name for name in names if not re.fullmatch(r"[89]\d|1\d\d", name)]
+    if wrong:
+        raise PlatformError(f"QF_CUDA_ARCHS={asked}: {wrong[0]!r} is none of 80, 86, 89, 90, ...")
+    return sorted(set(names), key=int)
+
+
+def present_archs() -> list[str]:
+    """The compute capabilities, from 8.0 on, of the GPUs that nvidia-smi shows; empty where it shows none."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = re.findall(r"^(\d+)\.(\d)$", shown.stdout, re.MULTILINE) if shown.returncode == 0 else []
+    return [major + minor for major, minor in found if int(major) >= 8]
+
+
+def arch_flags(names: list[str]) -> list[str]:
+    """Machine code for each generation, Hopper's with what only Hopper has (90a), and PTX for those to come: it must
+    do without that, so it is of plain 90, or, where 90 is not asked for, of the newest."""
+    features = [f"{name}a" if name == "90" else name for name in names]
+    ptx = "90" if "90" in names else names[-1]
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in features]
+    return [*flags, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
+
+
+def own_flags(source: str) -> list[str]:
+    """Flags that a .cu file asks for in its first comment lines: /* nvcc: --fmad=false */"""
+    found = re.search(r"^/\* nvcc: (.*) \*/$", pathlib.Path(ROOT, source).read_text(), re.MULTILINE)
+    return found[1].split() if found else []
 
 
 class BuildEngine(build_ext):
@@ -64,13 +95,17 @@ class BuildEngine(build_ext):
         self.check_tools()
         (extension,) = self.extensions
         extension.define_macros.append(("QF_VERSION", f'"{self.distribution.get_version()}"'))
+        self.archs: list[str] = []
         self.nvcc = self.add_cuda(extension)
-        self.archs = os.environ.get("QF_CUDA_ARCHS", CUDA_ARCHS)
         # Objects are kept for the next build; those of other flags are others.
         flags = [self.compiler.compiler_so, extension.define_macros, self.include_dirs, self.nvcc, self.archs]
         key = hashlib.sha256(repr(flags).encode()).hexdigest()[:12]
         self.build_temp = os.path.join(self.build_temp, key)
-        self.headers = [*extension.depends, *sources("csrc/**/*.h", "kernels/**/*.h", "kernels/**/*.cuh")]
+        kernel_headers = sources("kernels/**/*.h", "kernels/**/*.cuh")
+        self.headers = {
+            ".c": [*extension.depends, *sources("csrc/**/*.h"), *kernel_headers],
+            ".cu": [*extension.depends, *sources("csrc/base/*.h"), *kernel_headers],  # see tests/test_repo.py
+        }
         super().build_extensions()
 
     def check_tools(self) -> None:
@@ -99,8 +134,9 @@ class BuildEngine(build_ext):
             reason = "nvcc was not found on PATH or in CUDA_HOME"
         else:
             home = cuda_home(nvcc, kernels[0])
+            self.archs = cuda_archs()
             extension.sources += [*host, *kernels]
-            extension.define_macros.append(("QF_WITH_CUDA", "1"))
+            extension.define_macros += [("QF_WITH_CUDA", "1"), ("QF_CUDA_ARCHS", f'"{",".join(self.archs)}"')]
             extension.include_dirs += ["kernels", str(home / "include")]
             extension.library_dirs += [str(home / "lib64"), str(home / "lib")]
             extension.libraries += ["cudart_static", "dl", "rt"]
@@ -123,7 +159,8 @@ class BuildEngine(build_ext):
     def compile_one(self, source: str, extension: Extension) -> str:
         """The object file of one source, compiled unless it is newer than all that it may depend on."""
         target = pathlib.Path(self.build_temp, source).with_suffix(".o")
-        inputs = [pathlib.Path(ROOT, path).stat().st_mtime for path in [source, *self.headers]]
+        headers = self.headers[pathlib.PurePath(source).suffix]
+        inputs = [pathlib.Path(ROOT, path).stat().st_mtime for path in [source, *headers]]
         if not self.force and target.exists() and target.stat().st_mtime > max(inputs):
             return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -140,9 +177,9 @@ class BuildEngine(build_ext):
         return str(target)
 
     def compile_cuda(self, source: str, target: pathlib.Path, extension: Extension) -> None:
-        archs = arch_flags(self.archs)
         includes = [f"-I{folder}" for folder in extension.include_dirs]
-        command = [self.nvcc, *NVCC_FLAGS, *archs, *includes, "-c", source, "-o", str(target)]
+        flags = [*NVCC_FLAGS, *own_flags(source), *arch_flags(self.archs), *includes]
+        command = [str(self.nvcc), *flags, "-c", source, "-o", str(target)]
         print(" ".join(command), flush=True)
         if subprocess.run(command, check=False).returncode != 0:
             raise CompileError(f"nvcc failed on {source}")

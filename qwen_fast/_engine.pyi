@@ -25,6 +25,18 @@ class MemoryReport(TypedDict):
     block_size: int
     max_model_len: int
     available_bytes: int
+    device_overhead_bytes: int  # of a device with memory of its own: context, modules, graphs, as measured; else 0
+    device_total_bytes: int  # such a device's memory; else 0
+
+@type_check_only
+class DeviceInfo(TypedDict):
+    name: str
+    index: int
+    compute_capability: int  # 90 for 9.0
+    total_bytes: int
+    free_bytes: int
+    usable: bool
+    reason: str  # why it is not usable; "" if it is
 
 @type_check_only
 class Output(TypedDict):
@@ -74,7 +86,7 @@ class Engine:
         *,
         hf_overrides: str | None = None,  # JSON object text
         load_format: str = "auto",
-        device: str = "auto",
+        device: str = "auto",  # "auto", "cpu", "cuda", "cuda:N"
         dtype: str = "auto",
         activation_dtype: str = "auto",
         quantization: str = "auto",
@@ -89,6 +101,11 @@ class Engine:
         kv_cache_memory: int = 0,
         kv_cache_tokens: int = 0,
         memory_utilization: float = 0.0,  # 0: not given
+        memory_bytes: int = 0,  # for weights, workspace and KV cache together; 0: not given
+        cpu_offload: str | None = None,  # "embeddings"
+        cpu_offload_gb: float = 0.0,  # GiB of layers' weights
+        batch_invariant: bool = False,
+        enforce_eager: bool = False,
         enable_prefix_caching: bool = True,
         num_threads: int = 0,
         isa: str = "auto",
@@ -152,7 +169,11 @@ def estimate(model_dir: str, **options: Any) -> MemoryReport:
     """What Engine(model_dir, **options) would allocate; reads headers only."""
 
 def build_info() -> dict[str, Any]:
-    """version, compiler, cuda (built with), isa (best supported), isas (all supported here), cpu_count."""
+    """version, compiler, cuda (built with), cuda_archs ("80,90"; "" without), isa (best supported), isas (all
+    supported here), cpu_count."""
+
+def device_info() -> list[DeviceInfo]:
+    """The GPUs that the driver shows; empty where there are none, no driver, or no CUDA in this build."""
 
 def dequantize(model_dir: str, module: str) -> memoryview:
     """float32 (n, k): a linear layer's weights by the checkpoint format's formula."""

@@ -48,6 +48,11 @@ class BaseLLM:
         kv_cache_tokens: int | None = None,
         memory_utilization: float | None = None,
         gpu_memory_utilization: float | None = None,
+        memory: int | str | None = None,
+        cpu_offload: str | None = None,
+        cpu_offload_gb: float | None = None,
+        batch_invariant: bool = False,
+        enforce_eager: bool = False,
         enable_prefix_caching: bool = True,
         rope_scaling: Mapping[str, Any] | None = None,
         hf_overrides: Mapping[str, Any] | None = None,
@@ -69,11 +74,12 @@ class BaseLLM:
         """Loads a model.
 
         model: "demo" (the small model in the package), a checkpoint directory, or a Hugging Face hub id.
-        device: "auto" or "cpu".
+        device: "auto" (a GPU where this build and this machine have one that it can use, else the CPU), "cpu", "cuda" or
+            "cuda:1", the GPU of that number.
         dtype: "auto" (as in the checkpoint), "bfloat16", "float16" / "half", "float32".
         quantization: None / "auto" (as the checkpoint is), "none", "w4" (to 4 bits while loading), "awq", "gptq",
             "compressed-tensors". quantization_group_size: 32, 64 or 128, for "w4".
-        activation_dtype: "auto" (int8 beside 4- and 8-bit weights), "int8", "float32".
+        activation_dtype: "auto" (on the CPU int8 beside 4- and 8-bit weights), "int8", "float32".
         kv_cache_dtype: "auto" (dtype), "bfloat16", "float32".
         lm_head_dtype: "auto" (int8 where the layers are quantised), "model", "int8", "int4".
         block_size: tokens in a KV cache block: 16, 32, 64, 128.
@@ -85,6 +91,14 @@ class BaseLLM:
         memory_utilization: without a size above, weights and KV cache take this share of the memory that is free: the
             cache what the weights leave, at most max_num_seqs sequences of max_model_len. None: 0.5, and the cache
             then holds at most 65,536 tokens or two sequences of max_model_len. gpu_memory_utilization is an alias.
+        memory: weights, workspace and KV cache together take at most this, in bytes or as "6GiB": the cache gets what
+            the others leave.
+        cpu_offload: "embeddings" keeps the embedding in the host's memory (a tied one only beside a quantised head, which
+            needs no 16-bit copy). cpu_offload_gb: so many GiB of layers too, whole layers; each step then reads them
+            over the bus. Neither changes a token; on the CPU neither has an effect.
+        batch_invariant: the same bits for a request whatever runs beside it. On the CPU always so; on a GPU it costs
+            speed, and without it only runs with the same neighbours repeat bit for bit.
+        enforce_eager: kernels are launched one by one, no graphs are captured.
         enable_prefix_caching: share the KV cache of equal prompt beginnings.
         rope_scaling: such as {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}.
         hf_overrides: keys laid over config.json.
@@ -98,8 +112,8 @@ class BaseLLM:
         progress: show a progress bar while loading; None: in a notebook and on a terminal.
 
         Other options of vLLM are accepted where they ask for nothing that is missing: options.VLLM_OPTIONS lists them.
-        batch_invariant may be True or False: the CPU always is. What is not built raises NotImplementedError and names
-        the option. A checkpoint that is wrong raises ModelError. Without a tokenizer.json only token ids can be prompts.
+        What is not built raises NotImplementedError and names the option. A checkpoint that is wrong raises ModelError.
+        Without a tokenizer.json only token ids can be prompts.
         """
         refuse_unknown(vllm_options, type(self).__name__)
         if trust_remote_code:
@@ -123,6 +137,11 @@ class BaseLLM:
             kv_cache_tokens=kv_cache_tokens,
             memory_utilization=memory_utilization,
             gpu_memory_utilization=gpu_memory_utilization,
+            memory=memory,
+            cpu_offload=cpu_offload,
+            cpu_offload_gb=cpu_offload_gb,
+            batch_invariant=batch_invariant,
+            enforce_eager=enforce_eager,
             enable_prefix_caching=enable_prefix_caching,
             rope_scaling=rope_scaling,
             hf_overrides=hf_overrides,

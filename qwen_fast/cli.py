@@ -38,7 +38,7 @@ _SAMPLING = (  # option, type, help; the field is the option's name
     ("seed", int, "the same seed gives the same text"),
 )
 _ENGINE = (
-    ("device", str, "auto, cpu"),
+    ("device", str, "auto, cpu, cuda, cuda:1 (a GPU by number)"),
     ("dtype", str, "auto, bfloat16, float16, float32"),
     ("quantization", str, "auto, none, w4, awq, gptq, compressed-tensors"),
     ("activation-dtype", str, "auto, int8, float32"),
@@ -56,6 +56,10 @@ _ENGINE = (
         float,
         "share of the free memory for weights and cache (default: 0.5, cache of bounded size)",
     ),
+    ("gpu-memory-utilization", float, "the same, by vLLM's name"),
+    ("memory", str, "weights, workspace and KV cache together at most this, such as 6GiB"),
+    ("cpu-offload", str, "embeddings: they stay in the host's memory (GPU)"),
+    ("cpu-offload-gb", float, "so many GiB of layers stay in the host's memory too (GPU)"),
     (
         "rope-scaling",
         json_option,
@@ -128,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     info = _command(commands, "info", _tool("info"), "a model's shape, and the memory it would take")
     info.add_argument("model_name", nargs="?", metavar="MODEL", help="demo (default), a directory or a hub id")
+    info.add_argument("--gpu", action="store_true", help="the plan for the GPU: --device cuda")
     info.add_argument("--json", action="store_true", help="print JSON")
     _model_options(info)
 
@@ -164,6 +169,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", "-m", default="demo", help="demo (default), a directory or a hub id")
     _options(parser, "engine", _ENGINE)
     parser.add_argument("--no-prefix-caching", action="store_true", help="do not share equal prompt beginnings")
+    parser.add_argument("--batch-invariant", action="store_true", help="the same bits beside any neighbours (GPU)")
+    parser.add_argument("--enforce-eager", action="store_true", help="capture no graphs (GPU)")
 
 
 def _tool(name: str) -> Any:
@@ -186,6 +193,9 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     options = given(args, _ENGINE)
     if args.no_prefix_caching:
         options["enable_prefix_caching"] = False
+    for name in ("batch_invariant", "enforce_eager"):
+        if getattr(args, name):
+            options[name] = True
     return options
 
 

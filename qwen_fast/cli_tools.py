@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,9 @@ def run_info(args: argparse.Namespace) -> int:
 
     model = args.model_name or args.model
     options = cli.engine_arguments(args)
+    if args.gpu:
+        if options.setdefault("device", "cuda").partition(":")[0] != "cuda":
+            raise ValueError(f"--gpu asks for a GPU, and --device is {options['device']!r}; give one of them")
     directory = resolve_model(
         model, revision=options.pop("revision", None), download_dir=options.pop("download_dir", None)
     )
@@ -36,11 +40,7 @@ def run_info(args: argparse.Namespace) -> int:
         options.setdefault("load_format", "dummy")
     overrides = merged_overrides(options.get("rope_scaling"), options.get("hf_overrides"))
     config = {**read_json_object(Path(directory, "config.json")), **overrides}
-    defaults = dict.fromkeys(
-        ("quantization", "max_model_len", "num_threads", "kv_cache_memory", "kv_cache_tokens", "memory_utilization")
-        + ("gpu_memory_utilization", "rope_scaling", "hf_overrides")
-    )
-    memory = _engine.estimate(directory, **engine_options(**{**defaults, **options}))
+    memory = _engine.estimate(directory, **engine_options(**options))
     parameters = count_parameters(config)
     if args.json:
         report = {"model": model, "directory": directory, "has_weights": has_weights, "config": config}
@@ -66,6 +66,15 @@ def run_info(args: argparse.Namespace) -> int:
             f"{config.get('max_position_embeddings')} in the checkpoint, max_model_len {memory['max_model_len']}",
         ),
         ("weights", "safetensors" if has_weights else "none here: sizes follow from config.json"),
+        *memory_rows(memory),
+    ]
+    _print_rows(rows)
+    return 0
+
+
+def memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
+    """A memory report as rows: what is taken for what, and, where the device has memory of its own, what it leaves."""
+    rows = [
         ("embedding", format_bytes(memory["embedding_bytes"])),
         ("layers' weights", format_bytes(memory["layers_bytes"])),
         ("head", format_bytes(memory["head_bytes"]) if memory["head_bytes"] else "shares the embedding"),
@@ -74,10 +83,18 @@ def run_info(args: argparse.Namespace) -> int:
             "KV cache",
             f"{format_bytes(memory['kv_cache_bytes'])}: {memory['num_blocks']} blocks of {memory['block_size']} tokens",
         ),
-        ("available", format_bytes(memory["available_bytes"])),
     ]
-    _print_rows(rows)
-    return 0
+    if not memory["device_total_bytes"]:
+        return [*rows, ("available", format_bytes(memory["available_bytes"]))]
+    taken = sum(memory[f"{name}_bytes"] for name in ("embedding", "layers", "head", "workspace", "kv_cache"))
+    left = memory["available_bytes"] - taken - memory["device_overhead_bytes"]
+    total = format_bytes(memory["device_total_bytes"])
+    return [
+        *rows,
+        ("graphs and context", format_bytes(memory["device_overhead_bytes"])),
+        ("available", f"{format_bytes(memory['available_bytes'])} of the GPU's {total}"),
+        ("remains", format_bytes(left) if left >= 0 else f"nothing: {format_bytes(-left)} are missing"),
+    ]
 
 
 def count_parameters(config: dict[str, Any]) -> int:
@@ -180,13 +197,15 @@ def run_doctor(args: argparse.Namespace) -> int:
         from .native import _engine
 
         report["engine"] = _engine.build_info()
+        report["gpus"] = _engine.device_info()
         if _engine.__version__ != __version__:
             problems.append(
                 f"the extension is version {_engine.__version__}, the package {__version__}: install it again"
             )
     except ImportError as error:
-        report["engine"] = None
+        report["engine"], report["gpus"] = None, []
         problems.append(str(error))
+    report["driver"] = _driver_version()
     report["packages"] = {name: _package_version(name) for name in (*_NEEDED, *_OPTIONAL)}
     problems += [f"{name} is missing: pip install {name}" for name in _NEEDED if report["packages"][name] is None]
     report["demo_model"] = (DEMO_DIR / "config.json").is_file()
@@ -204,12 +223,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     rows.append(("engine", f"version {engine['version']}" if engine else "not built: see below"))
     if engine:
         rows.append(("CPU path", f"{engine['isa']} (of {', '.join(engine['isas'])})"))
-        cuda = (
-            "built in"
-            if engine["cuda"]
-            else "not built in: nvcc was not found, or there were no CUDA sources, at installation"
-        )
-        rows.append(("CUDA", cuda))
+        rows += _gpu_rows(engine, report["gpus"], report["driver"])
         rows.append(("compiler", str(engine["compiler"])))
     rows += [
         (name, version or f"not installed ({_OPTIONAL.get(name, 'needed')})")
@@ -220,6 +234,41 @@ def run_doctor(args: argparse.Namespace) -> int:
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     return 1 if problems else 0
+
+
+def _gpu_rows(engine: dict[str, Any], gpus: list[dict[str, Any]], driver: str | None) -> list[tuple[str, str]]:
+    rows = [("GPU driver", driver or "none found")]
+    if not engine["cuda"]:
+        reason = "nvcc was not found, or QF_WITHOUT_CUDA=1 was set, at installation"
+        return [*rows, ("CUDA", f"not built in: {reason}")]
+    rows.append(("CUDA", f"built in, for compute capabilities {_dotted(engine['cuda_archs'])}"))
+    for gpu in gpus:
+        state = f"{format_bytes(gpu['free_bytes'])} of {format_bytes(gpu['total_bytes'])} free"
+        if not gpu["usable"]:
+            state = f"cannot be used: {gpu['reason']}"
+        rows.append((f"GPU {gpu['index']}", f"{gpu['name']}, {_dotted(str(gpu['compute_capability']))}, {state}"))
+    return rows if gpus else [*rows, ("GPU", "none found")]
+
+
+def _dotted(archs: str) -> str:
+    """80,90 -> 8.0, 9.0"""
+    return ", ".join(f"{name[:-1]}.{name[-1]}" for name in archs.split(",") if name)
+
+
+def _driver_version() -> str | None:
+    """NVIDIA's, from the kernel module or from nvidia-smi; None where neither answers."""
+    try:
+        with open("/sys/module/nvidia/version", encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        pass
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.split("\n") if done.returncode == 0 else [""]
+    return lines[0].strip() or None
 
 
 _NEEDED = ("tokenizers", "jinja2")

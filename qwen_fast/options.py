@@ -10,13 +10,12 @@ from .params import MAX_LOGPROBS
 from .utils import parse_bytes
 
 # vLLM's options that LLM() does not name: name -> (the values that are accepted, what the message says about others).
-# None is always accepted. ANY: no value has an effect, because what the option steers does not exist here (CUDA graphs,
-# custom all-reduce, swap) or is always so (bit-identical batches, chunked prefill).
+# None is always accepted. ANY: no value has an effect, because what the option steers does not exist here (custom
+# all-reduce, swap, a choice of graph sizes) or is always so (chunked prefill).
 ANY = object()
 _LEAVE = "leave it out"
 VLLM_OPTIONS: dict[str, tuple[Any, str]] = {
     "async_scheduling": (ANY, ""),
-    "batch_invariant": (ANY, ""),  # the CPU always is
     "compilation_config": (ANY, ""),
     "cudagraph_capture_sizes": (ANY, ""),
     "disable_async_output_proc": (ANY, ""),
@@ -24,7 +23,6 @@ VLLM_OPTIONS: dict[str, tuple[Any, str]] = {
     "disable_log_requests": (ANY, ""),
     "disable_log_stats": (ANY, ""),
     "enable_log_requests": (ANY, ""),
-    "enforce_eager": (ANY, ""),
     "max_num_partial_prefills": (ANY, ""),
     "max_parallel_loading_workers": (ANY, ""),
     "max_seq_len_to_capture": (ANY, ""),
@@ -32,8 +30,6 @@ VLLM_OPTIONS: dict[str, tuple[Any, str]] = {
     "swap_space": (ANY, ""),  # a preempted request is computed again
     "use_v2_block_manager": (ANY, ""),
     "config_format": (("auto", "hf"), "only config.json is read"),
-    "cpu_offload": ((), _LEAVE),
-    "cpu_offload_gb": ((0,), _LEAVE),
     "data_parallel_size": ((1,), "leave it 1"),
     "disable_sliding_window": ((False,), "hf_overrides={'use_sliding_window': False} switches it off"),
     "distributed_executor_backend": (("mp", "uni"), "the engine is one process"),
@@ -75,20 +71,21 @@ def refuse_unknown(options: Mapping[str, Any], caller: str = "LLM") -> None:
 
 def engine_options(
     *,
-    quantization: str | None,
-    max_model_len: int | None,
-    num_threads: int | None,
-    kv_cache_memory: int | str | None,
-    kv_cache_tokens: int | None,
-    memory_utilization: float | None,
-    gpu_memory_utilization: float | None,
-    rope_scaling: Mapping[str, Any] | None,
-    hf_overrides: Mapping[str, Any] | None,
+    quantization: str | None = None,
+    max_model_len: int | None = None,
+    num_threads: int | None = None,
+    kv_cache_memory: int | str | None = None,
+    kv_cache_tokens: int | None = None,
+    memory_utilization: float | None = None,
+    gpu_memory_utilization: float | None = None,
+    memory: int | str | None = None,
+    cpu_offload: str | None = None,
+    cpu_offload_gb: float | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
     **passed: Any,
 ) -> dict[str, Any]:
     """Keyword arguments for _engine.Engine and _engine.estimate."""
-    if str(passed.get("device")).split(":")[0] in ("cuda", "gpu"):
-        raise NotImplementedError(f"device={passed['device']!r} is not built yet; use 'auto' or 'cpu'")
     if passed.get("tensor_parallel_size", 1) not in (1, None):
         raise NotImplementedError(
             f"tensor_parallel_size={passed['tensor_parallel_size']!r} is not built yet; leave it 1"
@@ -114,11 +111,25 @@ def engine_options(
         raise ValueError("memory_utilization and gpu_memory_utilization are two names of one option; give one of them")
     share = memory_utilization if memory_utilization is not None else gpu_memory_utilization
     if share is not None:
-        if isinstance(share, bool) or not isinstance(share, (int, float)):
-            raise TypeError(f"memory_utilization must be a number, got {share!r}")
-        if not 0 < share <= 1:
+        if not 0 < _number("memory_utilization", share) <= 1:
             raise ValueError(f"memory_utilization must be above 0 and at most 1, got {share}")
         options["memory_utilization"] = float(share)
+    if memory is not None:
+        if share is not None:
+            raise ValueError(
+                f"memory={memory!r} and memory_utilization={share} both say how much memory to take; give one of them"
+            )
+        options["memory_bytes"] = parse_bytes(memory, "memory")
+        if options["memory_bytes"] == 0:
+            raise ValueError("memory must be above 0 bytes, got 0")
+    if cpu_offload not in (None, "embeddings"):
+        raise ValueError(f"cpu_offload must be 'embeddings' or None, got {cpu_offload!r}")
+    if cpu_offload is not None:
+        options["cpu_offload"] = cpu_offload
+    if cpu_offload_gb is not None:
+        if not 0 <= _number("cpu_offload_gb", cpu_offload_gb) <= 2**20:
+            raise ValueError(f"cpu_offload_gb must be from 0 to {2**20} GiB, got {cpu_offload_gb}")
+        options["cpu_offload_gb"] = float(cpu_offload_gb)
     overrides = merged_overrides(rope_scaling, hf_overrides)
     if overrides:
         try:
@@ -139,6 +150,12 @@ def merged_overrides(rope_scaling: Mapping[str, Any] | None, hf_overrides: Mappi
             raise ValueError("rope_scaling is given twice: as an option and in hf_overrides")
         overrides["rope_scaling"] = dict(rope_scaling)
     return overrides
+
+
+def _number(name: str, value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return value
 
 
 def _positive(name: str, value: Any, allow_zero: bool = False) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import runpy
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,9 @@ def source_copy(tmp_path):
 
 
 def run_setup(folder, *arguments, prelude="", timeout=60, **environment):
-    """setup.py as a build tool runs it, after `prelude`, with these variables set (or, if None, not set)."""
+    """setup.py as a build tool runs it, after `prelude`, with these variables set (or, if None, not set). The kernels
+    take minutes and are left out unless a test asks for them."""
+    environment = {"QF_WITHOUT_CUDA": "1", **environment}
     code = f"import runpy, sys\nsys.argv = {['setup.py', *arguments]!r}\n{prelude}\nrunpy.run_path('setup.py', run_name='__main__')"
     variables = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
     return subprocess.run(
@@ -73,6 +76,55 @@ def test_missing_python_header(source_copy, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.fixture(scope="module")
+def setup_names():
+    """What setup.py defines, without what it does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **_: None)
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_cuda_archs(setup_names, monkeypatch, tmp_path):
+    archs = setup_names["cuda_archs"]
+    monkeypatch.setenv("QF_CUDA_ARCHS", "90, 80;86 90")
+    assert archs() == ["80", "86", "90"]
+    for wrong in ("70", "sm_90", "9.0", "90a", "-1"):
+        monkeypatch.setenv("QF_CUDA_ARCHS", wrong)
+        with pytest.raises(Exception, match="QF_CUDA_ARCHS="):
+            archs()
+    monkeypatch.setenv("QF_CUDA_ARCHS", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert archs() == ["80", "86", "89", "90"]
+    tool = tmp_path / "nvidia-smi"
+    for shown, expected in [
+        ("echo 9.0; echo 8.9; echo 9.0", ["89", "90"]),
+        ("echo 12.0; echo 7.5", ["120"]),
+        ("echo 7.5", ["80", "86", "89", "90"]),
+        ("echo 9.0; exit 9", ["80", "86", "89", "90"]),
+        ("echo no devices", ["80", "86", "89", "90"]),
+    ]:
+        tool.write_text(f"#!/bin/sh\n{shown}\n")
+        tool.chmod(0o755)
+        assert archs() == expected
+
+
+def test_arch_flags(setup_names):
+    flags = setup_names["arch_flags"]
+    code = "-gencode=arch=compute_{},code=sm_{}".format
+    ptx = "-gencode=arch=compute_{0},code=compute_{0}".format
+    assert flags(["80", "90"]) == [code(80, 80), code("90a", "90a"), ptx(90)]
+    assert flags(["90", "120"]) == [code("90a", "90a"), code(120, 120), ptx(90)]
+    assert flags(["80", "86"]) == [code(80, 80), code(86, 86), ptx(86)]
+
+
+def test_own_flags(setup_names, tmp_path):
+    source = tmp_path / "kernel.cu"
+    source.write_text("/* y = x * w + b */\n/* nvcc: --fmad=false -Xptxas -v */\n")
+    assert setup_names["own_flags"](str(source)) == ["--fmad=false", "-Xptxas", "-v"]
+    source.write_text("/* y = x * w + b\n * nvcc: none */\n")
+    assert setup_names["own_flags"](str(source)) == []
+
+
 @pytest.mark.long
 def test_distributions(source_copy, tmp_path):
     """The wheel holds the package and no C; the source distribution holds all the C, and builds the same wheel."""
@@ -83,8 +135,9 @@ def test_distributions(source_copy, tmp_path):
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
         tar.extractall(tmp_path / "unpacked")
-    wanted = {path.relative_to(source_copy).as_posix() for path in (source_copy / "csrc").rglob("*.[ch]")}
-    assert wanted <= names
+    files = [path for folder in ("csrc", "kernels") for path in (source_copy / folder).rglob("*.*") if path.is_file()]
+    assert {path.suffix for path in files} == {".c", ".h", ".cu", ".cuh"}
+    assert {path.relative_to(source_copy).as_posix() for path in files} <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
 
     (unpacked,) = (tmp_path / "unpacked").iterdir()

@@ -6,6 +6,7 @@ These read the sources, or compile them and look at the objects; they need a C c
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import pathlib
 import re
@@ -21,8 +22,13 @@ CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "qwen_fast"
 C_FILES = sorted(CSRC.rglob("*.c"))
 C_SOURCES = sorted([*C_FILES, *CSRC.rglob("*.h")])
-NO_CUDA = [path for path in C_FILES if not path.is_relative_to(CSRC / "backend" / "cuda")]
+NVCC = shutil.which("nvcc")
+CUDA_C = [path for path in C_FILES if path.is_relative_to(CSRC / "backend" / "cuda")]
+NO_CUDA = [path for path in C_FILES if path not in CUDA_C]
 PURE_C = [path for path in NO_CUDA if not path.is_relative_to(CSRC / "python")]
+COMPILED = NO_CUDA + (CUDA_C if NVCC else [])  # the CUDA backend's files need CUDA's headers
+KERNELS = ROOT / "kernels"
+KERNEL_SOURCES = sorted(path for path in KERNELS.rglob("*.*") if path.suffix in (".cu", ".cuh", ".h"))
 
 # What each folder of csrc may include besides itself. "include" is csrc/include: the public qf.h.
 MAY_INCLUDE = {
@@ -39,6 +45,10 @@ MAY_INCLUDE = {
     "engine": {"include", "backend", "backend/cpu", "backend/cuda", "comm", "sched", "kv", "sample", "model", "base"},
     "python": {"include"},
 }
+# Of the kernels only these are for others to include.
+KERNEL_INTERFACES = {"qf_kernels.h", "qf_repack.h"}
+# Headers of a folder that only one file may include: the engine's device choice alone knows a backend by name.
+ONLY_FROM = {"backend/cpu/cpu.h": "csrc/engine/devices.c", "backend/cuda/cuda.h": "csrc/engine/devices.c"}
 CUDA_HEADERS = re.compile(r"^(cuda\w*|cublas\w*|nccl\w*|nvml|nvToolsExt|nvrtc|cooperative_groups\S*|mma)\.h$|^(cuda|cub)/")
 
 WARNINGS = "-Wall -Wextra -Wconversion -Wshadow -Wvla".split()
@@ -50,8 +60,11 @@ SIDE_EFFECTS = (
     r"|\b(puts|putchar|perror|fputs|fputc|putc|v?printf|v?fprintf|v?dprintf)\s*\("
 )
 ALLOCATIONS = r"\b(malloc|calloc|realloc|reallocarray|free|strdup|strndup|aligned_alloc|posix_memalign|alloca)\s*\("
+# What a kernel's file may not have besides: state on the device or the host, and memory of its own.
+KERNEL_STATE = r"\b(?:static|__device__|__constant__|__managed__)\b(?:(?!\bconst\b|\bconstexpr\b)[^;{}()=])*[;=\[]"
+KERNEL_ALLOCATIONS = r"\bcuda(Malloc|Free|HostAlloc|HostRegister|MemPool)\w*\s*\(|\bnew\s+\w|\bstd::|\bthrow\b|\btry\s*\{"
 
-MAX_LINES = {"csrc": 450, "forward.c": 600, "qwen_fast": 600}
+MAX_LINES = {"csrc": 450, "forward.c": 600, "kernels": 450, "qwen_fast": 600}
 
 
 def name(path: pathlib.Path) -> str:
@@ -101,6 +114,8 @@ def compiled(tmp_path_factory):
         if source not in results:
             target = folder / (str(source.absolute()).replace("/", "-") + ".o")
             flags = [*DIALECT, *WARNINGS, "-fPIC"]
+            if source in CUDA_C:
+                flags += [f"-I{KERNELS}", "-isystem", str(cuda_include())]
             if source.is_relative_to(CSRC / "python"):
                 flags += python_flags()
             command = [*compiler(), *flags, "-c", str(source), "-o", str(target)]
@@ -117,6 +132,15 @@ def python_flags() -> list[str]:
     if not pathlib.Path(headers, "Python.h").exists():
         pytest.skip("no Python.h")
     return ["-isystem", headers, '-DQF_VERSION="0"']
+
+
+@functools.cache
+def cuda_include() -> pathlib.Path:
+    """The folder of cuda_runtime_api.h, as nvcc says: the nvcc on PATH may be a link or a script."""
+    source = str(next(KERNELS.glob("*.cu")))
+    dry_run = subprocess.run([str(NVCC), "--dryrun", "-c", source], capture_output=True, text=True, timeout=60)
+    (top,) = [line.partition("=")[2] for line in dry_run.stderr.splitlines() if line.startswith("#$ TOP=")]
+    return pathlib.Path(top, "include")
 
 
 def symbols(path: pathlib.Path) -> list[tuple[str, str]]:
@@ -138,7 +162,7 @@ def module_of(path: str) -> str:
 
 def resolve(including: pathlib.Path, included: str) -> str | None:
     """The module that an #include "..." leads to, or None if there is no such file."""
-    if included.startswith("qf_kernels") or (ROOT / "kernels" / included).exists():
+    if included in KERNEL_INTERFACES or (KERNELS / included).exists():
         return "kernels"
     if (CSRC / "include" / included).exists():
         return "include"
@@ -156,18 +180,37 @@ def test_includes_point_one_way():
                 wrong.append(f"{name(path)} includes {included}, which is not a file of csrc")
             elif target != module and target not in MAY_INCLUDE[module]:
                 wrong.append(f"{name(path)} ({module}) includes {included} ({target})")
+            elif target == "kernels" and included not in KERNEL_INTERFACES:
+                wrong.append(f"{name(path)} includes {included}, which is the kernels' own")
+            elif target != module and ONLY_FROM.get(included, name(path)) != name(path):
+                wrong.append(f"{name(path)} includes {included}, which is for {ONLY_FROM[included]} alone")
+            elif module == "engine" and target.startswith("backend/") and included not in ONLY_FROM:
+                wrong.append(f"{name(path)} includes {included}, which is that backend's own")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_know_nothing_above_them():
+    """csrc/base/status.h and themselves, with "x" meaning kernels/x or a file beside the one that includes it."""
+    wrong = []
+    for path in KERNEL_SOURCES:
+        for included in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+            own = (KERNELS / included).exists() or (path.parent / included).exists()
+            if not own and included != "base/status.h":
+                wrong.append(f"{name(path)} includes {included}")
     assert not wrong, "\n".join(wrong)
 
 
 def test_python_and_cuda_headers_stay_where_they_belong():
     wrong = []
-    for path in [*C_SOURCES, *sorted((ROOT / "kernels").rglob("*.*"))]:
+    for path in [*C_SOURCES, *KERNEL_SOURCES]:
         for included in re.findall(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE):
             if included in ("Python.h", "structmember.h") and not name(path).startswith("csrc/python/"):
                 wrong.append(f"{name(path)} includes {included}")
             device = name(path).startswith(("kernels/", "csrc/backend/cuda/", "csrc/comm/"))
             if CUDA_HEADERS.search(included) and not device:
                 wrong.append(f"{name(path)} includes {included}")
+            if CUDA_HEADERS.search(included) and path.is_relative_to(CSRC) and included != "cuda_runtime_api.h":
+                wrong.append(f"{name(path)} includes {included}; cuda_runtime_api.h is C")
     assert not wrong, "\n".join(wrong)
 
 
@@ -196,7 +239,7 @@ CPYTHON_TYPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", NO_CUDA, ids=name)
+@pytest.mark.parametrize("path", COMPILED, ids=name)
 def test_no_mutable_state(path, compiled):
     allowed = CPYTHON_TABLES.get(path.name, {}) if path.parent == CSRC / "python" else {}
     state = [symbol for symbol in mutable_state(compiled(path)[0]) if symbol not in allowed]
@@ -219,7 +262,7 @@ def test_the_tables_of_cpython_are_what_the_list_says():
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("path", PURE_C, ids=name)
+@pytest.mark.parametrize("path", [path for path in COMPILED if not path.is_relative_to(CSRC / "python")], ids=name)
 def test_no_python_in_objects(path, compiled):
     target, _ = compiled(path)
     python = [symbol for kind, symbol in symbols(target) if kind == "U" and re.match(r"_?Py", symbol)]
@@ -240,12 +283,21 @@ def is_constant(path: pathlib.Path, symbol: str) -> bool:
 
 
 def test_nothing_prints_exits_or_reads_the_environment():
-    found = find_in_code([path for path in C_SOURCES if not path.is_relative_to(CSRC / "python")], SIDE_EFFECTS)
+    engine = [path for path in C_SOURCES if not path.is_relative_to(CSRC / "python")]
+    found = find_in_code([*engine, *KERNEL_SOURCES], SIDE_EFFECTS)
+    assert not found, "\n".join(found)
+
+
+def test_kernels_have_no_state_and_no_memory():
+    """The objects of nvcc hold state of its own, so the text is read: no variables at file scope or static ones that
+    are not constant, no allocation, nothing of C++ beyond templates."""
+    found = find_in_code(KERNEL_SOURCES, KERNEL_STATE) + find_in_code(KERNEL_SOURCES, KERNEL_ALLOCATIONS)
     assert not found, "\n".join(found)
 
 
 def test_memory_comes_from_base_alloc():
-    found = find_in_code([path for path in C_SOURCES if path != CSRC / "base" / "alloc.c"], ALLOCATIONS)
+    others = [path for path in C_SOURCES if path != CSRC / "base" / "alloc.c"]
+    found = find_in_code([*others, *KERNEL_SOURCES], ALLOCATIONS)
     assert not found, "\n".join(found)
 
 
@@ -267,16 +319,34 @@ def test_these_checks_see_what_they_look_for(tmp_path, compiled):
     assert lines_of(planted, ALLOCATIONS) == [8]
 
 
+def test_the_checks_of_kernels_see_what_they_look_for(tmp_path):
+    planted = tmp_path / "planted.cu"
+    planted.write_text(
+        "static int counter;\n"
+        "__device__ float table[4] = {1.0f};\n"
+        "static __device__ float scale = 1.0f;\n"
+        "__constant__ int limits[2];\n"
+        "static const int sizes[] = {1, 2};\n"
+        "static constexpr int Stages = 4;\n"
+        "__device__ const float half = 0.5f;\n"
+        "static __device__ int add(int a, int b) { return a + b; }\n"
+        "template <int N> __device__ __forceinline__ void run(float (&x)[N]) { x[0] = 0.0f; }\n"
+        "static qf_status launch(void) { static int calls = 0; cudaMalloc(0, calls); return QF_OK; }\n"
+    )
+    assert lines_of(planted, KERNEL_STATE) == [1, 2, 3, 4, 10]
+    assert lines_of(planted, KERNEL_ALLOCATIONS) == [10]
+
+
 def test_no_fast_math():
     forbidden = r"#\s*pragma\s+(GCC\s+optimize|STDC\s+FP_CONTRACT\s+ON|clang\s+fp)|\boptimize\s*\(|fast[-_]math"
-    found = find_in_code(C_SOURCES, forbidden)
+    found = find_in_code([*C_SOURCES, *KERNEL_SOURCES], forbidden)
     assert not found, "\n".join(found)
 
 
 # -- compilers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", NO_CUDA, ids=name)
+@pytest.mark.parametrize("path", COMPILED, ids=name)
 def test_no_warnings(path, compiled):
     _, warnings = compiled(path)
     assert not warnings, warnings
@@ -297,9 +367,9 @@ def test_compiles_for_aarch64(path):
 
 def test_files_stay_small():
     too_long = []
-    for path in [*C_SOURCES, *sorted(PACKAGE.rglob("*.py"))]:
+    for path in [*C_SOURCES, *KERNEL_SOURCES, *sorted(PACKAGE.rglob("*.py"))]:
         lines = path.read_text().count("\n")
-        limit = MAX_LINES.get(path.name) or MAX_LINES["csrc" if path.is_relative_to(CSRC) else "qwen_fast"]
+        limit = MAX_LINES.get(path.name) or MAX_LINES[path.relative_to(ROOT).parts[0]]
         if lines > limit:
             too_long.append(f"{name(path)} has {lines} lines; the limit is {limit}")
     assert not too_long, "\n".join(too_long)

@@ -23,6 +23,12 @@ typedef struct qf_backend_options {
     int32_t max_num_seqs, max_num_batched_tokens, max_model_len;
     int32_t num_threads;
     const char *isa;          /* NULL: the best */
+    /* Of devices with memory of their own: */
+    int32_t device_ordinal;
+    bool offload_embedding;      /* the embedding stays in pinned host memory */
+    size_t offload_layers_bytes; /* at least this much of the layers' weights (whole layers, the last ones) too */
+    bool batch_invariant;        /* one order of sums for every batch (the CPU's always is) */
+    bool enforce_eager;          /* no captured graphs */
 } qf_backend_options;
 
 /* Bytes, exact, known before anything is allocated. */
@@ -30,6 +36,7 @@ typedef struct qf_memory_plan {
     size_t embedding_bytes, layers_bytes, head_bytes;
     size_t workspace_bytes; /* activations and the scratch of kernels */
     size_t kv_block_bytes; /* one block, all layers, K and V */
+    size_t host_bytes;     /* of a device backend: pinned host memory, weights and staging */
 } qf_memory_plan;
 
 /* One row whose logits are needed. */
@@ -69,6 +76,10 @@ typedef struct qf_backend qf_backend;
 
 typedef struct qf_backend_vtable {
     const char *name; /* "cpu", "cuda", "fake" */
+    bool has_own_memory; /* a device: 16-bit activations, and steps worth overlapping with the host's turn */
+    /* Bytes that a new engine may use, and that there are in all. */
+    qf_status (*available_memory)(const qf_backend_options *options, uint64_t *available_bytes, uint64_t *total_bytes,
+                                  qf_error *err);
     /* Exact memory, nothing allocated. */
     qf_status (*plan_memory)(const qf_checkpoint *checkpoint, const qf_backend_options *options, qf_memory_plan *out,
                              qf_error *err);

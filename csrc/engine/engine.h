@@ -20,13 +20,22 @@
 typedef struct qf_resolved_options {
     qf_backend_options backend;
     qf_memory_plan plan;
-    uint64_t available_bytes;
+    uint64_t available_bytes, device_total_bytes, device_overhead_bytes;
     int32_t num_blocks;
     int32_t max_steps_in_flight;
     int32_t max_waiting_requests;
     bool enable_prefix_caching;
     const char *dtype, *activation_dtype, *quantization, *lm_head_dtype, *kv_cache_dtype; /* static strings */
 } qf_resolved_options;
+
+typedef enum qf_device_kind { QF_DEVICE_AUTO = 0, QF_DEVICE_CPU, QF_DEVICE_CUDA } qf_device_kind;
+
+typedef struct qf_device_choice {
+    qf_device_kind kind;
+    int32_t ordinal; /* cuda:N */
+} qf_device_choice;
+
+qf_status qf_device_parse(const char *text, qf_device_choice *out, qf_error *err);
 
 /* Opens the checkpoint and settles every option; nothing large is allocated. *checkpoint is closed by the caller. */
 qf_status qf_options_resolve(const qf_engine_options *options, const qf_backend_vtable *backend,

@@ -8,7 +8,8 @@
 
 #define MAX_SEQS_LIMIT 4096
 #define MAX_BATCHED_TOKENS_LIMIT (1 << 20)
-#define AUTO_UTILIZATION 0.5 /* where neither a share of the memory nor a size of the KV cache is given, and then ... */
+#define AUTO_UTILIZATION 0.5 /* of the machine's memory; where neither a share of the memory nor a size of the KV cache is given, and then ... */
+#define AUTO_DEVICE_UTILIZATION 0.9 /* the same of a GPU's */
 #define AUTO_KV_TOKENS 65536 /* ... the cache holds at most this many, or two of the longest sequences */
 
 void qf_engine_options_init(qf_engine_options *options)
@@ -92,6 +93,18 @@ static qf_status check_numbers(const qf_engine_options *o, qf_error *err)
                        "memory_utilization must be above 0 and at most 1 (or 0: not given); got %g",
                        o->memory_utilization);
     }
+    if (!(o->cpu_offload_gb >= 0.0 && o->cpu_offload_gb <= 65536.0)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "cpu_offload_gb must be 0 to 65536; got %g", o->cpu_offload_gb);
+    }
+    if (o->cpu_offload != NULL && strcmp(o->cpu_offload, "embeddings") != 0) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "cpu_offload must be \"embeddings\" or not given; got \"%.40s\"",
+                       o->cpu_offload);
+    }
+    if (o->memory_bytes > 0 && (o->memory_utilization > 0.0)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "give memory (%llu bytes) or memory_utilization (%g), not both",
+                       (unsigned long long)o->memory_bytes, o->memory_utilization);
+    }
     if (o->kv_cache_tokens > 0 && o->kv_cache_memory_bytes > 0) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
                        "give kv_cache_tokens (%lld) or kv_cache_memory (%llu bytes), not both",
@@ -148,8 +161,8 @@ static qf_status resolve_quantization(const qf_engine_options *o, const qf_model
     return QF_OK;
 }
 
-static qf_status resolve_formats(const qf_engine_options *o, const qf_model_config *config, qf_resolved_options *out,
-                                 qf_error *err)
+static qf_status resolve_formats(const qf_engine_options *o, const qf_model_config *config, bool on_device,
+                                 qf_resolved_options *out, qf_error *err)
 {
     enum { AUTO = 0, BF16, F32, I8 };
     static const choice dtypes[] = {{"auto", AUTO}, {"bfloat16", BF16}, {"float16", BF16},
@@ -172,14 +185,31 @@ static qf_status resolve_formats(const qf_engine_options *o, const qf_model_conf
     bool float32 = dtype == F32 || (dtype == AUTO && config->dtype == QF_DTYPE_F32);
     bool kv_float32 = kv == AUTO ? float32 : kv == F32;
     bool int8 = activation == I8 || (activation == AUTO && quantized && dtype != F32);
+    if (on_device) {
+        if (kv_float32 != float32) {
+            return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
+                           "kv_cache_dtype=\"%s\" with dtype=\"%s\" is not implemented on the GPU; leave it at \"auto\"",
+                           o->kv_cache_dtype, float32 ? "float32" : "bfloat16");
+        }
+        if (activation == I8) {
+            return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
+                           "activation_dtype=\"int8\" is not implemented on the GPU; leave it at \"auto\"");
+        }
+        int8 = false;
+    }
     if (head == QF_HEAD_AUTO) {
         head = quantized && int8 ? QF_HEAD_8 : QF_HEAD_16;
+    }
+    if (on_device && float32 && (head != QF_HEAD_16 || out->backend.quantize_bits != 0)) {
+        return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
+                       "dtype=\"float32\" on the GPU is the reference and takes weights as they are: no "
+                       "quantization=\"w4\", no lm_head_dtype=\"%s\"", o->lm_head_dtype);
     }
     out->backend.float32 = kv_float32;
     out->backend.int8_activations = int8;
     out->backend.head_bits = head;
     out->dtype = float32 ? "float32" : "bfloat16";
-    out->activation_dtype = int8 ? "int8" : "float32";
+    out->activation_dtype = int8 ? "int8" : on_device && !float32 ? "bfloat16" : "float32";
     out->lm_head_dtype = head == QF_HEAD_8 ? "int8" : head == QF_HEAD_4 ? "int4" : "model";
     out->kv_cache_dtype = kv_float32 ? "float32" : "bfloat16";
     return QF_OK;
@@ -196,7 +226,7 @@ static int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most_tokens(const qf_engine_options *o, int32_t wanted_len)
 {
     int64_t all_seqs = (int64_t)o->max_num_seqs * wanted_len;
-    if (o->memory_utilization > 0.0) {
+    if (o->memory_utilization > 0.0 || o->memory_bytes > 0) {
         return all_seqs;
     }
     int64_t two_seqs = 2 * (int64_t)wanted_len;
@@ -204,7 +234,8 @@ static int64_t most_tokens(const qf_engine_options *o, int32_t wanted_len)
 }
 
 /* How many blocks the options ask for, before max_model_len is settled. */
-static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, qf_resolved_options *out, qf_error *err)
+static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, double auto_share,
+                              qf_resolved_options *out, qf_error *err)
 {
     const qf_memory_plan *plan = &out->plan;
     uint64_t fixed = plan->embedding_bytes + plan->layers_bytes + plan->head_bytes + plan->workspace_bytes;
@@ -219,17 +250,17 @@ static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, qf
                            (unsigned long long)o->kv_cache_memory_bytes, o->block_size, plan->kv_block_bytes);
         }
     } else {
-        double share = o->memory_utilization > 0.0 ? o->memory_utilization : AUTO_UTILIZATION;
-        uint64_t budget = (uint64_t)((double)out->available_bytes * share);
+        double share = o->memory_utilization > 0.0 ? o->memory_utilization : auto_share;
+        uint64_t budget = o->memory_bytes > 0 ? o->memory_bytes : (uint64_t)((double)out->available_bytes * share);
         uint64_t left = budget > fixed ? budget - fixed : 0;
         blocks = min_i64((int64_t)(left / plan->kv_block_bytes), ceil_div(most_tokens(o, wanted_len), o->block_size));
         blocks = min_i64(blocks, INT32_MAX / o->block_size);
         if (blocks < 1) {
             return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY,
-                           "no memory is left for the KV cache: %.0f %% of %llu available bytes is %llu; weights and "
-                           "workspace take %llu, one KV block %zu",
-                           share * 100.0, (unsigned long long)out->available_bytes,
-                           (unsigned long long)budget, (unsigned long long)fixed, plan->kv_block_bytes);
+                           "no memory is left for the KV cache: the budget is %llu bytes (%.0f %% of %llu available); "
+                           "weights and workspace take %llu, one KV block %zu",
+                           (unsigned long long)budget, 100.0 * (double)budget / (double)out->available_bytes,
+                           (unsigned long long)out->available_bytes, (unsigned long long)fixed, plan->kv_block_bytes);
         }
     }
     double kv_bytes = (double)blocks * (double)plan->kv_block_bytes;
@@ -248,8 +279,8 @@ static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, qf
     return QF_OK;
 }
 
-static qf_status resolve_lengths(const qf_engine_options *o, const qf_model_config *config, qf_resolved_options *out,
-                                 qf_error *err)
+static qf_status resolve_lengths(const qf_engine_options *o, const qf_model_config *config, double auto_share,
+                                 qf_resolved_options *out, qf_error *err)
 {
     int32_t limit = config->max_position_embeddings;
     if (o->max_model_len > limit) {
@@ -258,7 +289,7 @@ static qf_status resolve_lengths(const qf_engine_options *o, const qf_model_conf
                        o->max_model_len, limit);
     }
     int32_t wanted = o->max_model_len > 0 ? o->max_model_len : limit;
-    QF_TRY(count_blocks(o, wanted, out, err));
+    QF_TRY(count_blocks(o, wanted, auto_share, out, err));
     int64_t capacity = (int64_t)out->num_blocks * o->block_size;
     if (capacity < wanted) {
         if (o->max_model_len > 0) {
@@ -272,13 +303,52 @@ static qf_status resolve_lengths(const qf_engine_options *o, const qf_model_conf
     return QF_OK;
 }
 
+qf_status qf_device_parse(const char *text, qf_device_choice *out, qf_error *err)
+{
+    static const choice devices[] = {
+        {"auto", QF_DEVICE_AUTO}, {"cpu", QF_DEVICE_CPU}, {"cuda", QF_DEVICE_CUDA}, {"cuda:N", QF_DEVICE_CUDA}, {NULL, 0}};
+    int kind;
+    *out = (qf_device_choice){0};
+    if (text != NULL && strncmp(text, "cuda:", 5) == 0 && text[5] >= '0' && text[5] <= '9' &&
+        (text[6] == '\0' || (text[6] >= '0' && text[6] <= '9' && text[7] == '\0'))) {
+        out->kind = QF_DEVICE_CUDA;
+        out->ordinal = text[6] == '\0' ? text[5] - '0' : 10 * (text[5] - '0') + (text[6] - '0');
+        return QF_OK;
+    }
+    QF_TRY(choose("device", text, devices, &kind, err));
+    out->kind = (qf_device_kind)kind;
+    return QF_OK;
+}
+
+/* A device knows its own memory; the CPU's is the machine's. */
+static qf_status find_memory(const qf_engine_options *o, const qf_backend_vtable *backend, qf_resolved_options *out,
+                             qf_error *err)
+{
+    if (backend->available_memory == NULL) {
+        out->available_bytes = qf_available_memory_bytes();
+        return QF_OK;
+    }
+    qf_device_choice device;
+    QF_TRY(qf_device_parse(o->device, &device, err));
+    out->backend.device_ordinal = device.ordinal;
+    return backend->available_memory(&out->backend, &out->available_bytes, &out->device_total_bytes, err);
+}
+
+static qf_status check_offload(const qf_engine_options *o, const qf_backend_vtable *backend, qf_error *err)
+{
+    if (!backend->has_own_memory && (o->cpu_offload != NULL || o->cpu_offload_gb > 0.0)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "%s is for a GPU; on the CPU every weight is in host memory already",
+                       o->cpu_offload != NULL ? "cpu_offload" : "cpu_offload_gb");
+    }
+    return QF_OK;
+}
+
 static qf_status open_checkpoint(const qf_engine_options *o, qf_checkpoint **checkpoint, qf_error *err)
 {
     static const choice formats[] = {{"auto", 0}, {"safetensors", 0}, {"dummy", 1}, {NULL, 0}};
-    static const choice devices[] = {{"auto", 0}, {"cpu", 0}, {"cuda", NOT_BUILT}, {NULL, 0}};
-    int dummy, device;
+    int dummy;
     QF_TRY(choose("load_format", o->load_format, formats, &dummy, err));
-    QF_TRY(choose("device", o->device, devices, &device, err));
     bool w4 = o->quantization != NULL && strcmp(o->quantization, "w4") == 0;
     qf_checkpoint_options options = {.dir = o->model_dir,
                                      .hf_overrides_json = o->hf_overrides_json,
@@ -286,6 +356,17 @@ static qf_status open_checkpoint(const qf_engine_options *o, qf_checkpoint **che
                                      .dummy_seed = o->dummy_seed,
                                      .dummy_bits = w4 ? 4 : 16};
     return qf_checkpoint_open(&options, checkpoint, err);
+}
+
+/* The backend's plan, and on the CPU the step's arrays beside it. */
+static qf_status plan_memory(const qf_backend_vtable *backend, const qf_checkpoint *checkpoint,
+                             qf_resolved_options *out, qf_error *err)
+{
+    QF_TRY(backend->plan_memory(checkpoint, &out->backend, &out->plan, err));
+    if (!backend->has_own_memory) {
+        out->plan.workspace_bytes += QF_MAX_STEPS_IN_FLIGHT * qf_step_bytes(&out->backend);
+    }
+    return QF_OK;
 }
 
 qf_status qf_options_resolve(const qf_engine_options *options, const qf_backend_vtable *backend,
@@ -300,7 +381,10 @@ qf_status qf_options_resolve(const qf_engine_options *options, const qf_backend_
     QF_TRY(check_numbers(options, err));
     QF_TRY(open_checkpoint(options, checkpoint, err));
     const qf_model_config *config = qf_checkpoint_config(*checkpoint);
-    QF_TRY_GOTO(resolve_formats(options, config, out, err), fail);
+    bool on_device = backend->has_own_memory;
+    double auto_share = on_device ? AUTO_DEVICE_UTILIZATION : AUTO_UTILIZATION;
+    QF_TRY_GOTO(check_offload(options, backend, err), fail);
+    QF_TRY_GOTO(resolve_formats(options, config, on_device, out, err), fail);
 
     qf_backend_options *b = &out->backend;
     b->block_size = options->block_size;
@@ -308,16 +392,22 @@ qf_status qf_options_resolve(const qf_engine_options *options, const qf_backend_
     b->max_num_batched_tokens = options->max_num_batched_tokens;
     b->num_threads = options->num_threads > 0 ? options->num_threads : qf_cpu_count();
     b->isa = options->isa != NULL && strcmp(options->isa, "auto") != 0 ? options->isa : NULL;
-    out->available_bytes = qf_available_memory_bytes();
+    b->offload_embedding = options->cpu_offload != NULL;
+    b->offload_layers_bytes = (size_t)(options->cpu_offload_gb * 1073741824.0);
+    b->batch_invariant = options->batch_invariant;
+    b->enforce_eager = options->enforce_eager;
     out->max_waiting_requests = options->max_waiting_requests;
     out->enable_prefix_caching = options->enable_prefix_caching;
     /* A CPU step takes milliseconds and the host's turn microseconds, so overlapping them gains nothing, while each
-     * request that stops would waste a planned row: one step in flight unless asked otherwise. */
-    out->max_steps_in_flight = options->max_steps_in_flight > 0 ? options->max_steps_in_flight : 1;
-    QF_TRY_GOTO(backend->plan_memory(*checkpoint, b, &out->plan, err), fail);
+     * request that stops would waste a planned row: one step in flight unless asked otherwise. A GPU's step can be as
+     * short as the host's turn. */
+    int32_t steps = on_device ? QF_MAX_STEPS_IN_FLIGHT : 1;
+    out->max_steps_in_flight = options->max_steps_in_flight > 0 ? options->max_steps_in_flight : steps;
     b->max_model_len = options->max_model_len > 0 ? options->max_model_len : config->max_position_embeddings;
-    out->plan.workspace_bytes += QF_MAX_STEPS_IN_FLIGHT * qf_step_bytes(b);
-    QF_TRY_GOTO(resolve_lengths(options, config, out, err), fail);
+    QF_TRY_GOTO(find_memory(options, backend, out, err), fail);
+    QF_TRY_GOTO(plan_memory(backend, *checkpoint, out, err), fail);
+    QF_TRY_GOTO(resolve_lengths(options, config, auto_share, out, err), fail);
+    QF_TRY_GOTO(plan_memory(backend, *checkpoint, out, err), fail); /* for the length that was settled */
     return QF_OK;
 fail:
     qf_checkpoint_close(*checkpoint);
@@ -336,5 +426,7 @@ void qf_memory_report_fill(const qf_resolved_options *resolved, qf_memory_report
                               .num_blocks = resolved->num_blocks,
                               .block_size = resolved->backend.block_size,
                               .max_model_len = resolved->backend.max_model_len,
-                              .available_bytes = resolved->available_bytes};
+                              .available_bytes = resolved->available_bytes,
+                              .device_overhead_bytes = resolved->device_overhead_bytes,
+                              .device_total_bytes = resolved->device_total_bytes};
 }

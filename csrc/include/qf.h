@@ -27,13 +27,13 @@ typedef struct qf_engine_options {
     const char *model_dir;         /* a Hugging Face checkpoint directory */
     const char *hf_overrides_json; /* JSON object merged over config.json, or NULL */
     const char *load_format;       /* "auto" (safetensors), "safetensors", "dummy" */
-    const char *device;            /* "auto", "cpu", "cuda" */
+    const char *device;            /* "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N" */
     const char *dtype;             /* "auto" (the checkpoint's), "bfloat16", "float32"; "float16" and "half" run as
                                       bfloat16, since Qwen2.5 exceeds float16's range */
     const char *activation_dtype;  /* "auto" (int8 for 4- and 8-bit weights on the CPU), "int8", "float32" */
     const char *quantization;      /* "auto" (as the checkpoint is), "none", "w4", "awq", "gptq", "compressed-tensors" */
     int32_t quantization_group_size; /* for "w4": 32, 64, 128 */
-    const char *lm_head_dtype;     /* "auto" (int8 where the layers are quantised), "model", "int8", "int4" */
+    const char *lm_head_dtype;     /* "auto" (on the CPU int8 where the layers are quantised), "model", "int8", "int4" */
     const char *kv_cache_dtype;    /* "auto" (dtype), "bfloat16", "float32" */
     int32_t block_size;            /* tokens per KV block: 16, 32, 64, 128 */
     int32_t max_model_len;         /* 0: the checkpoint's, lowered to what the KV cache can hold */
@@ -46,6 +46,11 @@ typedef struct qf_engine_options {
                                        neither figure above is given the cache takes what is left of it, at most
                                        max_num_seqs sequences of max_model_len. 0: not given: 0.5, and the cache
                                        takes at most 65,536 tokens or two sequences of max_model_len */
+    uint64_t memory_bytes;          /* weights, workspace and KV cache together may take so much; 0: not given */
+    const char *cpu_offload;        /* NULL: nothing; "embeddings": they stay in pinned host memory (GPU) */
+    double cpu_offload_gb;          /* GiB of layers' weights that stay in pinned host memory (GPU) */
+    bool batch_invariant;           /* GPU: the same bits in every batch; the CPU's always are */
+    bool enforce_eager;             /* GPU: no captured graphs */
     bool enable_prefix_caching;
     int32_t num_threads;            /* 0: the CPUs of this process */
     const char *isa;                /* "auto", "scalar", "avx2", "avx512", "avx512_vnni" */
@@ -63,8 +68,22 @@ typedef struct qf_memory_report {
     uint64_t embedding_bytes, layers_bytes, head_bytes, workspace_bytes;
     uint64_t kv_cache_bytes, kv_block_bytes;
     int32_t num_blocks, block_size, max_model_len;
-    uint64_t available_bytes; /* what the machine had free when asked */
+    uint64_t available_bytes; /* what the machine, or the GPU, had free when asked */
+    uint64_t device_overhead_bytes; /* of a GPU: context, modules, graphs, as measured; else 0 */
+    uint64_t device_total_bytes;    /* of a GPU; else 0 */
 } qf_memory_report;
+
+typedef struct qf_device_info {
+    char name[128];
+    int32_t index;
+    int32_t compute_capability; /* 90 for 9.0 */
+    uint64_t total_bytes, free_bytes;
+    bool usable;
+    char reason[256]; /* why it is not usable */
+} qf_device_info;
+
+/* GPUs: fills up to `capacity` and returns how many there are; 0 without a driver, or in a build without CUDA. */
+int32_t qf_list_devices(qf_device_info *out, int32_t capacity);
 
 /* What qf_engine_create would allocate. Reads headers only. */
 qf_status qf_engine_estimate(const qf_engine_options *options, qf_memory_report *out, qf_error *err);
@@ -81,7 +100,7 @@ qf_status qf_engine_set_vocabulary(qf_engine *self, const uint8_t *bytes, const 
                                    const uint8_t *special, int32_t num_tokens, qf_error *err);
 
 typedef struct qf_engine_info {
-    const char *backend;     /* "cpu" */
+    const char *backend;     /* "cpu", "cuda" */
     const char *description; /* one line */
     const char *isa;         /* the instruction set in use: see the option; "" for a backend without the choice */
     int32_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim;

@@ -31,8 +31,8 @@ static PyObject *estimate(PyObject *module, PyObject *args, PyObject *kwargs)
 
 PyDoc_STRVAR(build_info_doc,
 "build_info($module, /)\n--\n\n"
-"What this module was built with and what this machine offers: version, compiler, cuda (built with), isa (the best that\n"
-"is supported here), isas (all of them), cpu_count.");
+"What this module was built with and what this machine offers: version, compiler, cuda (built with), cuda_archs, isa (the\n"
+"best that is supported here), isas (all of them), cpu_count.");
 
 static PyObject *build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
@@ -45,6 +45,50 @@ static PyObject *build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ign
     PyObject *result = PyObject_CallMethod(json, "loads", "s", text);
     Py_DECREF(json);
     return result;
+}
+
+PyDoc_STRVAR(device_info_doc,
+"device_info($module, /)\n--\n\n"
+"The GPUs that the driver shows, a dict each: name, index, compute_capability (90 for 9.0), total_bytes, free_bytes,\n"
+"usable, reason (why it is not). Empty without a GPU, a driver, or CUDA in this build.");
+
+#define MAX_DEVICES 16
+
+static const qf_py_field device_fields[] = {
+    {"index", QF_PY_INT32, offsetof(qf_device_info, index)},
+    {"compute_capability", QF_PY_INT32, offsetof(qf_device_info, compute_capability)},
+    {"total_bytes", QF_PY_UINT64, offsetof(qf_device_info, total_bytes)},
+    {"free_bytes", QF_PY_UINT64, offsetof(qf_device_info, free_bytes)},
+    {"usable", QF_PY_BOOL, offsetof(qf_device_info, usable)},
+};
+
+static PyObject *device_to_dict(const qf_device_info *info)
+{
+    PyObject *dict = PyDict_New();
+    if (dict == NULL || qf_py_set(dict, "name", PyUnicode_FromString(info->name)) < 0 ||
+        qf_py_set_fields(dict, device_fields, Py_ARRAY_LENGTH(device_fields), info) < 0 ||
+        qf_py_set(dict, "reason", PyUnicode_FromString(info->reason)) < 0) {
+        Py_CLEAR(dict);
+    }
+    return dict;
+}
+
+static PyObject *device_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    qf_device_info devices[MAX_DEVICES];
+    int32_t count;
+    Py_BEGIN_ALLOW_THREADS
+    count = qf_list_devices(devices, MAX_DEVICES);
+    Py_END_ALLOW_THREADS
+    PyObject *list = PyList_New(0);
+    for (int32_t i = 0; list != NULL && i < count && i < MAX_DEVICES; i++) {
+        PyObject *dict = device_to_dict(&devices[i]);
+        if (dict == NULL || PyList_Append(list, dict) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(dict);
+    }
+    return list;
 }
 
 PyDoc_STRVAR(dequantize_doc,
@@ -157,6 +201,7 @@ static PyObject *quantize_rtn(PyObject *module, PyObject *args, PyObject *kwargs
 PyMethodDef qf_py_functions[] = {
     {"estimate", (PyCFunction)(void (*)(void))estimate, METH_VARARGS | METH_KEYWORDS, estimate_doc},
     {"build_info", build_info, METH_NOARGS, build_info_doc},
+    {"device_info", device_info, METH_NOARGS, device_info_doc},
     {"dequantize", (PyCFunction)(void (*)(void))dequantize, METH_VARARGS | METH_KEYWORDS, dequantize_doc},
     {"quantize_rtn", (PyCFunction)(void (*)(void))quantize_rtn, METH_VARARGS | METH_KEYWORDS, quantize_rtn_doc},
     {NULL, NULL, 0, NULL},

@@ -16,6 +16,8 @@ static const qf_py_field memory_fields[] = {
     FIELD(QF_PY_INT32, block_size),
     FIELD(QF_PY_INT32, max_model_len),
     FIELD(QF_PY_UINT64, available_bytes),
+    FIELD(QF_PY_UINT64, device_overhead_bytes),
+    FIELD(QF_PY_UINT64, device_total_bytes),
 };
 
 #undef FIELD

@@ -87,21 +87,22 @@ INT32_OPTIONS = [
 ]  # fmt: skip
 STRING_OPTIONS = [
     "load_format", "device", "dtype", "activation_dtype", "quantization", "lm_head_dtype", "kv_cache_dtype", "isa",
-    "hf_overrides",
+    "hf_overrides", "cpu_offload",
 ]  # fmt: skip
+UINT64_OPTIONS = ["kv_cache_memory", "memory_bytes", "dummy_seed"]
+DOUBLE_OPTIONS = ["memory_utilization", "cpu_offload_gb"]
+BOOL_OPTIONS = ["enable_prefix_caching", "batch_invariant", "enforce_eager"]
 BAD_OPTIONS = [
     *[(name, value, TypeError) for name in INT32_OPTIONS for value in ("1", 1.0, None, [1])],
     *[(name, value, ValueError) for name in INT32_OPTIONS for value in (I32, -I32 - 1, 2**63, 10**5000, -(10**30))],
     *[(name, value, TypeError) for name in STRING_OPTIONS for value in (1, b"auto", ["auto"])],
     *[(name, value, ValueError) for name in STRING_OPTIONS for value in ("au\0to", "\0", "\ud800")],
-    *[(name, -1, ValueError) for name in ("kv_cache_memory", "dummy_seed")],
-    *[(name, 2**64, ValueError) for name in ("kv_cache_memory", "dummy_seed")],
-    *[(name, -(2**70), ValueError) for name in ("kv_cache_memory", "dummy_seed")],
-    *[(name, 1.5, TypeError) for name in ("kv_cache_memory", "kv_cache_tokens", "dummy_seed")],
+    *[(name, value, ValueError) for name in UINT64_OPTIONS for value in (-1, 2**64, -(2**70))],
+    *[(name, 1.5, TypeError) for name in (*UINT64_OPTIONS, "kv_cache_tokens")],
     ("kv_cache_tokens", 2**63, ValueError),
-    *[("memory_utilization", value, ValueError) for value in (NAN, INF, -INF, 10**400)],
-    *[("memory_utilization", value, TypeError) for value in ("0.5", None, [])],
-    *[("enable_prefix_caching", value, TypeError) for value in (1, "yes", None)],
+    *[(name, value, ValueError) for name in DOUBLE_OPTIONS for value in (NAN, INF, -INF, 10**400)],
+    *[(name, value, TypeError) for name in DOUBLE_OPTIONS for value in ("0.5", None, [])],
+    *[(name, value, TypeError) for name in BOOL_OPTIONS for value in (1, "yes", None)],
     *[("progress", value, TypeError) for value in (1, "print")],
 ]
 
@@ -143,8 +144,10 @@ def test_failures_of_the_engine_have_their_exceptions(model_dir, tmp_path, funct
         function(str(tmp_path), **OPTIONS)
     with pytest.raises(OSError, match=r"config\.json"):
         function(str(tmp_path / "nowhere"), **OPTIONS)
-    with pytest.raises(NotImplementedError, match="cuda"):
-        function(model_dir, **{**OPTIONS, "device": "cuda"})
+    if not any(gpu["usable"] for gpu in _engine.device_info()):
+        error = _engine.EngineError if _engine.build_info()["cuda"] else NotImplementedError
+        with pytest.raises(error, match="cuda"):
+            function(model_dir, **{**OPTIONS, "device": "cuda"})
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(_engine.ModelError, match=r"config\.json"):
         function(str(tmp_path), **OPTIONS)
@@ -365,7 +368,18 @@ def test_build_info():
     assert info["isa"] in info["isas"]
     assert info["cpu_count"] >= 1
     assert isinstance(info["cuda"], bool)
+    assert info["cuda"] == bool(info["cuda_archs"])
     assert isinstance(info["compiler"], str)
+
+
+def test_device_info():
+    fields = next(node for node in STUB.body if isinstance(node, ast.ClassDef) and node.name == "DeviceInfo").body
+    names = [node.target.id for node in fields if isinstance(node, ast.AnnAssign)]
+    for number, gpu in enumerate(_engine.device_info()):
+        assert list(gpu) == names
+        assert gpu["index"] == number and gpu["name"]
+        assert gpu["usable"] is not bool(gpu["reason"])
+        assert 0 <= gpu["free_bytes"] <= gpu["total_bytes"]
 
 
 # --- outputs --------------------------------------------------------------------------------------------------
@@ -870,7 +884,7 @@ def public(container):
 
 
 def test_the_stub_is_the_module():
-    types_only = {"MemoryReport", "Output"}
+    types_only = {"MemoryReport", "DeviceInfo", "Output"}
     classes = {node.name: node for node in STUB.body if isinstance(node, ast.ClassDef)}
     functions = {node.name: node for node in STUB.body if isinstance(node, ast.FunctionDef)}
     assert public(_engine) == (classes.keys() | functions.keys()) - types_only

@@ -128,7 +128,9 @@ def test_first_token_of_the_half_billion_shape(tmp_path, demo_dir):
 ERRORS = [
     (["generate", "x", "--temperature", "-1"], 2, "temperature must be from 0 to 100, got -1.0"),
     (["generate", "x", "--model", "/nowhere"], 2, "no such directory: /nowhere"),
-    (["generate", "x", "--device", "cuda"], 2, "device='cuda' is not built yet"),
+    (["generate", "x", "--device", "tpu"], 2, 'device must be one of'),
+    (["generate", "x", "--memory", "lots"], 2, "memory: cannot read 'lots'"),
+    (["info", "--gpu", "--device", "cpu"], 2, "--gpu asks for a GPU, and --device is 'cpu'; give one of them"),
     (["generate", ""], 0, ""),
     (["generate", "", "--raw"], 2, "the prompt is empty"),
     (["generate", "x", "--raw", "--system", "y"], 2, "--system needs the chat template"),
@@ -189,6 +191,22 @@ def test_info():
     assert report["memory"]["num_blocks"] * report["memory"]["block_size"] == 2048
 
 
+def test_memory_rows():
+    from qwen_fast.cli_tools import memory_rows
+
+    sizes = {"embedding": 4, "layers": 8, "head": 2, "workspace": 1, "kv_cache": 16}
+    report = {f"{name}_bytes": count << 30 for name, count in sizes.items()}
+    report |= {"num_blocks": 100, "block_size": 32, "available_bytes": 64 << 30}
+    rows = dict(memory_rows({**report, "device_overhead_bytes": 0, "device_total_bytes": 0}))
+    assert rows["KV cache"] == "16.0 GiB: 100 blocks of 32 tokens" and rows["available"] == "64.0 GiB"
+    report |= {"device_overhead_bytes": 3 << 29, "device_total_bytes": 80 << 30}
+    rows = dict(memory_rows(report))
+    assert rows["graphs and context"] == "1.5 GiB" and rows["remains"] == "31.5 GiB"
+    assert rows["available"] == "64.0 GiB of the GPU's 80.0 GiB"
+    assert dict(memory_rows({**report, "available_bytes": 32 << 30}))["remains"] == "nothing: 512.0 MiB are missing"
+    assert dict(memory_rows({**report, "head_bytes": 0}))["head"] == "shares the embedding"
+
+
 def test_a_prompt_beyond_the_model_gets_no_hint_to_raise_the_limit():
     done = run("generate", "word " * 9000)
     assert done.returncode == 2 and done.stderr.endswith("shorten the prompt or lower --max-tokens\n")
@@ -225,8 +243,11 @@ def test_doctor():
     assert done.returncode == 0 and report["problems"] == []
     assert report["engine"]["isa"] in report["engine"]["isas"]
     assert report["packages"]["tokenizers"] and report["cpus"] == len(os.sched_getaffinity(0))
-    shown = run("doctor").stdout
-    assert "CPU path" in shown and "CUDA" in shown
+    assert report["engine"]["cuda"] == bool(report["engine"]["cuda_archs"])
+    assert all(gpu["usable"] != bool(gpu["reason"]) for gpu in report["gpus"])
+    shown = dict(line.split("  ", 1) for line in run("doctor").stdout.splitlines())
+    assert "CPU path" in shown and "GPU driver" in shown
+    assert shown["CUDA"].strip().startswith("built in, for" if report["engine"]["cuda"] else "not built in: ")
 
 
 def test_parameter_counts():

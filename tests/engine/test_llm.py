@@ -345,10 +345,12 @@ def test_info_stats_and_repr(llm):
 
 
 def test_options(demo_dir, tmp_path):
-    with pytest.raises(NotImplementedError, match="cpu_offload"):
-        LLM(str(demo_dir), cpu_offload="embeddings")
-    with pytest.raises(NotImplementedError, match="device='cuda'"):
-        LLM(str(demo_dir), device="cuda")
+    with pytest.raises(NotImplementedError, match="tensor_parallel_size=2 is not built"):
+        LLM(str(demo_dir), tensor_parallel_size=2)
+    with pytest.raises(ValueError, match="cpu_offload must be .*disk"):
+        LLM(str(demo_dir), cpu_offload="disk")
+    with pytest.raises((NotImplementedError, EngineError, ValueError), match="cuda:99"):
+        LLM(str(demo_dir), device="cuda:99")
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_len'"):
         LLM(str(demo_dir), max_len=5)
     with pytest.raises(ValueError, match="trust_remote_code=True is refused"):

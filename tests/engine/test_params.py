@@ -147,17 +147,9 @@ def test_seeds():
     assert len({fresh_seed() for _ in range(100)}) == 100
 
 
-NOTHING = dict.fromkeys(
-    ("quantization", "max_model_len", "num_threads", "kv_cache_memory", "kv_cache_tokens", "memory_utilization")
-    + ("gpu_memory_utilization", "rope_scaling", "hf_overrides")
-)
-
-
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"device": "cuda"}, NotImplementedError, "device='cuda' is not built yet"),
-        ({"device": "cuda:0"}, NotImplementedError, "device='cuda:0' is not built yet"),
         ({"tensor_parallel_size": 2}, NotImplementedError, "tensor_parallel_size=2 is not built yet"),
         ({"kv_cache_dtype": "fp8"}, NotImplementedError, "kv_cache_dtype='fp8' is not built yet"),
         ({"kv_cache_dtype": "nf4"}, NotImplementedError, "kv_cache_dtype='nf4' is not built yet"),
@@ -170,6 +162,16 @@ NOTHING = dict.fromkeys(
         ({"memory_utilization": 1.2}, ValueError, "memory_utilization must be above 0 and at most 1, got 1.2"),
         ({"memory_utilization": math.nan}, ValueError, "memory_utilization must be above 0"),
         ({"memory_utilization": 0.5, "gpu_memory_utilization": 0.5}, ValueError, "two names of one option"),
+        ({"memory_utilization": "all"}, TypeError, "memory_utilization must be a number, got 'all'"),
+        ({"memory": "6 apples"}, ValueError, "memory: cannot read '6 apples'"),
+        ({"memory": 0}, ValueError, "memory must be above 0 bytes, got 0"),
+        ({"memory": -1}, ValueError, r"memory must be from 0 to 2\*\*63 - 1 bytes, got -1"),
+        ({"memory": 1.5}, TypeError, "memory must be an int of bytes or a text like '6GiB', got float"),
+        ({"memory": "6GiB", "gpu_memory_utilization": 0.9}, ValueError, "memory='6GiB' and memory_utilization=0.9 both say"),
+        ({"cpu_offload": "disk"}, ValueError, "cpu_offload must be 'embeddings' or None, got 'disk'"),
+        ({"cpu_offload_gb": -1}, ValueError, "cpu_offload_gb must be from 0 to 1048576 GiB, got -1"),
+        ({"cpu_offload_gb": math.nan}, ValueError, "cpu_offload_gb must be from 0 to 1048576 GiB, got nan"),
+        ({"cpu_offload_gb": "4"}, TypeError, "cpu_offload_gb must be a number, got '4'"),
         ({"rope_scaling": "yarn"}, TypeError, "rope_scaling must be a dict"),
         ({"hf_overrides": {"a": math.nan}}, ValueError, "hf_overrides must hold JSON values"),
         ({"hf_overrides": {"a": object()}}, TypeError, "hf_overrides must hold JSON values"),
@@ -178,18 +180,12 @@ NOTHING = dict.fromkeys(
 )
 def test_engine_options_refused(options, error, message):
     with pytest.raises(error, match=message):
-        engine_options(**{**NOTHING, **options})
+        engine_options(**options)
 
 
 def test_engine_options_passed():
     options = engine_options(
-        **{
-            **NOTHING,
-            "kv_cache_memory": "1MiB",
-            "rope_scaling": {"factor": 4.0},
-            "gpu_memory_utilization": 0.25,
-            "isa": "auto",
-        }
+        kv_cache_memory="1MiB", rope_scaling={"factor": 4.0}, gpu_memory_utilization=0.25, isa="auto"
     )
     assert options == {
         "quantization": "auto",
@@ -200,10 +196,31 @@ def test_engine_options_passed():
     }
 
 
+def test_engine_options_of_a_gpu():
+    options = engine_options(
+        device="cuda:1",
+        memory="6GiB",
+        cpu_offload="embeddings",
+        cpu_offload_gb=4,
+        batch_invariant=True,
+        enforce_eager=None,
+        tensor_parallel_size=1,
+    )
+    assert options == {
+        "quantization": "auto",
+        "device": "cuda:1",
+        "memory_bytes": 6 * 2**30,
+        "cpu_offload": "embeddings",
+        "cpu_offload_gb": 4.0,
+        "batch_invariant": True,
+        "tensor_parallel_size": 1,
+    }
+
+
 def test_unknown_options():
-    refuse_unknown({"cpu_offload": None, "cpu_offload_gb": 0, "pipeline_parallel_size": 1})
-    with pytest.raises(NotImplementedError, match="cpu_offload='embeddings' is not built: leave it out"):
-        refuse_unknown({"cpu_offload": "embeddings"})
+    refuse_unknown({"kv_transfer_config": None, "num_speculative_tokens": 0, "pipeline_parallel_size": 1})
+    with pytest.raises(NotImplementedError, match="enable_lora=True is not built: leave it out"):
+        refuse_unknown({"enable_lora": True})
     with pytest.raises(NotImplementedError, match="speculative_config"):
         refuse_unknown({"speculative_config": {"model": "x"}})
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_modle_len'"):
@@ -213,9 +230,9 @@ def test_unknown_options():
 @pytest.mark.parametrize(
     "options",
     [
-        {"enforce_eager": True, "disable_log_stats": False, "enable_chunked_prefill": True, "tokenizer_mode": "auto"},
+        {"compilation_config": 3, "disable_log_stats": False, "enable_chunked_prefill": True, "tokenizer_mode": "auto"},
         {"max_logprobs": 20, "swap_space": 4, "disable_custom_all_reduce": True, "use_v2_block_manager": True},
-        {"batch_invariant": True, "skip_tokenizer_init": False, "num_gpu_blocks_override": None},
+        {"max_seq_len_to_capture": 8192, "skip_tokenizer_init": False, "num_gpu_blocks_override": None},
         dict.fromkeys(VLLM_OPTIONS),
     ],
 )

@@ -1,0 +1,279 @@
+/* A CUDA backend's beginning and end: memory plan, arena, loading. */
+#include <stdio.h>
+
+#include "backend/cuda/cuda.h"
+#include "backend/cuda/cuda_backend.h"
+#include "base/alloc.h"
+
+/* --- planning -------------------------------------------------------------------------------------------- */
+
+static bool wants_decode_kernel(const qf_cuda_backend *self)
+{
+    const qf_backend_options *options = &self->options;
+    return !options->float32 && !options->batch_invariant && !options->enforce_eager && !self->any_perm &&
+           self->layout.num_host_layers == 0;
+}
+
+static size_t step_pinned_bytes(const qf_cuda_backend *self)
+{
+    return self->meta_bytes + (size_t)self->options.max_num_batched_tokens * sizeof(int32_t) +
+           (size_t)self->logprob_capacity * sizeof(qf_cuda_logprob);
+}
+
+/* Everything that follows from checkpoint and options; nothing is allocated on the device. */
+static qf_status plan(qf_cuda_backend *self, const qf_checkpoint *checkpoint, const qf_backend_options *options,
+                      qf_memory_plan *out, qf_error *err)
+{
+    self->config = *qf_checkpoint_config(checkpoint);
+    self->options = *options;
+    if (!options->float32 && self->config.head_dim != 64 && self->config.head_dim != 128) {
+        return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
+                       "head_dim %d: the GPU kernels are made for 64 and 128 (dtype=\"float32\" runs any)",
+                       self->config.head_dim);
+    }
+    QF_TRY(qf_cuda_device_get(options->device_ordinal, &self->device, err));
+    QF_TRY(qf_cuda_weights_plan(checkpoint, options, &self->layout, err));
+    qf_cuda_backend_shape(self);
+    self->decode_kernel = wants_decode_kernel(self);
+    size_t workspace_bytes;
+    QF_TRY(qf_cuda_workspace_layout(self, NULL, &workspace_bytes, err));
+    *out = (qf_memory_plan){.embedding_bytes = self->layout.embedding_bytes,
+                            .layers_bytes = self->layout.layers_bytes,
+                            .head_bytes = self->layout.head_bytes,
+                            .workspace_bytes = workspace_bytes,
+                            .kv_block_bytes = 2 * (size_t)self->config.num_layers * qf_cuda_kv_layer_bytes(self, 1),
+                            .host_bytes = self->layout.host_bytes + QF_CUDA_STEPS_IN_FLIGHT * step_pinned_bytes(self)};
+    return QF_OK;
+}
+
+qf_status qf_cuda_plan_memory(const qf_checkpoint *checkpoint, const qf_backend_options *options, qf_memory_plan *out,
+                              qf_error *err)
+{
+    qf_cuda_backend *self;
+    QF_TRY(qf_alloc((void **)&self, 1, sizeof *self, "the CUDA backend's plan", err));
+    qf_status status = plan(self, checkpoint, options, out, err);
+    qf_cuda_weights_layout_deinit(&self->layout);
+    qf_free(self);
+    return status;
+}
+
+qf_status qf_cuda_available_memory(const qf_backend_options *options, uint64_t *available_bytes, uint64_t *total_bytes,
+                                   qf_error *err)
+{
+    qf_cuda_device device;
+    size_t available, total;
+    QF_TRY(qf_cuda_device_get(options->device_ordinal, &device, err));
+    QF_CUDA_CHECK(cudaMemGetInfo(&available, &total));
+    *available_bytes = available;
+    *total_bytes = total;
+    return QF_OK;
+}
+
+/* --- creation -------------------------------------------------------------------------------------------- */
+
+void qf_cuda_destroy(qf_backend *base)
+{
+    qf_cuda_backend *self = (qf_cuda_backend *)base;
+    if (self == NULL) {
+        return;
+    }
+    (void)cudaSetDevice(self->device.ordinal);
+    if (self->stream != NULL) {
+        (void)cudaStreamSynchronize(self->stream);
+    }
+    qf_cuda_graphs_destroy(self);
+    for (int i = 0; i < QF_CUDA_STEPS_IN_FLIGHT; i++) {
+        if (self->steps[i].start != NULL) {
+            (void)cudaEventDestroy(self->steps[i].start);
+        }
+        if (self->steps[i].stop != NULL) {
+            (void)cudaEventDestroy(self->steps[i].stop);
+        }
+        qf_free(self->steps[i].results);
+        if (self->slot_ready[i] != NULL) {
+            (void)cudaEventDestroy(self->slot_ready[i]);
+        }
+        if (self->slot_free[i] != NULL) {
+            (void)cudaEventDestroy(self->slot_free[i]);
+        }
+    }
+    if (self->stream != NULL) {
+        (void)cudaStreamDestroy(self->stream);
+    }
+    if (self->copy_stream != NULL) {
+        (void)cudaStreamDestroy(self->copy_stream);
+    }
+    (void)cudaFree(self->arena);
+    (void)cudaFree(self->scratch);
+    (void)cudaFreeHost(self->host_arena);
+    (void)cudaFreeHost(self->pinned);
+    (void)cudaGetLastError(); /* what a failed device says to all of this is known already */
+    qf_sampler_destroy(self->sampler);
+    qf_free(self->slots);
+    qf_free(self->count_list);
+    qf_free(self->host_logits);
+    qf_free(self->decode_layers);
+    qf_cuda_weights_deinit(&self->weights);
+    qf_cuda_weights_layout_deinit(&self->layout);
+    qf_free(self);
+}
+
+static qf_status alloc_host(qf_cuda_backend *self, qf_error *err)
+{
+    const qf_backend_options *options = &self->options;
+    size_t vocab_size = (size_t)self->config.vocab_size;
+    size_t step_bytes = step_pinned_bytes(self);
+    cudaError_t result = cudaHostAlloc(&self->pinned, QF_CUDA_STEPS_IN_FLIGHT * step_bytes, cudaHostAllocDefault);
+    if (result == cudaSuccess && self->layout.host_bytes > 0) {
+        result = cudaHostAlloc((void **)&self->host_arena, self->layout.host_bytes, cudaHostAllocDefault);
+    }
+    if (result != cudaSuccess) {
+        (void)cudaGetLastError();
+        return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY, "%zu bytes of pinned host memory: %s",
+                       QF_CUDA_STEPS_IN_FLIGHT * step_bytes + self->layout.host_bytes, cudaGetErrorString(result));
+    }
+    for (int i = 0; i < QF_CUDA_STEPS_IN_FLIGHT; i++) {
+        qf_cuda_step *step = &self->steps[i];
+        step->meta = (char *)self->pinned + (size_t)i * step_bytes;
+        step->logprobs = (qf_cuda_logprob *)(void *)(step->meta + self->meta_bytes);
+        step->token_ids = (int32_t *)(void *)(step->logprobs + self->logprob_capacity);
+        QF_TRY(qf_alloc((void **)&step->results, (size_t)options->max_num_batched_tokens, sizeof *step->results,
+                        "a step's results", err));
+        QF_CUDA_CHECK(cudaEventCreate(&step->start));
+        QF_CUDA_CHECK(cudaEventCreate(&step->stop));
+        QF_CUDA_CHECK(cudaEventCreateWithFlags(&self->slot_ready[i], cudaEventDisableTiming));
+        QF_CUDA_CHECK(cudaEventCreateWithFlags(&self->slot_free[i], cudaEventDisableTiming));
+    }
+    QF_CUDA_CHECK(cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking));
+    QF_CUDA_CHECK(cudaStreamCreateWithFlags(&self->copy_stream, cudaStreamNonBlocking));
+    QF_TRY(qf_alloc((void **)&self->slots, (size_t)options->max_num_seqs, sizeof *self->slots, "slots", err));
+    QF_TRY(qf_alloc((void **)&self->count_list, vocab_size, sizeof *self->count_list, "token counts", err));
+    QF_TRY(qf_alloc((void **)&self->host_logits, vocab_size, sizeof *self->host_logits, "logits", err));
+    return qf_sampler_create(self->config.vocab_size, &self->sampler, err);
+}
+
+static qf_status alloc_arena(qf_cuda_backend *self, const qf_memory_plan *memory, int32_t num_blocks, qf_error *err)
+{
+    size_t kv_bytes = memory->kv_block_bytes * (size_t)num_blocks;
+    self->arena_bytes = self->layout.device_bytes + memory->workspace_bytes + kv_bytes;
+    cudaError_t result = cudaMalloc((void **)&self->arena, self->arena_bytes);
+    if (result != cudaSuccess) {
+        size_t available = 0, total = 0;
+        (void)cudaGetLastError();
+        (void)cudaMemGetInfo(&available, &total);
+        return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY,
+                       "%zu bytes of device memory (weights %zu, workspace %zu, KV cache %zu: %d blocks of %zu) are not "
+                       "to be had: %zu of %zu bytes are free",
+                       self->arena_bytes, self->layout.device_bytes, memory->workspace_bytes, kv_bytes, num_blocks,
+                       memory->kv_block_bytes, available, total);
+    }
+    char *workspace = self->arena + self->layout.device_bytes;
+    size_t bytes;
+    QF_TRY(qf_cuda_workspace_layout(self, workspace, &bytes, err));
+    self->kv = workspace + bytes;
+    self->kv_layer_bytes = qf_cuda_kv_layer_bytes(self, num_blocks);
+    return QF_OK;
+}
+
+/* Loading needs scratch memory: the parts of the arena that nothing uses yet, if they are large enough. */
+static qf_status load(qf_cuda_backend *self, const qf_checkpoint *checkpoint, qf_progress_fn progress,
+                      void *progress_arg, qf_error *err)
+{
+    size_t scratch_bytes = qf_cuda_weights_scratch_bytes(&self->layout);
+    char *scratch = self->arena + self->layout.device_bytes;
+    if (self->arena_bytes - self->layout.device_bytes < scratch_bytes) {
+        cudaError_t result = cudaMalloc((void **)&self->scratch, scratch_bytes);
+        if (result != cudaSuccess) {
+            (void)cudaGetLastError();
+            return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY, "%zu bytes of device memory for loading: %s", scratch_bytes,
+                           cudaGetErrorString(result));
+        }
+        scratch = self->scratch;
+    }
+    qf_thread_pool *pool;
+    QF_TRY(qf_thread_pool_create(self->options.num_threads, &pool, err));
+    qf_status status =
+        qf_cuda_weights_load(checkpoint, &self->options, &self->layout, &self->device, self->arena, self->host_arena,
+                             scratch, scratch_bytes, pool, progress, progress_arg, &self->weights, err);
+    qf_thread_pool_destroy(pool);
+    (void)cudaFree(self->scratch);
+    self->scratch = NULL;
+    return status;
+}
+
+/* The decode kernel's own table of layers; it is used only if it takes these shapes and formats. */
+static qf_status prepare_decode(qf_cuda_backend *self, qf_error *err)
+{
+    if (!self->decode_kernel) {
+        return QF_OK;
+    }
+    size_t count = (size_t)self->config.num_layers;
+    QF_TRY(qf_alloc((void **)&self->decode_layers, count, sizeof *self->decode_layers, "the layers", err));
+    for (int32_t i = 0; i < self->config.num_layers; i++) {
+        const qf_cuda_layer *layer = &self->weights.layers[i];
+        char *k = self->kv + 2 * (size_t)i * self->kv_layer_bytes;
+        self->decode_layers[i] = (qf_cuda_decode_layer){
+            .qkv = layer->qkv,
+            .o = layer->o,
+            .gate_up = layer->gate_up,
+            .down = layer->down,
+            .input_norm = layer->input_norm,
+            .post_attention_norm = layer->post_attention_norm,
+            .k = k,
+            .v = k + self->kv_layer_bytes,
+            .sliding_window = qf_model_config_layer_slides(&self->config, i) ? self->config.sliding_window : 0};
+    }
+    QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.decode_layers, self->decode_layers, count * sizeof *self->decode_layers,
+                                  cudaMemcpyHostToDevice, self->stream));
+    qf_cuda_decode_args args;
+    qf_cuda_decode_fill(self, 8, &args);
+    self->decode_kernel = qf_cuda_decode_supported(&args, &self->device);
+    return QF_OK;
+}
+
+static qf_status prepare_workspace(qf_cuda_backend *self, qf_error *err)
+{
+    size_t half = (size_t)self->config.head_dim / 2;
+    float inv_freq[128];
+    qf_rope_inv_freq(&self->config.rope, self->config.head_dim, inv_freq);
+    QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.inv_freq, inv_freq, half * sizeof(float), cudaMemcpyHostToDevice,
+                                  self->stream));
+    QF_CUDA_CHECK(cudaMemsetAsync(self->ws.zero_begin, 0, (size_t)(self->ws.zero_end - self->ws.zero_begin),
+                                  self->stream));
+    QF_TRY(prepare_decode(self, err));
+    QF_CUDA_CHECK(cudaStreamSynchronize(self->stream));
+    return QF_OK;
+}
+
+static qf_status init(qf_cuda_backend *self, const qf_checkpoint *checkpoint, const qf_backend_options *options,
+                      int32_t num_blocks, qf_progress_fn progress, void *progress_arg, qf_error *err)
+{
+    qf_memory_plan memory;
+    QF_TRY(plan(self, checkpoint, options, &memory, err));
+    QF_TRY(alloc_host(self, err));
+    QF_TRY(alloc_arena(self, &memory, num_blocks, err));
+    QF_TRY(load(self, checkpoint, progress, progress_arg, err));
+    QF_TRY(prepare_workspace(self, err));
+    struct cudaDeviceProp properties;
+    QF_CUDA_CHECK(cudaGetDeviceProperties(&properties, self->device.ordinal));
+    (void)snprintf(self->description, sizeof self->description, "%.96s, compute capability %d.%d, %d SMs",
+                   properties.name, self->device.compute_capability / 10, self->device.compute_capability % 10,
+                   self->device.sm_count);
+    return QF_OK;
+}
+
+qf_status qf_cuda_create(const qf_checkpoint *checkpoint, const qf_backend_options *options, int32_t num_blocks,
+                         qf_progress_fn progress, void *progress_arg, qf_backend **out, qf_error *err)
+{
+    *out = NULL;
+    qf_cuda_backend *self;
+    QF_TRY(qf_alloc((void **)&self, 1, sizeof *self, "the CUDA backend", err));
+    self->base.vtable = qf_cuda_backend_vtable();
+    qf_status status = init(self, checkpoint, options, num_blocks, progress, progress_arg, err);
+    if (status != QF_OK) {
+        qf_cuda_destroy(&self->base);
+        return status;
+    }
+    *out = &self->base;
+    return QF_OK;
+}

@@ -1,0 +1,202 @@
+/* The CUDA backend's state. */
+#ifndef QF_BACKEND_CUDA_CUDA_BACKEND_H
+#define QF_BACKEND_CUDA_CUDA_BACKEND_H
+
+#include "backend/backend.h"
+#include "backend/cuda/weights.h"
+#include "base/threads.h"
+#include "qf_kernels.h"
+
+#define QF_CUDA_STEPS_IN_FLIGHT 2
+#define QF_CUDA_MAX_GRAPHS 64 /* more than the ladder has sizes, greedy and not */
+#define QF_CUDA_MAX_TOP_LOGPROBS 64
+
+#define QF_CUDA_CHECK(call)                                                                                        \
+    do {                                                                                                           \
+        cudaError_t cuda_status_ = (call);                                                                         \
+        if (cuda_status_ != cudaSuccess) {                                                                         \
+            (void)cudaGetLastError();                                                                              \
+            return QF_FAIL(err,                                                                                    \
+                           cuda_status_ == cudaErrorMemoryAllocation ? QF_ERROR_OUT_OF_MEMORY : QF_ERROR_BACKEND,  \
+                           "%s: %s", #call, cudaGetErrorString(cuda_status_));                                     \
+        }                                                                                                          \
+    } while (0)
+
+/* Device memory of one step. Tokens: max_num_batched_tokens. */
+typedef struct qf_cuda_workspace {
+    float *residual;      /* (tokens, hidden_size) */
+    float *qkv;           /* (splits, tokens, qkv.n) */
+    void *q;              /* (tokens, num_heads, head_dim) bf16; float32 in the reference */
+    float *delta;         /* (splits, tokens, n of o or down) */
+    uint16_t *x;          /* tiled (hidden, tokens) */
+    uint16_t *attn;       /* tiled (num_heads * head_dim, tokens) */
+    uint16_t *act;        /* tiled (intermediate, tokens) */
+    uint16_t *permuted;   /* tiled, for act-order linears; NULL if there are none */
+    float *normed, *attn_f32, *gate_up_f32; /* the float32 reference's */
+    float *cos_sin;       /* (tokens, head_dim) */
+    float *logits;        /* (logit_rows, logits_stride) */
+    uint16_t *logit_x;    /* tiled (hidden, logit_rows) */
+    float *logit_x_f32;   /* (logit_rows, hidden_size) */
+    float *inv_freq;      /* (head_dim / 2) */
+    int32_t *last_token;  /* (max_num_seqs) */
+    uint16_t *counts;     /* (max_num_seqs, vocab_size) */
+    qf_cuda_token_count *count_list; /* (vocab_size) */
+    int32_t *token_ids;   /* (tokens) sampled, by logit task */
+    qf_cuda_logprob *logprobs; /* (logprob_capacity) */
+    char *meta;           /* the step's metadata: see step.c */
+    void *attention, *sample, *decode; /* kernels' own */
+    void *slots[2];       /* of host layers' blobs */
+    qf_cuda_decode_layer *decode_layers; /* (num_layers) */
+    char *zero_begin, *zero_end;         /* the part that is zeroed once: last_token, counts, kernels' own */
+} qf_cuda_workspace;
+
+/* Where a step's metadata lies, from the start of its buffer, host and device alike. */
+typedef struct qf_cuda_meta {
+    int32_t num_tokens, num_seqs, num_rows; /* capacities of this layout: padded in a graph */
+    int32_t *token_ids, *positions, *slot_mapping; /* (num_tokens) */
+    int32_t *query_start_loc; /* (num_seqs + 1) */
+    int32_t *seq_lens, *block_table_start; /* (num_seqs) */
+    int32_t *num_items;       /* (4): decode, prefill; the same of sliding layers */
+    int32_t *logit_rows;      /* (num_rows) */
+    qf_cuda_sample_row *sample_rows; /* (num_rows) */
+    qf_cuda_attention_item *items, *sliding_items;
+    int32_t max_items;        /* of each of the two */
+    int32_t *words;           /* the whole buffer: tables, bitmasks and biases have indices from here */
+    size_t fixed_bytes;       /* end of what has a fixed place */
+} qf_cuda_meta;
+
+/* One task's result, for collect(). */
+typedef struct qf_cuda_result {
+    qf_sample_state *state;
+    int32_t *token_id;
+    bool sampled_on_host; /* the state has it already */
+    qf_logprob *logprobs, *target_logprobs;
+    int32_t num_logprobs, num_target_logprobs; /* entries */
+    int32_t logprobs_offset, target_logprobs_offset;
+} qf_cuda_result;
+
+typedef struct qf_cuda_step {
+    char *meta;                 /* pinned (meta_bytes) */
+    int32_t *token_ids;         /* pinned (tokens) */
+    qf_cuda_logprob *logprobs;  /* pinned (logprob_capacity) */
+    qf_cuda_result *results;    /* (tokens) */
+    int32_t num_results, num_logprobs;
+    cudaEvent_t start, stop;
+} qf_cuda_step;
+
+/* What a slot's device state belongs to. */
+typedef struct qf_cuda_slot {
+    const qf_sample_state *state;
+    int32_t next_position; /* of the next token drawn: those in flight are counted */
+} qf_cuda_slot;
+
+typedef struct qf_cuda_graph {
+    int32_t num_seqs; /* padded; 0: not captured */
+    bool greedy;
+    cudaGraphExec_t exec;
+} qf_cuda_graph;
+
+typedef struct qf_cuda_backend {
+    qf_backend base;
+    qf_model_config config;
+    qf_backend_options options;
+    qf_cuda_device device;
+    qf_cuda_weights_layout layout;
+    qf_cuda_weights weights;
+    int32_t logit_rows, logits_stride, q_width, kv_width, hidden_k, q_k;
+    size_t meta_bytes;
+    int32_t logprob_capacity;
+    bool any_perm, any_sliding;
+
+    char *arena;      /* weights, workspace, KV cache */
+    size_t arena_bytes;
+    char *host_arena; /* pinned: offloaded weights */
+    void *pinned;     /* staging of steps */
+    char *scratch;    /* only while loading, and only if the rest of the arena is too small for it */
+    size_t kv_layer_bytes;
+    char *kv;
+    qf_cuda_workspace ws;
+    cudaStream_t stream, copy_stream;
+    cudaEvent_t slot_ready[2], slot_free[2], fork;
+    qf_cuda_step steps[QF_CUDA_STEPS_IN_FLIGHT];
+    uint64_t num_submitted, num_collected;
+    qf_cuda_slot *slots; /* (max_num_seqs) */
+    qf_sampler *sampler; /* host, for rows that only the host can sample */
+    qf_cuda_token_count *count_list; /* host (vocab_size) */
+    float *host_logits;  /* (vocab_size) */
+    qf_cuda_graph graphs[QF_CUDA_MAX_GRAPHS];
+    qf_cuda_decode_layer *decode_layers; /* (num_layers), as ws.decode_layers */
+    bool decode_kernel;  /* qf_cuda_decode serves small batches */
+    char description[256];
+} qf_cuda_backend;
+
+/* create.c: see the functions of the same names in backend.h */
+qf_status qf_cuda_plan_memory(const qf_checkpoint *checkpoint, const qf_backend_options *options, qf_memory_plan *out,
+                              qf_error *err);
+qf_status qf_cuda_available_memory(const qf_backend_options *options, uint64_t *available_bytes, uint64_t *total_bytes,
+                                   qf_error *err);
+qf_status qf_cuda_create(const qf_checkpoint *checkpoint, const qf_backend_options *options, int32_t num_blocks,
+                         qf_progress_fn progress, void *progress_arg, qf_backend **out, qf_error *err);
+void qf_cuda_destroy(qf_backend *base);
+
+/* memory.c: lays the workspace out; with `storage` NULL only the size is computed. */
+qf_status qf_cuda_workspace_layout(qf_cuda_backend *self, char *storage, size_t *bytes, qf_error *err);
+/* The fields that depend on options and layout alone. */
+void qf_cuda_backend_shape(qf_cuda_backend *self);
+size_t qf_cuda_kv_layer_bytes(const qf_cuda_backend *self, int32_t num_blocks); /* of K or V */
+
+/* step.c */
+size_t qf_cuda_meta_capacity(const qf_cuda_backend *self);
+/* Lays metadata out in `buffer` for these capacities. */
+void qf_cuda_meta_layout(const qf_cuda_backend *self, char *buffer, int32_t num_tokens, int32_t num_seqs,
+                         int32_t num_rows, int32_t max_items, qf_cuda_meta *out);
+int32_t qf_cuda_step_max_items(const qf_cuda_backend *self, const qf_batch *batch, int32_t padded_seqs);
+typedef struct qf_cuda_plan {
+    qf_cuda_attention_plan full, sliding;
+    size_t meta_bytes;  /* to copy */
+    bool all_greedy;
+} qf_cuda_plan;
+/* Fills the step's metadata (padded to meta's capacities) and results. Host rows get slot -1 in their sample row. */
+qf_status qf_cuda_step_build(qf_cuda_backend *self, qf_cuda_step *step, const qf_batch *batch, const qf_cuda_meta *host,
+                             qf_cuda_plan *plan, qf_error *err);
+/* True if only the host can sample this row: bad words, or more biases than a step's metadata has room for. */
+bool qf_cuda_host_row(const qf_logit_task *task);
+
+/* forward.c */
+typedef struct qf_cuda_forward {
+    const qf_cuda_meta *meta;   /* device pointers */
+    qf_cuda_plan plan;          /* counts; in a graph, bounds */
+    bool captured;              /* the counts are bounds: the device reads the true ones */
+} qf_cuda_forward;
+qf_status qf_cuda_embed(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err);
+/* Layers over ws.residual. *delta_splits: how many parts of ws.delta are still to be added to the residual. */
+qf_status qf_cuda_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t last, qf_tap_fn tap,
+                         void *tap_arg, int32_t *delta_splits, qf_error *err);
+/* Final norm and head of rows first .. first + count - 1 of meta's logit rows, into ws.logits. */
+qf_status qf_cuda_logits(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
+                         int32_t delta_splits, qf_error *err);
+qf_status qf_cuda_flush_delta(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t delta_splits, qf_error *err);
+qf_status qf_cuda_sample_rows(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
+                              qf_error *err);
+/* The whole of a decode step up to the sampled tokens: what is captured. */
+qf_status qf_cuda_decode_forward(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err);
+/* All but the step's own pointers. */
+void qf_cuda_decode_fill(const qf_cuda_backend *self, int32_t num_seqs, qf_cuda_decode_args *out);
+/* reference.c: the same in float32, one plain kernel per op */
+qf_status qf_cuda_reference_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t last,
+                                   qf_tap_fn tap, void *tap_arg, qf_error *err);
+qf_status qf_cuda_reference_logits(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
+                                   qf_error *err);
+
+/* tap.c: device rows to the host, to the tap */
+qf_status qf_cuda_tap(qf_cuda_backend *self, qf_tap_fn tap, void *tap_arg, int32_t layer, qf_linear_id first,
+                      int32_t num_ids, const void *x, bool tiled, int32_t width, int32_t k, int32_t num_tokens,
+                      qf_error *err);
+
+/* graph.c */
+/* The padded batch size that serves num_seqs; 0: none does. */
+int32_t qf_cuda_graph_size(const qf_cuda_backend *self, int32_t num_seqs);
+qf_status qf_cuda_graph_get(qf_cuda_backend *self, int32_t num_seqs, bool greedy, cudaGraphExec_t *out, qf_error *err);
+void qf_cuda_graphs_destroy(qf_cuda_backend *self);
+
+#endif

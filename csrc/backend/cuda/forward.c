@@ -1,0 +1,325 @@
+/* The Qwen2 forward pass on a GPU. Reads top to bottom like the paper:
+ *
+ *   h = embed(tokens)
+ *   for each layer:  h += o_proj(attention(rope(qkv_proj(norm(h)))))
+ *                    h += down_proj(silu(gate_proj(norm(h))) * up_proj(norm(h)))
+ *   logits = lm_head(norm(h))
+ *
+ * The residual stream is float32; a block's output stays apart, as one or more partial sums ("delta"), and is added by
+ * the norm that follows. Everything is enqueued on one stream; nothing here waits for the device. */
+#include <math.h>
+
+#include "backend/cuda/cuda_backend.h"
+
+static qf_status linear(qf_cuda_backend *self, const qf_cuda_weight *weight, const uint16_t *x, int32_t num_tokens,
+                        float *out, int32_t *num_splits, qf_error *err)
+{
+    if (weight->perm != NULL) {
+        QF_TRY(qf_cuda_permute(x, weight->perm, self->ws.permuted, weight->k, num_tokens, self->stream, err));
+        x = self->ws.permuted;
+    }
+    *num_splits = qf_cuda_linear_splits(&self->device, weight->n, weight->k, weight->bits, num_tokens, QF_CUDA_STORE,
+                                        self->options.batch_invariant);
+    qf_cuda_linear_args args = {.weight = *weight,
+                                .x = x,
+                                .epilogue = QF_CUDA_STORE,
+                                .out = out,
+                                .num_tokens = num_tokens,
+                                .num_splits = *num_splits,
+                                .batch_invariant = self->options.batch_invariant};
+    return qf_cuda_linear(&args, &self->device, self->stream, err);
+}
+
+/* act = silu(gate) * up */
+static qf_status gate_up(qf_cuda_backend *self, const qf_cuda_weight *weight, int32_t num_tokens, qf_error *err)
+{
+    const uint16_t *x = self->ws.x;
+    if (weight->perm != NULL) {
+        QF_TRY(qf_cuda_permute(x, weight->perm, self->ws.permuted, weight->k, num_tokens, self->stream, err));
+        x = self->ws.permuted;
+    }
+    qf_cuda_linear_args args = {.weight = *weight,
+                                .x = x,
+                                .epilogue = QF_CUDA_SILU_MUL,
+                                .act = self->ws.act,
+                                .num_tokens = num_tokens,
+                                .num_splits = 1,
+                                .batch_invariant = self->options.batch_invariant};
+    return qf_cuda_linear(&args, &self->device, self->stream, err);
+}
+
+/* x = norm(residual += delta) */
+static qf_status norm(qf_cuda_backend *self, const float *weight, int32_t num_tokens, int32_t num_splits,
+                      uint16_t *out, qf_error *err)
+{
+    qf_cuda_rmsnorm_args args = {.residual = self->ws.residual,
+                                 .delta = num_splits > 0 ? self->ws.delta : NULL,
+                                 .num_splits = num_splits,
+                                 .delta_stride = self->layout.layers[0].o.n,
+                                 .weight = weight,
+                                 .out = out,
+                                 .num_tokens = num_tokens,
+                                 .num_rows = num_tokens,
+                                 .hidden_size = self->config.hidden_size,
+                                 .k_padded = self->hidden_k,
+                                 .eps = self->config.rms_norm_eps};
+    return qf_cuda_rmsnorm(&args, &self->device, self->stream, err);
+}
+
+qf_status qf_cuda_embed(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err)
+{
+    qf_cuda_embedding_args args = {.table = self->weights.embedding,
+                                   .table_bits = self->layout.embedding_bits,
+                                   .k_padded = self->hidden_k,
+                                   .token_ids = f->meta->token_ids,
+                                   .last_token = self->ws.last_token,
+                                   .out = self->ws.residual,
+                                   .num_tokens = f->meta->num_tokens,
+                                   .hidden_size = self->config.hidden_size};
+    QF_TRY(qf_cuda_embedding(&args, &self->device, self->stream, err));
+    return qf_cuda_rope_table(f->meta->positions, self->ws.inv_freq, self->config.rope.attention_factor,
+                              self->ws.cos_sin, f->meta->num_tokens, self->config.head_dim, self->stream, err);
+}
+
+static qf_cuda_kv layer_cache(const qf_cuda_backend *self, int32_t layer)
+{
+    char *k = self->kv + 2 * (size_t)layer * self->kv_layer_bytes;
+    return (qf_cuda_kv){.k = k,
+                        .v = k + self->kv_layer_bytes,
+                        .block_size = self->options.block_size,
+                        .num_kv_heads = self->config.num_kv_heads,
+                        .head_dim = self->config.head_dim};
+}
+
+static qf_status attention(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t layer, int32_t num_splits,
+                           qf_error *err)
+{
+    const qf_model_config *config = &self->config;
+    const qf_cuda_meta *meta = f->meta;
+    bool sliding = qf_model_config_layer_slides(config, layer);
+    const qf_cuda_attention_plan *plan = sliding ? &f->plan.sliding : &f->plan.full;
+    qf_cuda_rope_kv_write_args rope = {.qkv = self->ws.qkv,
+                                       .num_splits = num_splits,
+                                       .qkv_stride = self->layout.layers[layer].qkv.n,
+                                       .cos_sin = self->ws.cos_sin,
+                                       .slot_mapping = meta->slot_mapping,
+                                       .q = self->ws.q,
+                                       .kv = layer_cache(self, layer),
+                                       .num_tokens = meta->num_tokens,
+                                       .num_heads = config->num_heads};
+    QF_TRY(qf_cuda_rope_kv_write(&rope, &self->device, self->stream, err));
+    qf_cuda_attention_args args = {.shape = {.num_heads = config->num_heads,
+                                             .num_kv_heads = config->num_kv_heads,
+                                             .head_dim = config->head_dim,
+                                             .block_size = self->options.block_size,
+                                             .sliding_window = sliding ? config->sliding_window : 0},
+                                   .kv = layer_cache(self, layer),
+                                   .q = self->ws.q,
+                                   .out = self->ws.attn,
+                                   .out_k = self->q_k,
+                                   .items = sliding ? meta->sliding_items : meta->items,
+                                   .num_items = meta->num_items + (sliding ? 2 : 0),
+                                   .prefill_offset = f->captured ? 0 : plan->num_decode_items,
+                                   .max_decode_items = plan->num_decode_items,
+                                   .max_prefill_items = plan->num_prefill_items,
+                                   .block_tables = meta->words,
+                                   .block_table_start = meta->block_table_start,
+                                   .workspace = self->ws.attention,
+                                   .num_tokens = meta->num_tokens,
+                                   .scale = (float)(1.0 / sqrt((double)config->head_dim)),
+                                   .batch_invariant = self->options.batch_invariant};
+    return qf_cuda_attention(&args, &self->device, self->stream, err);
+}
+
+/* The layer's weights, brought into a slot first if they live on the host. */
+static qf_status fetch_layer(qf_cuda_backend *self, int32_t index, qf_cuda_layer *out, qf_error *err)
+{
+    const qf_cuda_layer *layer = &self->weights.layers[index];
+    *out = *layer;
+    if (layer->host_blob == NULL) {
+        return QF_OK;
+    }
+    const qf_cuda_layer_layout *layout = &self->layout.layers[index];
+    int slot = index & 1;
+    /* The copy starts when the slot's last user is done, beside the layers in between. */
+    QF_CUDA_CHECK(cudaStreamWaitEvent(self->copy_stream, self->slot_free[slot], 0));
+    QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.slots[slot], layer->host_blob, layout->size_bytes, cudaMemcpyHostToDevice,
+                                  self->copy_stream));
+    QF_CUDA_CHECK(cudaEventRecord(self->slot_ready[slot], self->copy_stream));
+    qf_cuda_layer_at(layout, self->ws.slots[slot], out);
+    return QF_OK;
+}
+
+/* Fetches ahead: the copy of the layer after next runs while this one computes. */
+static qf_status begin_fetching(qf_cuda_backend *self, int32_t first, qf_error *err)
+{
+    if (self->layout.num_host_layers == 0 || first >= self->config.num_layers) {
+        return QF_OK;
+    }
+    for (int slot = 0; slot < 2; slot++) { /* both slots are free once what came before on the stream is done */
+        QF_CUDA_CHECK(cudaEventRecord(self->slot_free[slot], self->stream));
+    }
+    return QF_OK;
+}
+
+static bool on_host(const qf_cuda_backend *self, int32_t layer)
+{
+    return layer < self->config.num_layers && self->weights.layers[layer].host_blob != NULL;
+}
+
+static qf_status layer_forward(qf_cuda_backend *self, const qf_cuda_forward *f, const qf_cuda_layer *layer,
+                               int32_t index, qf_tap_fn tap, void *tap_arg, int32_t *splits, qf_error *err)
+{
+    const qf_model_config *config = &self->config;
+    int32_t num_tokens = f->meta->num_tokens;
+    int32_t qkv_splits;
+    QF_TRY(norm(self, layer->input_norm, num_tokens, *splits, self->ws.x, err));
+    QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_Q_PROJ, 3, self->ws.x, true, config->hidden_size, self->hidden_k,
+                       num_tokens, err));
+    QF_TRY(linear(self, &layer->qkv, self->ws.x, num_tokens, self->ws.qkv, &qkv_splits, err));
+    QF_TRY(attention(self, f, index, qkv_splits, err));
+    QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_O_PROJ, 1, self->ws.attn, true, self->q_width, self->q_k,
+                       num_tokens, err));
+    QF_TRY(linear(self, &layer->o, self->ws.attn, num_tokens, self->ws.delta, splits, err));
+    QF_TRY(norm(self, layer->post_attention_norm, num_tokens, *splits, self->ws.x, err));
+    QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_GATE_PROJ, 2, self->ws.x, true, config->hidden_size,
+                       self->hidden_k, num_tokens, err));
+    QF_TRY(gate_up(self, &layer->gate_up, num_tokens, err));
+    QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_DOWN_PROJ, 1, self->ws.act, true, config->intermediate_size,
+                       layer->down.k, num_tokens, err));
+    return linear(self, &layer->down, self->ws.act, num_tokens, self->ws.delta, splits, err);
+}
+
+qf_status qf_cuda_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t last, qf_tap_fn tap,
+                         void *tap_arg, int32_t *delta_splits, qf_error *err)
+{
+    qf_cuda_layer next = {0};
+    bool fetched = false;
+    *delta_splits = 0;
+    QF_TRY(begin_fetching(self, first, err));
+    for (int32_t i = first; i < last; i++) {
+        qf_cuda_layer layer = next;
+        if (!fetched) {
+            QF_TRY(fetch_layer(self, i, &layer, err));
+        }
+        fetched = i + 1 < last;
+        if (fetched) {
+            QF_TRY(fetch_layer(self, i + 1, &next, err));
+        }
+        if (on_host(self, i)) {
+            QF_CUDA_CHECK(cudaStreamWaitEvent(self->stream, self->slot_ready[i & 1], 0));
+        }
+        QF_TRY(layer_forward(self, f, &layer, i, tap, tap_arg, delta_splits, err));
+        if (on_host(self, i)) {
+            QF_CUDA_CHECK(cudaEventRecord(self->slot_free[i & 1], self->stream));
+        }
+    }
+    return QF_OK;
+}
+
+qf_status qf_cuda_flush_delta(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t delta_splits, qf_error *err)
+{
+    if (delta_splits == 0) {
+        return QF_OK;
+    }
+    return norm(self, self->weights.final_norm, f->meta->num_tokens, delta_splits, NULL, err);
+}
+
+qf_status qf_cuda_logits(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
+                         int32_t delta_splits, qf_error *err)
+{
+    const qf_cuda_weight *head = &self->weights.head;
+    qf_cuda_rmsnorm_args args = {.residual = self->ws.residual,
+                                 .delta = delta_splits > 0 ? self->ws.delta : NULL,
+                                 .num_splits = delta_splits,
+                                 .delta_stride = self->layout.layers[0].o.n,
+                                 .weight = self->weights.final_norm,
+                                 .out = self->ws.logit_x,
+                                 .rows = f->meta->logit_rows + first,
+                                 .num_tokens = f->meta->num_tokens,
+                                 .num_rows = count,
+                                 .hidden_size = self->config.hidden_size,
+                                 .k_padded = self->hidden_k,
+                                 .eps = self->config.rms_norm_eps};
+    QF_TRY(qf_cuda_rmsnorm(&args, &self->device, self->stream, err));
+    qf_cuda_linear_args linear_args = {.weight = *head,
+                                       .x = self->ws.logit_x,
+                                       .epilogue = QF_CUDA_STORE,
+                                       .out = self->ws.logits,
+                                       .num_tokens = count,
+                                       .num_splits = 1,
+                                       .batch_invariant = self->options.batch_invariant};
+    return qf_cuda_linear(&linear_args, &self->device, self->stream, err);
+}
+
+qf_status qf_cuda_sample_rows(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
+                              qf_error *err)
+{
+    qf_cuda_sample_args args = {.logits = self->ws.logits,
+                                .logits_stride = self->logits_stride,
+                                .vocab_size = self->config.vocab_size,
+                                .num_rows = count,
+                                .rows = f->meta->sample_rows + first,
+                                .bitmasks = (const uint32_t *)f->meta->words,
+                                .biases = (const qf_cuda_logit_bias *)(const void *)f->meta->words,
+                                .counts = self->ws.counts,
+                                .last_token = self->ws.last_token,
+                                .token_ids = self->ws.token_ids + first,
+                                .logprobs = self->ws.logprobs,
+                                .workspace = self->ws.sample,
+                                .all_greedy = f->plan.all_greedy};
+    return qf_cuda_sample(&args, &self->device, self->stream, err);
+}
+
+/* Every layer in one kernel. */
+static qf_status decode_kernel(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err)
+{
+    qf_cuda_decode_args args;
+    qf_cuda_decode_fill(self, f->meta->num_seqs, &args);
+    args.slot_mapping = f->meta->slot_mapping;
+    args.seq_lens = f->meta->seq_lens;
+    args.block_tables = f->meta->words;
+    args.block_table_start = f->meta->block_table_start;
+    return qf_cuda_decode(&args, &self->device, self->stream, err);
+}
+
+void qf_cuda_decode_fill(const qf_cuda_backend *self, int32_t num_seqs, qf_cuda_decode_args *out)
+{
+    const qf_model_config *config = &self->config;
+    *out = (qf_cuda_decode_args){.layers = self->ws.decode_layers,
+                                 .host_layers = self->decode_layers,
+                                 .num_layers = config->num_layers,
+                                 .hidden_size = config->hidden_size,
+                                 .intermediate_size = config->intermediate_size,
+                                 .num_heads = config->num_heads,
+                                 .num_kv_heads = config->num_kv_heads,
+                                 .head_dim = config->head_dim,
+                                 .block_size = self->options.block_size,
+                                 .eps = config->rms_norm_eps,
+                                 .scale = (float)(1.0 / sqrt((double)config->head_dim)),
+                                 .head = self->weights.head,
+                                 .final_norm = self->weights.final_norm,
+                                 .residual = self->ws.residual,
+                                 .logits = self->ws.logits,
+                                 .cos_sin = self->ws.cos_sin,
+                                 .num_seqs = num_seqs,
+                                 .workspace = self->ws.decode};
+}
+
+qf_status qf_cuda_decode_forward(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err)
+{
+    int32_t rows = f->meta->num_rows;
+    QF_TRY(qf_cuda_embed(self, f, err));
+    if (self->decode_kernel && f->meta->num_seqs <= 8) {
+        QF_TRY(decode_kernel(self, f, err));
+        return qf_cuda_sample_rows(self, f, 0, rows, err);
+    }
+    int32_t delta_splits;
+    QF_TRY(qf_cuda_layers(self, f, 0, self->config.num_layers, NULL, NULL, &delta_splits, err));
+    for (int32_t first = 0; first < rows; first += self->logit_rows) {
+        int32_t count = rows - first < self->logit_rows ? rows - first : self->logit_rows;
+        QF_TRY(qf_cuda_logits(self, f, first, count, delta_splits, err));
+        QF_TRY(qf_cuda_sample_rows(self, f, first, count, err));
+    }
+    return QF_OK;
+}

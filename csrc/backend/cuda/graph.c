@@ -1,0 +1,72 @@
+/* Captured decode steps: one graph for each padded batch size and kind of sampling, made when it is first needed. */
+#include "backend/cuda/cuda_backend.h"
+
+/* 1, 2, 4, 8, then every 8 up to 64 and every 16 up to the limit. */
+int32_t qf_cuda_graph_size(const qf_cuda_backend *self, int32_t num_seqs)
+{
+    if (self->options.enforce_eager || self->options.float32 || num_seqs > self->logit_rows) {
+        return 0;
+    }
+    int32_t size = 1;
+    while (size < num_seqs) {
+        size += size < 8 ? size : size < 64 ? 8 : 16;
+    }
+    int32_t limit = self->options.max_num_batched_tokens < self->logit_rows ? self->options.max_num_batched_tokens
+                                                                            : self->logit_rows;
+    return size <= limit ? size : num_seqs <= limit ? limit : 0;
+}
+
+static qf_status capture(qf_cuda_backend *self, int32_t num_seqs, bool greedy, cudaGraphExec_t *out, qf_error *err)
+{
+    qf_cuda_meta meta;
+    int32_t max_items = qf_cuda_step_max_items(self, NULL, num_seqs);
+    qf_cuda_meta_layout(self, self->ws.meta, num_seqs, num_seqs, num_seqs, max_items, &meta);
+    bool invariant = self->options.batch_invariant;
+    qf_cuda_attention_plan bound = {.num_decode_items = invariant ? 0 : max_items,
+                                    .num_prefill_items = invariant ? max_items : 0};
+    qf_cuda_forward f = {.meta = &meta,
+                         .plan = {.full = bound, .sliding = bound, .all_greedy = greedy},
+                         .captured = true};
+    cudaGraph_t graph = NULL;
+    QF_CUDA_CHECK(cudaStreamBeginCapture(self->stream, cudaStreamCaptureModeThreadLocal));
+    qf_status status = qf_cuda_decode_forward(self, &f, err);
+    cudaError_t result = cudaStreamEndCapture(self->stream, &graph);
+    if (status == QF_OK && result == cudaSuccess) {
+        result = cudaGraphInstantiate(out, graph, 0);
+    }
+    if (status == QF_OK && result != cudaSuccess) {
+        status = QF_FAIL(err, result == cudaErrorMemoryAllocation ? QF_ERROR_OUT_OF_MEMORY : QF_ERROR_BACKEND,
+                         "capturing the graph of %d sequences: %s", num_seqs, cudaGetErrorString(result));
+    }
+    (void)cudaGetLastError();
+    if (graph != NULL) {
+        (void)cudaGraphDestroy(graph);
+    }
+    return status;
+}
+
+qf_status qf_cuda_graph_get(qf_cuda_backend *self, int32_t num_seqs, bool greedy, cudaGraphExec_t *out, qf_error *err)
+{
+    for (int i = 0; i < QF_CUDA_MAX_GRAPHS; i++) {
+        qf_cuda_graph *graph = &self->graphs[i];
+        if (graph->num_seqs == num_seqs && graph->greedy == greedy) {
+            *out = graph->exec;
+            return QF_OK;
+        }
+        if (graph->num_seqs == 0) {
+            QF_TRY(capture(self, num_seqs, greedy, &graph->exec, err));
+            graph->num_seqs = num_seqs;
+            graph->greedy = greedy;
+            *out = graph->exec;
+            return QF_OK;
+        }
+    }
+    return QF_FAIL(err, QF_ERROR_INTERNAL, "no room for one more of %d graphs", QF_CUDA_MAX_GRAPHS);
+}
+
+void qf_cuda_graphs_destroy(qf_cuda_backend *self)
+{
+    for (int i = 0; i < QF_CUDA_MAX_GRAPHS && self->graphs[i].num_seqs > 0; i++) {
+        (void)cudaGraphExecDestroy(self->graphs[i].exec);
+    }
+}

@@ -1,0 +1,327 @@
+/* A step's metadata: one buffer, filled on the host and copied to the device in one piece.
+ *
+ *   token_ids | positions | slot_mapping | query_start_loc | seq_lens | block_table_start | num_items | logit_rows |
+ *   sample_rows | items | sliding items | block tables, bitmasks, biases as long as they are
+ *
+ * All but the last part has a fixed place for given capacities, so a captured graph finds it at constant addresses; the
+ * last part is reached by indices that count from the start of the buffer. */
+#include <math.h>
+#include <string.h>
+
+#include "backend/cuda/cuda_backend.h"
+#include "sample/state.h"
+
+#define MAX_ROW_BIASES 128 /* stop tokens and logit biases; rows with more are sampled on the host */
+
+static size_t align_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+
+static int32_t round_up(int32_t value, int32_t unit) { return (value + unit - 1) / unit * unit; }
+
+static qf_cuda_attention_shape shape_of(const qf_cuda_backend *self, bool sliding)
+{
+    return (qf_cuda_attention_shape){.num_heads = self->config.num_heads,
+                                     .num_kv_heads = self->config.num_kv_heads,
+                                     .head_dim = self->config.head_dim,
+                                     .block_size = self->options.block_size,
+                                     .sliding_window = sliding ? self->config.sliding_window : 0};
+}
+
+static size_t table_stride(const qf_cuda_backend *self)
+{
+    return ((size_t)self->options.max_model_len + (size_t)self->options.block_size - 1) /
+           (size_t)self->options.block_size;
+}
+
+static size_t mask_words(const qf_cuda_backend *self) { return ((size_t)self->config.vocab_size + 31) / 32; }
+
+static int32_t items_bound(const qf_cuda_backend *self, int32_t num_seqs, int32_t num_tokens)
+{
+    if (self->options.float32) {
+        return 0;
+    }
+    qf_cuda_attention_shape shape = shape_of(self, false);
+    return qf_cuda_attention_max_items(&shape, num_seqs, num_tokens, self->options.max_model_len);
+}
+
+void qf_cuda_meta_layout(const qf_cuda_backend *self, char *buffer, int32_t num_tokens, int32_t num_seqs,
+                         int32_t num_rows, int32_t max_items, qf_cuda_meta *out)
+{
+    size_t at = 0;
+    size_t tokens = (size_t)num_tokens, seqs = (size_t)num_seqs, rows = (size_t)num_rows;
+    *out = (qf_cuda_meta){.num_tokens = num_tokens, .num_seqs = num_seqs, .num_rows = num_rows,
+                          .max_items = max_items, .words = (int32_t *)(void *)buffer};
+    struct {
+        void **place;
+        size_t bytes;
+    } parts[] = {{(void **)&out->token_ids, tokens * sizeof(int32_t)},
+                 {(void **)&out->positions, tokens * sizeof(int32_t)},
+                 {(void **)&out->slot_mapping, tokens * sizeof(int32_t)},
+                 {(void **)&out->query_start_loc, (seqs + 1) * sizeof(int32_t)},
+                 {(void **)&out->seq_lens, seqs * sizeof(int32_t)},
+                 {(void **)&out->block_table_start, seqs * sizeof(int32_t)},
+                 {(void **)&out->num_items, 4 * sizeof(int32_t)},
+                 {(void **)&out->logit_rows, rows * sizeof(int32_t)},
+                 {(void **)&out->sample_rows, rows * sizeof(qf_cuda_sample_row)},
+                 {(void **)&out->items, (size_t)max_items * sizeof(qf_cuda_attention_item)},
+                 {(void **)&out->sliding_items,
+                  self->any_sliding ? (size_t)max_items * sizeof(qf_cuda_attention_item) : 0}};
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+        *parts[i].place = buffer + at;
+        at = align_up(at + parts[i].bytes, 16);
+    }
+    out->fixed_bytes = at;
+}
+
+size_t qf_cuda_meta_capacity(const qf_cuda_backend *self)
+{
+    const qf_backend_options *options = &self->options;
+    int32_t seqs = round_up(options->max_num_seqs, 16); /* a graph's padding */
+    int32_t tokens = options->max_num_batched_tokens > seqs ? options->max_num_batched_tokens : seqs;
+    qf_cuda_meta meta;
+    static const char nowhere[1];
+    qf_cuda_meta_layout(self, (char *)(uintptr_t)nowhere, tokens, seqs, tokens, items_bound(self, seqs, tokens), &meta);
+    size_t words = (size_t)seqs * (table_stride(self) + mask_words(self) + 2 * MAX_ROW_BIASES + 1);
+    return align_up(meta.fixed_bytes + words * sizeof(int32_t), 256);
+}
+
+int32_t qf_cuda_step_max_items(const qf_cuda_backend *self, const qf_batch *batch, int32_t padded_seqs)
+{
+    return padded_seqs > 0 ? items_bound(self, padded_seqs, padded_seqs)
+                           : items_bound(self, batch->num_seqs, batch->num_tokens);
+}
+
+/* --- sampling rows --------------------------------------------------------------------------------------- */
+
+static bool masks_stop_tokens(const qf_sample_state *state, int32_t position)
+{
+    return position < state->params.min_tokens && state->params.num_stop_token_ids > 0;
+}
+
+bool qf_cuda_host_row(const qf_logit_task *task)
+{
+    return task->state != NULL &&
+           (task->state->params.num_bad_words > 0 ||
+            task->state->params.num_logit_bias + task->state->params.num_stop_token_ids > MAX_ROW_BIASES);
+}
+
+typedef struct builder {
+    qf_cuda_backend *self;
+    const qf_cuda_meta *meta;
+    qf_cuda_plan *plan;
+    size_t used_words; /* of the buffer */
+    int32_t num_logprobs;
+} builder;
+
+/* The mask of a row: the grammar's, or the allowed ids', or both. */
+static int32_t add_bitmask(builder *b, const qf_logit_task *task)
+{
+    const qf_sampling_params *p = &task->state->params;
+    if (task->bitmask == NULL && p->num_allowed_token_ids == 0) {
+        return -1;
+    }
+    size_t count = mask_words(b->self);
+    uint32_t *mask = (uint32_t *)(b->meta->words + b->used_words);
+    if (p->num_allowed_token_ids > 0) {
+        memset(mask, 0, count * sizeof *mask);
+        for (int32_t i = 0; i < p->num_allowed_token_ids; i++) {
+            uint32_t id = (uint32_t)p->allowed_token_ids[i];
+            mask[id / 32] |= 1u << (id % 32);
+        }
+        for (size_t i = 0; task->bitmask != NULL && i < count; i++) {
+            mask[i] &= task->bitmask[i];
+        }
+    } else {
+        memcpy(mask, task->bitmask, count * sizeof *mask);
+    }
+    int32_t at = (int32_t)b->used_words;
+    b->used_words += count;
+    return at;
+}
+
+static void add_biases(builder *b, const qf_logit_task *task, int32_t position, qf_cuda_sample_row *row)
+{
+    const qf_sampling_params *p = &task->state->params;
+    int32_t num_stops = masks_stop_tokens(task->state, position) ? p->num_stop_token_ids : 0;
+    int32_t count = p->num_logit_bias + num_stops;
+    if (count == 0) {
+        return;
+    }
+    size_t first = align_up(b->used_words, 2);
+    qf_cuda_logit_bias *out = (qf_cuda_logit_bias *)(void *)(b->meta->words + first);
+    for (int32_t i = 0; i < num_stops; i++) {
+        *out++ = (qf_cuda_logit_bias){.token_id = p->stop_token_ids[i], .bias = -INFINITY};
+    }
+    for (int32_t i = 0; i < p->num_logit_bias; i++) {
+        *out++ = (qf_cuda_logit_bias){.token_id = p->logit_bias[i].token_id, .bias = p->logit_bias[i].bias};
+    }
+    row->bias_offset = (int32_t)(first / 2);
+    row->num_bias = count;
+    b->used_words = first + 2 * (size_t)count;
+}
+
+static bool uses_counts(const qf_sampling_params *p)
+{
+    return p->repetition_penalty != 1.0f || p->presence_penalty != 0.0f || p->frequency_penalty != 0.0f;
+}
+
+/* The device's counts of a slot become those of a state. */
+static qf_status reset_counts(qf_cuda_backend *self, int32_t slot, const qf_sample_state *state, qf_error *err)
+{
+    for (int32_t i = 0; i < state->num_counts; i++) {
+        uint32_t count = (uint32_t)state->counts[i].num_output;
+        self->count_list[i] = (qf_cuda_token_count){.token_id = state->counts[i].token_id,
+                                                    .count = 0x8000u | (count < 0x7fffu ? count : 0x7fffu)};
+    }
+    /* From pageable memory: the list has been read when the call returns. */
+    QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.count_list, self->count_list,
+                                  (size_t)state->num_counts * sizeof *self->count_list, cudaMemcpyHostToDevice,
+                                  self->stream));
+    return qf_cuda_reset_counts(self->ws.counts, slot, self->config.vocab_size, self->ws.count_list,
+                                state->num_counts, self->stream, err);
+}
+
+static qf_status add_draw(builder *b, const qf_logit_task *task, qf_cuda_result *result, qf_cuda_sample_row *row,
+                          qf_error *err)
+{
+    qf_cuda_backend *self = b->self;
+    const qf_sample_state *state = task->state;
+    const qf_sampling_params *p = &state->params;
+    qf_cuda_slot *slot = &self->slots[task->slot];
+    bool known = slot->state == state && slot->next_position >= state->num_output_tokens && slot->next_position > 0;
+    int32_t position = known ? slot->next_position : state->num_output_tokens;
+    slot->state = state;
+    slot->next_position = position + 1;
+    result->state = task->state;
+    result->token_id = task->token_id;
+    result->sampled_on_host = qf_cuda_host_row(task);
+    if (result->sampled_on_host) {
+        return QF_OK;
+    }
+    add_biases(b, task, position, row);
+    row->slot = task->slot;
+    row->real_vocab_size = state->real_vocab_size;
+    row->temperature = p->temperature;
+    row->top_p = p->top_p;
+    row->min_p = p->min_p;
+    row->top_k = p->top_k > 0 ? p->top_k : 0;
+    row->repetition_penalty = p->repetition_penalty;
+    row->presence_penalty = p->presence_penalty;
+    row->frequency_penalty = p->frequency_penalty;
+    row->uses_counts = uses_counts(p);
+    row->seed_low = (uint32_t)p->seed;
+    row->seed_high = (uint32_t)(p->seed >> 32);
+    row->sample_index = p->sample_index;
+    row->position = (uint32_t)position;
+    row->bitmask_offset = add_bitmask(b, task);
+    row->num_logprobs = p->num_logprobs;
+    if (p->num_logprobs >= 0) {
+        row->logprobs_offset = b->num_logprobs;
+        result->logprobs = task->logprobs;
+        result->logprobs_offset = b->num_logprobs;
+        result->num_logprobs = 1 + p->num_logprobs;
+        b->num_logprobs += 1 + p->num_logprobs;
+    }
+    b->plan->all_greedy = b->plan->all_greedy && p->temperature == 0.0f && !row->uses_counts &&
+                          row->bitmask_offset < 0 && row->num_bias == 0 && p->num_logprobs < 0;
+    return row->uses_counts && !known ? reset_counts(self, task->slot, state, err) : QF_OK;
+}
+
+static qf_status build_rows(builder *b, qf_cuda_step *step, const qf_batch *batch, qf_error *err)
+{
+    const qf_cuda_meta *meta = b->meta;
+    for (int32_t i = 0; i < meta->num_rows; i++) {
+        qf_cuda_sample_row *row = &meta->sample_rows[i];
+        *row = (qf_cuda_sample_row){.slot = -1, .bitmask_offset = -1, .num_logprobs = -1, .target_id = -1,
+                                    .repetition_penalty = 1.0f, .top_p = 1.0f,
+                                    .real_vocab_size = b->self->config.vocab_size};
+        if (i >= batch->num_logit_tasks) { /* a graph's padding */
+            meta->logit_rows[i] = 0;
+            continue;
+        }
+        const qf_logit_task *task = &batch->logit_tasks[i];
+        qf_cuda_result *result = &step->results[i];
+        *result = (qf_cuda_result){0};
+        meta->logit_rows[i] = task->row;
+        if (task->state != NULL) {
+            QF_TRY(add_draw(b, task, result, row, err));
+        }
+        if (task->target_logprobs != NULL) {
+            row->target_id = task->target_token_id;
+            row->num_target_logprobs = task->num_target_logprobs;
+            row->target_logprobs_offset = b->num_logprobs;
+            result->target_logprobs = task->target_logprobs;
+            result->target_logprobs_offset = b->num_logprobs;
+            result->num_target_logprobs = 1 + task->num_target_logprobs;
+            b->num_logprobs += 1 + task->num_target_logprobs;
+            b->plan->all_greedy = false;
+        }
+    }
+    return QF_OK;
+}
+
+static void build_tables(builder *b, const qf_batch *batch)
+{
+    const qf_cuda_meta *meta = b->meta;
+    int32_t block_size = b->self->options.block_size;
+    for (int32_t s = 0; s < meta->num_seqs; s++) {
+        if (s >= batch->num_seqs) {
+            meta->seq_lens[s] = 0;
+            meta->block_table_start[s] = (int32_t)b->used_words;
+            continue;
+        }
+        int32_t blocks = (batch->seq_lens[s] + block_size - 1) / block_size;
+        meta->seq_lens[s] = batch->seq_lens[s];
+        meta->block_table_start[s] = (int32_t)b->used_words;
+        memcpy(meta->words + b->used_words, batch->block_tables + (size_t)s * (size_t)batch->block_table_stride,
+               (size_t)blocks * sizeof(int32_t));
+        b->used_words += (size_t)blocks;
+    }
+}
+
+static void build_tokens(const qf_cuda_meta *meta, const qf_batch *batch)
+{
+    size_t tokens = (size_t)batch->num_tokens;
+    memcpy(meta->token_ids, batch->token_ids, tokens * sizeof(int32_t));
+    memcpy(meta->positions, batch->positions, tokens * sizeof(int32_t));
+    memcpy(meta->slot_mapping, batch->slot_mapping, tokens * sizeof(int32_t));
+    for (int32_t t = batch->num_tokens; t < meta->num_tokens; t++) {
+        meta->token_ids[t] = 0;
+        meta->positions[t] = 0;
+        meta->slot_mapping[t] = -1; /* nothing is written to the cache */
+    }
+    for (int32_t s = 0; s <= meta->num_seqs; s++) {
+        meta->query_start_loc[s] = batch->query_start_loc[s < batch->num_seqs ? s : batch->num_seqs];
+    }
+}
+
+qf_status qf_cuda_step_build(qf_cuda_backend *self, qf_cuda_step *step, const qf_batch *batch, const qf_cuda_meta *host,
+                             qf_cuda_plan *plan, qf_error *err)
+{
+    builder b = {.self = self, .meta = host, .plan = plan, .used_words = host->fixed_bytes / sizeof(int32_t)};
+    *plan = (qf_cuda_plan){.all_greedy = true};
+    build_tokens(host, batch);
+    build_tables(&b, batch);
+    QF_TRY(build_rows(&b, step, batch, err));
+    if (!self->options.float32) {
+        qf_cuda_attention_shape shape = shape_of(self, false);
+        qf_cuda_attention_plan_make(&shape, batch->num_seqs, batch->query_start_loc, batch->seq_lens,
+                                    self->options.batch_invariant, host->items, &plan->full);
+        host->num_items[0] = plan->full.num_decode_items;
+        host->num_items[1] = plan->full.num_prefill_items;
+        if (self->any_sliding) {
+            shape = shape_of(self, true);
+            qf_cuda_attention_plan_make(&shape, batch->num_seqs, batch->query_start_loc, batch->seq_lens,
+                                        self->options.batch_invariant, host->sliding_items, &plan->sliding);
+            host->num_items[2] = plan->sliding.num_decode_items;
+            host->num_items[3] = plan->sliding.num_prefill_items;
+        }
+    }
+    plan->meta_bytes = b.used_words * sizeof(int32_t);
+    step->num_results = batch->num_logit_tasks;
+    step->num_logprobs = b.num_logprobs;
+    if (plan->meta_bytes > self->meta_bytes || b.num_logprobs > self->logprob_capacity) {
+        return QF_FAIL(err, QF_ERROR_INTERNAL, "a step's metadata of %zu bytes and %d logprobs exceeds %zu and %d",
+                       plan->meta_bytes, b.num_logprobs, self->meta_bytes, self->logprob_capacity);
+    }
+    return QF_OK;
+}

@@ -1,0 +1,271 @@
+/* Which bytes of the files a job needs, and where they stand on the device. */
+#include "backend/cuda/weights_job.h"
+
+#include <string.h>
+
+/* AWQ and GPTQ store W transposed: some rows of it are a strip of every line of the file, and it is read fastest
+ * whole. */
+#define TRANSPOSED_JOB_BYTES ((size_t)96 << 20)
+#define JOB_BYTES ((size_t)32 << 20)
+
+static int32_t min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
+
+static int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
+
+void qf_cuda_fused_get(const qf_checkpoint *checkpoint, int32_t layer, qf_cuda_linear_id id, bool float32,
+                       qf_cuda_fused *out)
+{
+    static const struct {
+        int32_t num_parts;
+        qf_linear_id parts[QF_REPACK_MAX_PARTS];
+    } table[] = {
+        [QF_CUDA_QKV] = {3, {QF_Q_PROJ, QF_K_PROJ, QF_V_PROJ}},
+        [QF_CUDA_O] = {1, {QF_O_PROJ}},
+        [QF_CUDA_GATE_UP] = {2, {QF_GATE_PROJ, QF_UP_PROJ}},
+        [QF_CUDA_DOWN] = {1, {QF_DOWN_PROJ}},
+        [QF_CUDA_HEAD] = {1, {QF_LM_HEAD}},
+    };
+    *out = (qf_cuda_fused){.num_parts = table[id].num_parts, .interleave = id == QF_CUDA_GATE_UP && !float32};
+    for (int32_t i = 0; i < out->num_parts; i++) {
+        out->parts[i] = qf_checkpoint_linear(checkpoint, layer, table[id].parts[i]);
+    }
+}
+
+qf_cuda_linear_layout *qf_cuda_layer_linear(qf_cuda_layer_layout *layer, qf_cuda_linear_id id)
+{
+    switch (id) {
+    case QF_CUDA_QKV: return &layer->qkv;
+    case QF_CUDA_O: return &layer->o;
+    case QF_CUDA_GATE_UP: return &layer->gate_up;
+    default: return &layer->down;
+    }
+}
+
+static int32_t row_start(const qf_cuda_fused *fused, int32_t part)
+{
+    int32_t start = 0;
+    for (int32_t i = 0; i < part; i++) {
+        start += fused->parts[i]->n;
+    }
+    return start;
+}
+
+int32_t qf_cuda_fused_row(const qf_cuda_fused *fused, int32_t part, int32_t row)
+{
+    return fused->interleave ? row / 8 * 16 + 8 * part + row % 8 : row_start(fused, part) + row;
+}
+
+bool qf_cuda_needs_groups(const qf_linear_source *part, const qf_cuda_linear_layout *linear)
+{
+    return part->perm != NULL && linear->bits > 8;
+}
+
+/* --- sizes ---------------------------------------------------------------------------------------------- */
+
+static size_t float_bytes(const qf_tensor *tensor) { return qf_dtype_size(tensor->dtype); }
+
+/* Bytes of a row of the file, about. */
+static size_t raw_row_bytes(const qf_linear_source *part)
+{
+    size_t k = (size_t)part->k;
+    switch (part->format) {
+    case QF_LINEAR_DUMMY: return 0;
+    case QF_LINEAR_DENSE: return k * float_bytes(&part->weight);
+    default: break;
+    }
+    size_t zero_bytes = part->zeros.data != NULL ? 1 : 0;
+    return (k * (size_t)part->bits + 31) / 32 * 4 + (size_t)part->num_groups * (float_bytes(&part->scales) + zero_bytes);
+}
+
+static bool is_transposed(const qf_linear_source *part)
+{
+    return part->format == QF_LINEAR_AWQ || part->format == QF_LINEAR_GPTQ;
+}
+
+int32_t qf_cuda_job_rows(const qf_cuda_fused *fused, const qf_cuda_linear_layout *linear)
+{
+    size_t total = 0, tile_bytes = 0, limit = JOB_BYTES;
+    for (int32_t i = 0; i < fused->num_parts; i++) {
+        const qf_linear_source *part = fused->parts[i];
+        size_t bytes = raw_row_bytes(part);
+        total += (size_t)part->n * bytes;
+        if (fused->interleave) {
+            tile_bytes += 8 * bytes;
+        } else if (16 * bytes > tile_bytes) {
+            tile_bytes = 16 * bytes;
+        }
+        limit = is_transposed(part) ? TRANSPOSED_JOB_BYTES : limit;
+    }
+    int32_t tiles = (linear->n + 15) / 16;
+    if (total > limit) {
+        int32_t most = max_i32(1, (int32_t)(limit / tile_bytes));
+        int32_t jobs = (tiles + most - 1) / most;
+        tiles = (tiles + jobs - 1) / jobs;
+    }
+    return 16 * tiles;
+}
+
+/* --- a job ---------------------------------------------------------------------------------------------- */
+
+/* Appends num_rows rows of row_bytes, stride_bytes apart, to the slot. Returns where they will be. */
+static const void *add(qf_cuda_job *job, char *slot, const void *source, size_t row_bytes, size_t num_rows,
+                       size_t stride_bytes)
+{
+    if (row_bytes == stride_bytes) { /* one run */
+        row_bytes *= num_rows;
+        stride_bytes = row_bytes;
+        num_rows = 1;
+    }
+    size_t offset = job->bytes;
+    job->segments[job->num_segments++] = (qf_cuda_segment){.source = source,
+                                                           .row_bytes = row_bytes,
+                                                           .num_rows = num_rows,
+                                                           .stride_bytes = stride_bytes,
+                                                           .offset = offset};
+    job->bytes += qf_cuda_align(row_bytes * num_rows);
+    return slot != NULL ? slot + offset : NULL;
+}
+
+static qf_repack_format float_format(qf_dtype dtype)
+{
+    return dtype == QF_DTYPE_F32 ? QF_REPACK_F32 : dtype == QF_DTYPE_BF16 ? QF_REPACK_BF16 : QF_REPACK_F16;
+}
+
+static const char *bytes_of(const qf_tensor *tensor, size_t offset) { return (const char *)tensor->data + offset; }
+
+/* Rows are columns of the file: groups and k run down. */
+static void add_transposed(qf_cuda_job *job, const qf_linear_source *part, char *slot, qf_repack_part *out)
+{
+    const size_t n = (size_t)part->n, first = (size_t)out->first_row, rows = (size_t)out->num_rows;
+    const size_t bits = (size_t)part->bits, groups = (size_t)part->num_groups;
+    const size_t scale_bytes = float_bytes(&part->scales);
+    if (part->format == QF_LINEAR_AWQ) {
+        out->weight = add(job, slot, bytes_of(&part->weight, first / 2), rows / 2, (size_t)part->k, n / 2);
+    } else {
+        out->weight = add(job, slot, bytes_of(&part->weight, 4 * first), 4 * rows, (size_t)part->k * bits / 32, 4 * n);
+    }
+    out->scales = add(job, slot, bytes_of(&part->scales, first * scale_bytes), rows * scale_bytes, groups,
+                      n * scale_bytes);
+    if (part->zeros.data != NULL) {
+        out->zeros = add(job, slot, bytes_of(&part->zeros, first * bits / 8), rows * bits / 8, groups, n * bits / 8);
+    }
+}
+
+static void add_row_major(qf_cuda_job *job, const qf_linear_source *part, char *slot, qf_repack_part *out)
+{
+    const size_t first = (size_t)out->first_row, rows = (size_t)out->num_rows;
+    if (part->format == QF_LINEAR_DENSE) {
+        const size_t row_bytes = (size_t)part->k * float_bytes(&part->weight);
+        out->weight = add(job, slot, bytes_of(&part->weight, first * row_bytes), rows * row_bytes, 1, rows * row_bytes);
+        return;
+    }
+    const size_t per_word = 32 / (size_t)part->bits;
+    const size_t row_bytes = 4 * (((size_t)part->k + per_word - 1) / per_word);
+    const size_t scales_bytes = (size_t)part->num_groups * float_bytes(&part->scales);
+    const size_t zeros_bytes = (size_t)part->num_groups * 4;
+    const size_t zero_rows = (rows + per_word - 1) / per_word;
+    out->weight = add(job, slot, bytes_of(&part->weight, first * row_bytes), row_bytes, rows, row_bytes);
+    out->scales = add(job, slot, bytes_of(&part->scales, first * scales_bytes), scales_bytes, rows, scales_bytes);
+    if (part->zeros.data != NULL) {
+        out->zeros = add(job, slot, bytes_of(&part->zeros, first / per_word * zeros_bytes), zeros_bytes, zero_rows,
+                         zeros_bytes);
+    }
+}
+
+/* Which rows of the part the job needs, from and up to a multiple of 8 as far as there are rows: words of packed zero
+ * points are never cut. */
+static void choose_rows(const qf_cuda_fused *fused, int32_t first_row, int32_t num_rows, qf_repack_part *part)
+{
+    int32_t begin = first_row - part->row_start, end = first_row + num_rows - part->row_start;
+    if (fused->interleave) {
+        begin = first_row / 2;
+        end = (first_row + num_rows) / 2;
+    }
+    begin = max_i32(begin, 0);
+    begin -= begin % 8;
+    end = min_i32((max_i32(end, 0) + 7) / 8 * 8, part->n);
+    part->first_row = begin;
+    part->num_rows = max_i32(end - begin, 0);
+}
+
+static qf_repack_format format_of(const qf_linear_source *part)
+{
+    switch (part->format) {
+    case QF_LINEAR_AWQ: return QF_REPACK_AWQ;
+    case QF_LINEAR_GPTQ: return QF_REPACK_GPTQ;
+    case QF_LINEAR_COMPRESSED_TENSORS: return QF_REPACK_COMPRESSED;
+    case QF_LINEAR_DUMMY: return QF_REPACK_DUMMY;
+    default: return float_format(part->weight.dtype);
+    }
+}
+
+static void add_part(const qf_cuda_fused *fused, const qf_cuda_linear_layout *linear, int32_t index,
+                     const int32_t *const *groups, char *slot, qf_cuda_job *job)
+{
+    const qf_linear_source *part = fused->parts[index];
+    qf_repack_part *out = &job->args.parts[index];
+    *out = (qf_repack_part){.dummy_seed = part->dummy_seed,
+                            .format = format_of(part),
+                            .bits = part->bits,
+                            .scale_format = float_format(part->scales.dtype),
+                            .row_start = row_start(fused, index),
+                            .n = part->n,
+                            .group_size = part->group_size,
+                            .num_groups = part->num_groups,
+                            .zero_bias = part->format == QF_LINEAR_GPTQ && part->gptq_v1 ? 1 : 0};
+    choose_rows(fused, job->args.first_row, job->args.num_rows, out);
+    if (out->num_rows == 0 || part->format == QF_LINEAR_DUMMY) {
+        return;
+    }
+    if (is_transposed(part)) {
+        add_transposed(job, part, slot, out);
+    } else {
+        add_row_major(job, part, slot, out);
+    }
+    if (part->perm != NULL) {
+        const bool needs_groups = qf_cuda_needs_groups(part, linear);
+        const void *columns = !needs_groups ? part->perm : groups != NULL ? groups[index] : NULL;
+        const size_t columns_bytes = (size_t)part->k * sizeof(int32_t);
+        out->columns = add(job, slot, columns, columns_bytes, 1, columns_bytes);
+    }
+}
+
+void qf_cuda_job_make(const qf_cuda_fused *fused, const qf_cuda_linear_layout *linear, int32_t first_row,
+                      const int32_t *const *groups, char *slot, qf_cuda_job *out)
+{
+    out->num_segments = 0;
+    out->bytes = 0;
+    out->args = (qf_repack_args){.num_parts = fused->num_parts,
+                                 .interleave = fused->interleave,
+                                 .rows = linear->bits == 32,
+                                 .quantize = linear->quantize,
+                                 .bits = linear->bits,
+                                 .group_size = linear->group_size,
+                                 .k = linear->real_k,
+                                 .k_packed = linear->k,
+                                 .first_row = first_row,
+                                 .num_rows = min_i32(qf_cuda_job_rows(fused, linear), linear->n - first_row),
+                                 .inverse_multiplier = 1.0f};
+    for (int32_t i = 0; i < fused->num_parts; i++) {
+        add_part(fused, linear, i, groups, slot, out);
+    }
+}
+
+/* --- reading -------------------------------------------------------------------------------------------- */
+
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+
+void qf_cuda_job_read(const qf_cuda_job *job, size_t begin, size_t end, char *out)
+{
+    for (int32_t i = 0; i < job->num_segments; i++) {
+        const qf_cuda_segment *s = &job->segments[i];
+        const size_t stop = min_size(end, s->offset + s->row_bytes * s->num_rows);
+        size_t at = begin > s->offset ? begin : s->offset;
+        while (at < stop) {
+            const size_t row = (at - s->offset) / s->row_bytes, column = (at - s->offset) % s->row_bytes;
+            const size_t bytes = min_size(s->row_bytes - column, stop - at);
+            memcpy(out + (at - begin), s->source + row * s->stride_bytes + column, bytes);
+            at += bytes;
+        }
+    }
+}

@@ -1,0 +1,80 @@
+/* What the two kernels of linear_mma.cu share: their parameters, dequantisation by number of bits, the epilogue's
+ * arithmetic. */
+#ifndef QF_LINEAR_MMA_COMMON_CUH
+#define QF_LINEAR_MMA_COMMON_CUH
+
+#include "common/dequant.cuh"
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
+
+/* A launch as the device sees it. Shares of k, row groups and token passes are the grid. */
+struct qf_linear_mma_params {
+    const uint8_t *data;
+    const uint32_t *scales;
+    const float *bias;
+    const uint8_t *x; /* tiled bf16 */
+    float *out;       /* STORE: (num_splits, num_tokens, n) */
+    uint32_t *act;    /* SILU_MUL: tiled bf16, as words; else NULL */
+    int32_t row_tiles, blocks; /* n / 16, k / 128 */
+    int32_t act_tiles;         /* SILU_MUL: core matrices of act along k, padding included; else row_tiles */
+    int32_t num_tokens, num_tiles, tile_tokens;
+    int32_t num_splits;
+    int32_t group_size;
+    int32_t row_groups;  /* stream kernel: runs of row tiles, one a CTA */
+    int32_t slot_offset; /* stream kernel: bytes of shared memory before the partial sums */
+    int32_t token_warps; /* tile kernel: warps side by side along the tokens */
+    float multiplier;
+};
+
+/* First k block of share `split`. */
+__host__ __device__ __forceinline__ int qf_share_begin(int split, int blocks, int num_splits)
+{
+    return (int)((int64_t)split * blocks / num_splits);
+}
+
+/* c = a b: the first product of a scale group, whose accumulator is not set to zero first. */
+__device__ __forceinline__ void qf_mma_bf16_first(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%10,%10,%10,%10};"
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
+/* acc += scale * c: rows lane / 4 (c[0], c[1]) and lane / 4 + 8 (c[2], c[3]). */
+__device__ __forceinline__ void qf_add_scaled(float (&acc)[4], const float (&scale)[2], const float (&c)[4])
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        acc[i] = fmaf(scale[i / 2], c[i], acc[i]);
+    }
+}
+
+/* The A fragment of k16 step `step` of a lane's words, as they lie in memory (4 words for 4 bits are 4 steps, for
+ * 8 bits 2, for 16 bits 1). */
+template <int bits, int words>
+__device__ __forceinline__ void qf_fragment(uint32_t (&a)[4], const uint32_t (&w)[words], int step,
+                                            const qf_row_scales &scales)
+{
+    if constexpr (bits == 4) {
+        qf_dequant_4(w[step], scales, a);
+    } else if constexpr (bits == 8) {
+        qf_dequant_8(w[2 * step], w[2 * step + 1], scales, a);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            a[i] = w[4 * step + i];
+        }
+    }
+}
+
+__device__ __forceinline__ float qf_silu_mul(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+
+/* A finished sum over a share of k. */
+__device__ __forceinline__ float qf_finish(float sum, float multiplier, const float *bias, int row, bool first_share)
+{
+    sum *= multiplier;
+    return bias != nullptr && first_share ? sum + bias[row] : sum;
+}
+
+#endif

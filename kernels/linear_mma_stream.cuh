@@ -1,0 +1,233 @@
+/* The GEMV of 1 to 8 tokens of linear_mma.cu: see "stream" there. */
+#ifndef QF_LINEAR_MMA_STREAM_CUH
+#define QF_LINEAR_MMA_STREAM_CUH
+
+#include "linear_mma_common.cuh"
+
+#define QF_STREAM_MAX_WARPS 24
+#define QF_STREAM_DEPTH 4         /* pieces in flight a warp */
+#define QF_STREAM_PIECE_BYTES 1024
+#define QF_STREAM_TOKEN_STRIDE 20 /* floats a token of 16 rows takes in a slot: a warp's writes meet no bank twice */
+
+struct qf_stream_piece {
+    uint32_t words[8];  /* two 16-byte loads */
+    uint32_t scales[2]; /* rows lane / 4 and lane / 4 + 8, of group lane % groups of the piece */
+};
+
+/* Where a warp stands in its run of pieces: `index` counts from the matrix's first piece. */
+struct qf_stream_cursor {
+    int32_t index, column; /* column: piece of the row tile's share of k */
+};
+
+template <int bits, int groups>
+__device__ __forceinline__ void qf_stream_fetch(qf_stream_piece &piece, const qf_linear_mma_params &p,
+                                                qf_stream_cursor &at, int columns, int jump, int scale_shift, int lane)
+{
+    const uint8_t *data = p.data + (int64_t)at.index * QF_STREAM_PIECE_BYTES + lane * 16;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint4 v = qf_load_stream(data + 512 * i);
+        piece.words[4 * i] = v.x;
+        piece.words[4 * i + 1] = v.y;
+        piece.words[4 * i + 2] = v.z;
+        piece.words[4 * i + 3] = v.w;
+    }
+    if constexpr (bits != 16) {
+        const uint32_t *scales =
+            p.scales + (((int64_t)(at.index >> scale_shift) * groups + lane % groups) * 16 + lane / 4);
+        piece.scales[0] = qf_load_stream_32(scales);
+        piece.scales[1] = qf_load_stream_32(scales + 8);
+    }
+    at.index++;
+    if (++at.column == columns) { /* over to the same columns of the next row tile */
+        at.column = 0;
+        at.index += jump;
+    }
+}
+
+/* acc += piece * x. `x_offset`: this lane's row for ldmatrix, moved on by x_stride for every two k16 steps. */
+template <int bits, int groups>
+__device__ __forceinline__ void qf_stream_multiply(float (&acc)[4], const qf_stream_piece &piece, const uint8_t *shared,
+                                                   int &x_offset, int x_stride, int lane)
+{
+    constexpr int steps = 32 / bits, group_steps = steps / groups;
+    uint32_t b[4];
+    float c[4];
+    qf_row_scales scales;
+#pragma unroll
+    for (int step = 0; step < steps; step++) {
+        if (step % group_steps == 0 && bits != 16) {
+            uint32_t low = piece.scales[0], high = piece.scales[1];
+            if (groups > 1) {
+                low = __shfl_sync(0xffffffffu, low, (lane & 28) + step / group_steps);
+                high = __shfl_sync(0xffffffffu, high, (lane & 28) + step / group_steps);
+            }
+            scales = qf_unpack_scales<bits == 16 ? 4 : bits>(low, high);
+        }
+        if (step % 2 == 0) {
+            qf_ldmatrix_x4(b, shared + x_offset);
+            x_offset += x_stride;
+        }
+        uint32_t a[4];
+        qf_fragment<bits>(a, piece.words, step, scales);
+        if (bits == 16) {
+            qf_mma_bf16(acc, a, b[step % 2 * 2], b[step % 2 * 2 + 1]);
+        } else if (step % group_steps == 0) {
+            qf_mma_bf16_first(c, a, b[step % 2 * 2], b[step % 2 * 2 + 1]);
+        } else {
+            qf_mma_bf16(c, a, b[step % 2 * 2], b[step % 2 * 2 + 1]);
+        }
+        if (step % group_steps == group_steps - 1 && bits != 16) {
+            qf_add_scaled(acc, scales.scale, c);
+        }
+    }
+}
+
+/* A warp's share of a row tile: (token, 16 rows) floats. */
+__device__ __forceinline__ void qf_stream_put(float *slot, float (&acc)[4], int num_tokens, int lane)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int token = lane % 4 * 2 + i % 2;
+        if (token < num_tokens) {
+            slot[token * QF_STREAM_TOKEN_STRIDE + lane / 4 + i / 2 * 8] = acc[i];
+        }
+        acc[i] = 0.0f;
+    }
+}
+
+/* Adds the shares of row tile r in the order of k. Warp w holds pieces [w units / warps, (w + 1) units / warps). */
+__device__ __forceinline__ float qf_stream_sum(const float *slots, int slot_stride, int r, int columns, int units,
+                                               int warps, int element)
+{
+    int first = ((r * columns + 1) * warps - 1) / units;
+    int last = ((r + 1) * columns * warps - 1) / units;
+    float sum = 0.0f;
+    for (int w = first; w <= last; w++) {
+        sum += slots[(r + w) * slot_stride + element];
+    }
+    return sum;
+}
+
+static __device__ void qf_stream_store(const qf_linear_mma_params &p, const float *slots, int first_tile, int tiles,
+                                       int columns, int warps)
+{
+    int stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE, n = p.row_tiles * 16, split = blockIdx.y;
+    for (int i = threadIdx.x; i < tiles * p.num_tokens * 16; i += blockDim.x) {
+        int row = i % 16, token = i / 16 / tiles, r = i / 16 % tiles;
+        float sum = qf_stream_sum(slots, stride, r, columns, tiles * columns, warps,
+                                  token * QF_STREAM_TOKEN_STRIDE + row);
+        int out_row = (first_tile + r) * 16 + row;
+        p.out[((int64_t)split * p.num_tokens + token) * n + out_row] =
+            qf_finish(sum, p.multiplier, p.bias, out_row, split == 0);
+    }
+}
+
+static __device__ void qf_stream_silu(const qf_linear_mma_params &p, const float *slots, int first_tile, int tiles,
+                                      int columns, int warps)
+{
+    int stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE;
+    for (int i = threadIdx.x; i < tiles * p.num_tokens * 4; i += blockDim.x) {
+        int pair = i % 4, token = i / 4 % p.num_tokens, r = i / 4 / p.num_tokens;
+        float value[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float half[2];
+#pragma unroll
+            for (int up = 0; up < 2; up++) {
+                int row = 8 * up + 2 * pair + j;
+                float sum = qf_stream_sum(slots, stride, r, columns, tiles * columns, warps,
+                                          token * QF_STREAM_TOKEN_STRIDE + row);
+                half[up] = qf_finish(sum, p.multiplier, p.bias, (first_tile + r) * 16 + row, true);
+            }
+            value[j] = qf_silu_mul(half[0], half[1]);
+        }
+        p.act[((first_tile + r) * p.tile_tokens + token) * 4 + pair] = qf_pack_bf16(value[0], value[1]);
+    }
+    if (first_tile + tiles == p.row_tiles) { /* act's padding along k */
+        int begin = p.row_tiles * p.tile_tokens * 4, end = p.act_tiles * p.tile_tokens * 4;
+        for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
+            p.act[i] = 0;
+        }
+    }
+}
+
+/* bits; groups: scale groups in a piece. Grid (row_groups, num_splits). */
+template <int bits, int groups>
+static __global__ void __launch_bounds__(QF_STREAM_MAX_WARPS * 32, 1)
+    qf_linear_stream_kernel(const __grid_constant__ qf_linear_mma_params p)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    constexpr int block_pieces = bits / 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_block = qf_share_begin(blockIdx.y, p.blocks, p.num_splits);
+    const int share_blocks = qf_share_begin(blockIdx.y + 1, p.blocks, p.num_splits) - first_block;
+    const int first_tile = qf_share_begin(blockIdx.x, p.row_tiles, p.row_groups);
+    const int tiles = qf_share_begin(blockIdx.x + 1, p.row_tiles, p.row_groups) - first_tile;
+    const int columns = share_blocks * block_pieces, units = tiles * columns;
+    const int warps = min((int)blockDim.x / 32, units);
+    const int begin = warp < warps ? warp * units / warps : units;
+    const int end = warp < warps ? (warp + 1) * units / warps : units;
+    const int jump = (p.blocks - share_blocks) * block_pieces;
+    const int scale_shift = bits == 8 && p.group_size == 128 ? 1 : 0;
+    int row = begin / columns, column = begin % columns; /* of the piece that is multiplied next */
+
+    qf_grid_launch_dependents();
+    qf_stream_cursor at = {((first_tile + row) * p.blocks + first_block) * block_pieces + column, column};
+    qf_stream_piece ring[QF_STREAM_DEPTH];
+#pragma unroll
+    for (int i = 0; i < QF_STREAM_DEPTH; i++) {
+        if (begin + i < end) {
+            qf_stream_fetch<bits, groups>(ring[i], p, at, columns, jump, scale_shift, lane);
+        }
+    }
+    /* x in shared memory as it is in global memory. Lanes of ldmatrix whose token is beyond the tile point at zeros. */
+    const int x_bytes = share_blocks * 256 * p.tile_tokens;
+    if (threadIdx.x == 0) {
+        *reinterpret_cast<uint4 *>(shared + x_bytes) = make_uint4(0, 0, 0, 0);
+    }
+    const bool real = lane % 8 < p.tile_tokens;
+    const int x_start = real ? lane / 8 * 16 * p.tile_tokens + lane % 8 * 16 : x_bytes;
+    const int x_stride = real ? 64 * p.tile_tokens : 0;
+    int x_offset = x_start + column * (16 / bits) * x_stride;
+    qf_grid_dependency_wait();
+    const uint8_t *x = p.x + (int64_t)first_block * 256 * p.tile_tokens;
+    for (int i = threadIdx.x * 16; i < x_bytes; i += blockDim.x * 16) {
+        qf_cp_async_16(shared + i, x + i);
+    }
+    qf_cp_async_commit();
+    qf_cp_async_wait<0>();
+    __syncthreads();
+
+    float *slots = reinterpret_cast<float *>(shared + p.slot_offset);
+    const int slot_stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE;
+    float acc[4] = {0, 0, 0, 0};
+    for (int base = begin; base < end; base += QF_STREAM_DEPTH) {
+#pragma unroll
+        for (int i = 0; i < QF_STREAM_DEPTH; i++) {
+            int unit = base + i;
+            if (unit >= end) {
+                break;
+            }
+            qf_stream_piece piece = ring[i];
+            if (unit + QF_STREAM_DEPTH < end) {
+                qf_stream_fetch<bits, groups>(ring[i], p, at, columns, jump, scale_shift, lane);
+            }
+            qf_stream_multiply<bits, groups>(acc, piece, shared, x_offset, x_stride, lane);
+            if (++column == columns || unit + 1 == end) {
+                qf_stream_put(slots + (row + warp) * slot_stride, acc, p.num_tokens, lane);
+                column = 0;
+                row++;
+                x_offset = x_start;
+            }
+        }
+    }
+    __syncthreads();
+    if (p.act == nullptr) {
+        qf_stream_store(p, slots, first_tile, tiles, columns, warps);
+    } else {
+        qf_stream_silu(p, slots, first_tile, tiles, columns, warps);
+    }
+}
+
+#endif

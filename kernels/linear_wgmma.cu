@@ -1,0 +1,263 @@
+/* out = x W^T + bias by wgmma, weights of 4, 8 and 16 bits; sm_90a.
+ *
+ * Layouts: qf_kernels.h. D^T = W x: the weights are the A operand, taken from registers, where a warp's fragment of a
+ * wgmma.m64nNk16 is that of an mma.m16n8k16; x is the B operand, taken from shared memory, where its tiles are core
+ * matrices as they stand in device memory. So nothing is transposed, and weights are unpacked in registers.
+ *
+ * Roofline, H200. FLOPs 2 n k m at 770 TFLOP/s measured; bytes n k bits / 8 at 4.4 TB/s: 4 bits are bound by memory
+ * below about 44 tokens, 16 bits below 175. Between L2 and the SMs a tile of 128 rows x N tokens moves
+ * 16 bits + 2 N / cluster bytes for 256 N FLOPs of a k. Targets: 600 TFLOP/s from 2,048 tokens on; 60 % of the
+ * bandwidth at 16 to 64 tokens.
+ *
+ * Plan. A block computes 128 rows x N tokens (N = 8 .. 256) of one share of k; two blocks with adjacent rows form a
+ * cluster (N >= 32) and share the tokens.
+ *
+ *                      tokens (N)                   warp 8       copies: weights, scales, and half of x for both
+ *                   +--------------+                             blocks, a stage ahead of the consumers
+ *     row tile 0    | warp 0       |  warpgroup 0   warps 0..7   wait for a stage, read their 16 rows of weights,
+ *     ...           | ...          |                             unpack 64 k to bf16 while the 64 k before are
+ *     row tile 3    | warp 3       |                             multiplied, start four wgmma, release the stage
+ *     row tile 4    | warp 4       |  warpgroup 1
+ *     ...           | ...          |                stage        64 or 128 k: [x][weights][scales], a full barrier
+ *     row tile 7    | warp 7       |                             (bytes) and an empty one (warps of the cluster)
+ *                   +--------------+
+ *
+ * Bulk copies are contiguous: 64 k of a row tile, its scales, 64 k of the token tiles. A tile of fewer than 8 tokens
+ * is spread to core matrices by the copies. The group scale is multiplied in bf16 (one rounding of it and one of the
+ * product, 2^-9 each), scale_multiplier in the epilogue. N <= 128 has two or three blocks an SM, so that one's prologue
+ * and epilogue hide behind another's work; N >= 192 has one, and its blocks take tiles in turn while the producer is
+ * ahead. Sums run over k in ascending order in one accumulator, whatever N is.
+ *
+ * Measured: see PERF.md. */
+#include "linear_wgmma_tile.cuh"
+
+template <int bits, int tokens>
+static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, tokens>::blocks_per_sm))
+    __cluster_dims__(qf_wg_shape<bits, tokens>::cluster, 1, 1)
+    qf_linear_wgmma_kernel(const __grid_constant__ qf_wg_params p)
+{
+#ifdef QF_SM90A
+    typedef qf_wg_shape<bits, tokens> shape;
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ uint64_t full[shape::stages], empty[shape::stages];
+
+    const int rank = shape::cluster > 1 ? (int)qf_cluster_rank() : 0;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < shape::stages; i++) {
+            qf_mbarrier_init(&full[i], 1);
+            qf_mbarrier_init(&empty[i], QF_WG_ROW_TILES * shape::cluster);
+        }
+        qf_mbarrier_init_fence();
+    }
+    qf_grid_launch_dependents();
+    if (shape::cluster > 1) {
+        qf_cluster_sync();
+    } else {
+        __syncthreads();
+    }
+
+    const int first_unit = blockIdx.x / shape::cluster, unit_step = gridDim.x / shape::cluster;
+    if (threadIdx.x >= 32 * QF_WG_ROW_TILES) {
+        qf_release_registers<shape::producer_registers>();
+        if (threadIdx.x < 32 * QF_WG_ROW_TILES + 32) {
+            qf_wg_produce<bits, tokens>(p, shared, full, empty, rank, first_unit, unit_step);
+        }
+    } else {
+        qf_take_registers<shape::consumer_registers>();
+        qf_grid_dependency_wait();
+        int stage = 0;
+        uint32_t phase = 0;
+        for (int unit = first_unit; unit < p.units; unit += unit_step) {
+            const qf_wg_unit u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
+            float d[tokens / 2];
+            qf_wg_sum<bits, tokens>(d, shared, full, empty, stage, phase, (u.k_end - u.k_begin) / 128, p.group_size);
+            if (p.silu_mul) {
+                qf_wg_silu_store<tokens>(p, u, d);
+            } else {
+                qf_wg_store<tokens>(p, u, d);
+            }
+        }
+    }
+    if (shape::cluster > 1) {
+        __syncwarp();
+        qf_cluster_sync(); /* a block's shared memory stays until the other has no more copies and arrivals for it */
+    }
+#endif
+}
+/* --- dispatch ---------------------------------------------------------------------------------------------------- */
+
+typedef qf_status qf_wg_launcher(qf_wg_params *p, const qf_cuda_device *device, cudaStream_t stream, qf_error *err);
+
+template <int bits, int tokens>
+static qf_status qf_wg_launch(qf_wg_params *p, const qf_cuda_device *device, cudaStream_t stream, qf_error *err)
+{
+    typedef qf_wg_shape<bits, tokens> shape;
+    int row_tiles = p->n / 16;
+    if (p->silu_mul) {
+        row_tiles = (row_tiles + 15) / 16 * 16; /* the padding up to act_k is written too */
+    }
+    const int group_rows = QF_WG_ROW_TILES * shape::cluster;
+    p->row_groups = (row_tiles + group_rows - 1) / group_rows;
+    p->token_groups = (p->num_tokens + tokens - 1) / tokens;
+    p->units = p->row_groups * p->token_groups * p->num_splits;
+    int clusters = p->units;
+    if (shape::blocks_per_sm == 1 && clusters > device->sm_count / shape::cluster) {
+        clusters = device->sm_count / shape::cluster;
+    }
+    qf_status status = qf_allow_shared("linear_wgmma", qf_linear_wgmma_kernel<bits, tokens>, shape::shared_bytes, err);
+    if (status != QF_OK) {
+        return status;
+    }
+    return qf_launch("linear_wgmma", qf_linear_wgmma_kernel<bits, tokens>, dim3((unsigned)(clusters * shape::cluster)),
+                     dim3(QF_WG_THREADS), shape::shared_bytes, device->dependent_launch, stream, err, *p);
+}
+
+#define QF_WG_WIDTHS 7
+static const int32_t qf_wg_tokens[QF_WG_WIDTHS] = {8, 16, 32, 64, 128, 192, 256};
+#define QF_WG_ROW(bits)                                                                                            \
+    {                                                                                                              \
+        qf_wg_launch<bits, 8>, qf_wg_launch<bits, 16>, qf_wg_launch<bits, 32>, qf_wg_launch<bits, 64>,             \
+            qf_wg_launch<bits, 128>, qf_wg_launch<bits, 192>, qf_wg_launch<bits, 256>                              \
+    }
+static qf_wg_launcher *const qf_wg_launchers[3][QF_WG_WIDTHS] = {QF_WG_ROW(4), QF_WG_ROW(8), QF_WG_ROW(16)};
+
+/* --- choices ------------------------------------------------------------------------------------------------------ */
+
+/* Cycles that the whole takes with tiles of `tokens` tokens, roughly: rounds of tiles over the SMs, times the slowest
+ * of tensor cores, L2 and unpacking for 16 k of a tile; the ends of a tile; and partial sums written and read. */
+static double qf_wg_cost(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits, int32_t num_tokens,
+                         int32_t num_splits, int32_t tokens)
+{
+    const double l2_bytes_per_cycle = 32, memory_bytes_per_cycle = 19, unpack_cycles = bits == 16 ? 24 : 48;
+    const int cluster = tokens >= 32 ? 2 : 1, group_rows = 128 * cluster;
+    double blocks = (double)((n + group_rows - 1) / group_rows) * cluster * ((num_tokens + tokens - 1) / tokens) *
+                    num_splits;
+    double l2 = (128.0 * bits / 8 + 2.0 * tokens / cluster) * 16 / l2_bytes_per_cycle;
+    double step = tokens > l2 ? tokens : l2;
+    step = step > unpack_cycles ? step : unpack_cycles;
+    double ends = tokens >= 192 ? 1500 + 12.0 * tokens : 600 + 6.0 * tokens;
+    double rounds = ceil(blocks / device->sm_count);
+    double sums = num_splits > 1 ? 8.0 * num_splits * num_tokens * n / (memory_bytes_per_cycle * device->sm_count) : 0;
+    return rounds * (step * k / (16.0 * num_splits) + ends) + sums;
+}
+
+/* The width of the tiles: its index. Tokens up to 8 take the narrowest, whose copies alone know thinner tiles. */
+static int qf_wg_width(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits, int32_t num_tokens,
+                       int32_t num_splits, double *cost)
+{
+    int best = 0;
+    double best_cost = 0;
+    for (int i = 0; i < QF_WG_WIDTHS; i++) {
+        double c = qf_wg_cost(device, n, k, bits, num_tokens, num_splits, qf_wg_tokens[i]);
+        if (i == 0 || c < best_cost) {
+            best = i;
+            best_cost = c;
+        }
+        if (qf_wg_tokens[i] >= num_tokens) {
+            break;
+        }
+    }
+    if (cost != NULL) {
+        *cost = best_cost;
+    }
+    return best;
+}
+
+extern "C" int32_t qf_cuda_linear_wgmma_splits(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits,
+                                               int32_t num_tokens, qf_cuda_epilogue epilogue, bool batch_invariant)
+{
+    const int32_t blocks = k / 128;
+    if (epilogue != QF_CUDA_STORE || blocks < 2) {
+        return 1;
+    }
+    if (batch_invariant) {
+        /* By shape alone: enough blocks for the SMs when tokens are few, partial sums small enough when many. */
+        int32_t rows = (n + 127) / 128, splits = 1;
+        while (splits < 4 && rows * splits < device->sm_count && blocks >= 4 * splits) {
+            splits *= 2;
+        }
+        return splits;
+    }
+    int32_t best = 1;
+    double best_cost = 0;
+    for (int32_t splits = 1; splits <= (num_tokens > 256 ? 2 : QF_CUDA_MAX_SPLITS) && splits <= blocks; splits++) {
+        double cost;
+        (void)qf_wg_width(device, n, k, bits, num_tokens, splits, &cost);
+        if (splits == 1 || cost < best_cost) {
+            best = splits;
+            best_cost = cost;
+        }
+    }
+    return best;
+}
+
+/* --- launcher ----------------------------------------------------------------------------------------------------- */
+
+static qf_status qf_wg_check(const qf_cuda_linear_args *args, const qf_cuda_device *device, qf_error *err)
+{
+    const qf_cuda_weight *w = &args->weight;
+    if (!device->hopper) {
+        return QF_FAIL(err, QF_ERROR_BACKEND, "linear_wgmma: compute capability %d has no wgmma; it needs sm_90a",
+                       device->compute_capability);
+    }
+    if (w->n <= 0 || w->n % 16 != 0 || w->k <= 0 || w->k % 128 != 0) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_wgmma: n = %d, k = %d; need multiples of 16 and 128",
+                       w->n, w->k);
+    }
+    if (w->bits != 4 && w->bits != 8 && w->bits != 16) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_wgmma: bits = %d; need 4, 8 or 16", w->bits);
+    }
+    if (w->bits != 16 && w->group_size != 32 && w->group_size != 64 && w->group_size != 128) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_wgmma: group_size = %d; need 32, 64 or 128",
+                       w->group_size);
+    }
+    if (w->data == NULL || args->x == NULL || (w->bits != 16 && w->scales == NULL)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_wgmma: data, x or scales is NULL");
+    }
+    if (((uintptr_t)w->data | (uintptr_t)w->scales | (uintptr_t)args->x) % 16 != 0) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_wgmma: data, scales or x is not aligned to 16 bytes");
+    }
+    if (args->num_tokens <= 0) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_wgmma: num_tokens = %d; need at least 1",
+                       args->num_tokens);
+    }
+    if (args->num_splits < 1 || args->num_splits > QF_CUDA_MAX_SPLITS) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_wgmma: num_splits = %d; need 1 to %d", args->num_splits,
+                       QF_CUDA_MAX_SPLITS);
+    }
+    if (args->epilogue == QF_CUDA_STORE ? args->out == NULL : args->act == NULL) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_wgmma: the output of epilogue %d is NULL",
+                       (int)args->epilogue);
+    }
+    if (args->epilogue != QF_CUDA_STORE && (args->epilogue != QF_CUDA_SILU_MUL || args->num_splits != 1)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_wgmma: epilogue %d with %d splits; SILU_MUL needs 1",
+                       (int)args->epilogue, args->num_splits);
+    }
+    return QF_OK;
+}
+
+extern "C" qf_status qf_cuda_linear_wgmma(const qf_cuda_linear_args *args, const qf_cuda_device *device,
+                                          cudaStream_t stream, qf_error *err)
+{
+    qf_status status = qf_wg_check(args, device, err);
+    if (status != QF_OK) {
+        return status;
+    }
+    const qf_cuda_weight *w = &args->weight;
+    qf_wg_params p = {};
+    p.weights = (const uint8_t *)w->data;
+    p.scales = (const uint8_t *)w->scales;
+    p.x = (const uint8_t *)args->x;
+    p.bias = w->bias;
+    p.out = args->out;
+    p.act = args->act;
+    p.scale_multiplier = w->bits == 16 ? 1.0f : w->scale_multiplier;
+    p.n = w->n;
+    p.k = w->k;
+    p.group_size = w->bits == 16 ? 128 : w->group_size;
+    p.num_tokens = args->num_tokens;
+    p.num_splits = args->num_splits;
+    p.silu_mul = args->epilogue == QF_CUDA_SILU_MUL;
+    int width = qf_wg_width(device, w->n, w->k, w->bits, args->num_tokens, args->num_splits, NULL);
+    return qf_wg_launchers[w->bits == 4 ? 0 : w->bits == 8 ? 1 : 2][width](&p, device, stream, err);
+}

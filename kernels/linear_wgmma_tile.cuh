@@ -1,0 +1,402 @@
+/* The parts of linear_wgmma.cu's kernel: shapes, the order of work, the producer warp, the consumers, the epilogue. */
+#ifndef QF_LINEAR_WGMMA_TILE_CUH
+#define QF_LINEAR_WGMMA_TILE_CUH
+
+#include "common/dequant.cuh"
+#include "common/launch.cuh"
+#include "common/wgmma.cuh"
+
+#define QF_WG_ROW_TILES 8 /* of 16 rows, a block: one per consumer warp */
+#define QF_WG_THREADS (32 * QF_WG_ROW_TILES + 128) /* and a warpgroup whose first warp copies */
+
+/* What follows from bits and tokens of a tile. */
+template <int bits, int tokens> struct qf_wg_shape {
+    static constexpr int token_tiles = tokens / 8;
+    /* Blocks that share one tile of x, each fetching a part for all. */
+    static constexpr int cluster = tokens >= 32 ? 2 : 1;
+    static constexpr int blocks_per_sm = tokens <= 32 ? 3 : tokens <= 128 ? 2 : 1;
+    /* k of a stage: a block of the weights, or half a one where x would leave too few stages. */
+    static constexpr int stage_k = tokens <= 64 && bits < 16 ? 128 : 64;
+    static constexpr int slices = stage_k / 64;
+    /* Steps of 16 k in a batch: the A registers of two batches must fit beside the results. */
+    static constexpr int steps = tokens == 128 || tokens == 32 ? 2 : 4;
+    /* Registers of a thread, as setmaxnreg shares them out: 2 consumers + producer = 3 x those at the launch. */
+    static constexpr int consumer_registers = blocks_per_sm == 1 ? 240 : blocks_per_sm == 2 ? 104 : 72;
+    static constexpr int producer_registers = blocks_per_sm == 2 ? 32 : 24;
+    static constexpr int slice_bytes = token_tiles * 1024;
+    static constexpr int x_bytes = slices * slice_bytes;
+    static constexpr int weight_bytes = stage_k * 2 * bits;           /* of a row tile */
+    static constexpr int scale_bytes = bits == 16 ? 0 : stage_k * 2;  /* of a row tile, groups of 32 */
+    static constexpr int stage_bytes = x_bytes + QF_WG_ROW_TILES * (weight_bytes + scale_bytes);
+    /* An SM has 228 KB; a block takes 1 KB for itself, and 256 bytes of barriers. */
+    static constexpr int room = (blocks_per_sm == 1 ? 227 * 1024 : 228 * 1024 / blocks_per_sm - 1024) - 256;
+    static constexpr int stages = room / stage_bytes > 8 ? 8 : room / stage_bytes;
+    static constexpr int shared_bytes = stages * stage_bytes;
+    static_assert(stages >= 2, "a tile needs two stages");
+};
+
+typedef struct qf_wg_params {
+    const uint8_t *weights, *scales, *x;
+    const float *bias;
+    float *out;
+    uint16_t *act;
+    float scale_multiplier;
+    int32_t n, k, group_size;
+    int32_t num_tokens, num_splits;
+    int32_t silu_mul;
+    int32_t row_groups;   /* of cluster x 8 row tiles */
+    int32_t token_groups; /* tiles of `tokens` tokens */
+    int32_t units;        /* row_groups x token_groups x num_splits */
+} qf_wg_params;
+
+/* Token groups that are worked on side by side, so that L2 holds their part of x while the weights pass. */
+#define QF_WG_RASTER 16
+
+#ifdef QF_SM90A
+
+typedef struct qf_wg_unit {
+    int row_tile;           /* first of this block */
+    int token_tile;         /* first, in tiles of 8 */
+    int split;
+    int k_begin, k_end;
+} qf_wg_unit;
+
+/* Token groups run fastest, so the blocks at work at one time share weights and, `row_groups` apart, x. */
+template <int bits, int tokens>
+__device__ __forceinline__ qf_wg_unit qf_wg_unit_get(const qf_wg_params &p, int unit, int rank)
+{
+    typedef qf_wg_shape<bits, tokens> shape;
+    int per_raster = p.row_groups * p.num_splits * QF_WG_RASTER;
+    int raster = unit / per_raster;
+    int rest = unit - raster * per_raster;
+    int width = min(QF_WG_RASTER, p.token_groups - raster * QF_WG_RASTER);
+    int token_group = raster * QF_WG_RASTER + rest % width;
+    rest /= width;
+    int blocks = p.k / 128;
+    qf_wg_unit u;
+    u.split = rest / p.row_groups;
+    u.row_tile = ((rest - u.split * p.row_groups) * shape::cluster + rank) * QF_WG_ROW_TILES;
+    u.token_tile = token_group * shape::token_tiles;
+    u.k_begin = u.split * blocks / p.num_splits * 128;
+    u.k_end = (u.split + 1) * blocks / p.num_splits * 128;
+    return u;
+}
+
+/* --- producer: one warp --------------------------------------------------------------------------------------- */
+
+/* What a lane copies of a stage. Lanes 0..7 fetch the weights of a row tile, 8..15 its scales, 16.. pieces of x. */
+template <int bits, int tokens> struct qf_wg_copier {
+    typedef qf_wg_shape<bits, tokens> shape;
+    const uint8_t *source; /* at k = 0 */
+    uint32_t target;       /* offset in the stage */
+    uint32_t bytes;        /* 0: none */
+    uint32_t stage_bytes;  /* of all lanes, and of the other block of the cluster */
+
+    __device__ __forceinline__ void set(const qf_wg_params &p, const qf_wg_unit &u, int rank, int lane)
+    {
+        const int row_tiles = p.n / 16, tiles = (p.num_tokens + 7) / 8;
+        const int width = p.num_tokens > 4 ? 8 : p.num_tokens > 2 ? 4 : p.num_tokens; /* of a token tile */
+        const int scale_bytes = bits == 16 ? 0 : max(shape::stage_k / p.group_size, 1) * 64;
+        const int mine = max(0, min(QF_WG_ROW_TILES, row_tiles - u.row_tile));
+        const int there = min(shape::token_tiles, tiles - u.token_tile);
+        stage_bytes = mine * (shape::weight_bytes + scale_bytes) + shape::slices * there * width * 128;
+        bytes = 0;
+        source = nullptr;
+        target = 0;
+        if (lane < QF_WG_ROW_TILES) {
+            source = p.weights + (int64_t)(u.row_tile + lane) * p.k * (2 * bits);
+            target = shape::x_bytes + lane * shape::weight_bytes;
+            bytes = lane < mine ? shape::weight_bytes : 0;
+        } else if (lane < 2 * QF_WG_ROW_TILES) {
+            int row_tile = lane - QF_WG_ROW_TILES;
+            source = p.scales + (int64_t)(u.row_tile + row_tile) * (p.k / p.group_size) * 64;
+            target = shape::x_bytes + QF_WG_ROW_TILES * shape::weight_bytes + row_tile * shape::scale_bytes;
+            bytes = row_tile < mine ? scale_bytes : 0;
+        } else if (tokens == 8 && width < 8) {
+            /* Rows of 8 k are spread to whole core matrices. */
+            int core = lane - 2 * QF_WG_ROW_TILES;
+            source = p.x + core * width * 16;
+            target = core * 128;
+            bytes = core < 8 * shape::slices ? width * 16 : 0;
+        } else {
+            int slice = lane - 2 * QF_WG_ROW_TILES;
+            const int share = shape::token_tiles / shape::cluster;
+            int first = rank * share;
+            source = p.x + ((int64_t)slice * tiles + u.token_tile + first) * 1024;
+            target = slice * shape::slice_bytes + first * 1024;
+            bytes = slice < shape::slices ? max(0, min(share, there - first)) * 1024 : 0;
+        }
+    }
+
+    __device__ __forceinline__ void weights(const qf_wg_params &p, uint8_t *stage, uint64_t *full, int k, int lane)
+    {
+        if (bytes != 0 && lane < 2 * QF_WG_ROW_TILES) {
+            int64_t offset = lane < QF_WG_ROW_TILES ? (int64_t)k * (2 * bits) : (int64_t)(k / p.group_size) * 64;
+            qf_bulk_copy(stage + target, source + offset, bytes, full);
+        }
+    }
+
+    __device__ __forceinline__ void x(const qf_wg_params &p, uint8_t *stage, uint64_t *full, int k, int lane)
+    {
+        if (bytes != 0 && lane >= 2 * QF_WG_ROW_TILES) {
+            int64_t row_bytes = p.num_tokens > 4 ? (int64_t)((p.num_tokens + 7) / 8) * 16
+                                                 : (p.num_tokens > 2 ? 4 : p.num_tokens) * 2;
+            const uint8_t *from = source + k * row_bytes;
+            if (shape::cluster > 1) {
+                qf_bulk_copy_multicast(stage + target, from, bytes, full, (1 << shape::cluster) - 1);
+            } else {
+                qf_bulk_copy(stage + target, from, bytes, full);
+            }
+        }
+    }
+};
+
+template <int bits, int tokens>
+__device__ __forceinline__ void qf_wg_produce(const qf_wg_params &p, uint8_t *shared, uint64_t *full, uint64_t *empty,
+                                              int rank, int first_unit, int unit_step)
+{
+    typedef qf_wg_shape<bits, tokens> shape;
+    const int lane = threadIdx.x % 32;
+    int stage = 0;
+    uint32_t phase = 0;
+    bool waited = false;
+    for (int unit = first_unit; unit < p.units; unit += unit_step) {
+        const qf_wg_unit u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
+        qf_wg_copier<bits, tokens> copier;
+        copier.set(p, u, rank, lane);
+        int k = u.k_begin;
+        if (!waited) {
+            /* All stages are free: the weights of the first ones come before the wait for x. */
+            const int end = min(u.k_end, u.k_begin + shape::stages * shape::stage_k);
+            for (int i = 0; k + i * shape::stage_k < end; i++) {
+                if (lane == 0) {
+                    qf_mbarrier_arrive_expect(&full[i], copier.stage_bytes);
+                }
+                __syncwarp();
+                copier.weights(p, shared + i * shape::stage_bytes, &full[i], k + i * shape::stage_k, lane);
+            }
+            qf_grid_dependency_wait();
+            waited = true;
+            for (; k < end; k += shape::stage_k) {
+                copier.x(p, shared + stage * shape::stage_bytes, &full[stage], k, lane);
+                if (++stage == shape::stages) {
+                    stage = 0;
+                    phase ^= 1;
+                }
+            }
+        }
+        for (; k < u.k_end; k += shape::stage_k) {
+            qf_mbarrier_wait_bounded(&empty[stage], phase ^ 1);
+            if (lane == 0) {
+                qf_mbarrier_arrive_expect(&full[stage], copier.stage_bytes);
+            }
+            __syncwarp();
+            copier.weights(p, shared + stage * shape::stage_bytes, &full[stage], k, lane);
+            copier.x(p, shared + stage * shape::stage_bytes, &full[stage], k, lane);
+            if (++stage == shape::stages) {
+                stage = 0;
+                phase ^= 1;
+            }
+        }
+    }
+}
+
+/* --- consumers: two warpgroups -------------------------------------------------------------------------------- */
+
+/* The A registers of `steps` steps of 16 k, `k` into the stage. */
+template <int bits, int tokens, int steps>
+__device__ __forceinline__ void qf_wg_load(uint32_t (&a)[steps][4], const uint8_t *stage, int k, int group_size)
+{
+    typedef qf_wg_shape<bits, tokens> shape;
+    const int lane = threadIdx.x % 32, row_tile = threadIdx.x / 32;
+    const uint8_t *weights = stage + shape::x_bytes + row_tile * shape::weight_bytes;
+    if constexpr (bits == 16) {
+#pragma unroll
+        for (int s = 0; s < steps; s++) {
+            uint4 w = reinterpret_cast<const uint4 *>(weights + (k + 16 * s) * 32)[lane];
+            a[s][0] = w.x, a[s][1] = w.y, a[s][2] = w.z, a[s][3] = w.w;
+        }
+    } else {
+        /* 4 bits: 64 k are 32 lanes x 16 bytes; 8 bits: 32 k are. */
+        uint32_t word[steps * bits / 4];
+        if constexpr (bits == 4 && steps == 2) {
+            uint2 w = *reinterpret_cast<const uint2 *>(weights + k / 64 * 512 + lane * 16 + k % 64 / 4);
+            word[0] = w.x, word[1] = w.y;
+        } else {
+#pragma unroll
+            for (int i = 0; i < steps * bits / 16; i++) {
+                uint4 w = reinterpret_cast<const uint4 *>(weights + k * 2 * bits + i * 512)[lane];
+                word[4 * i] = w.x, word[4 * i + 1] = w.y, word[4 * i + 2] = w.z, word[4 * i + 3] = w.w;
+            }
+        }
+        const uint32_t *scales =
+            reinterpret_cast<const uint32_t *>(stage + shape::x_bytes + QF_WG_ROW_TILES * shape::weight_bytes +
+                                               row_tile * shape::scale_bytes) +
+            k / group_size * 16 + lane / 4;
+        qf_row_scales r = qf_unpack_scales<bits>(scales[0], scales[8]);
+        uint32_t scale[2] = {qf_pack_bf16(r.scale[0], r.scale[0]), qf_pack_bf16(r.scale[1], r.scale[1])};
+#pragma unroll
+        for (int s = 0; s < steps; s++) {
+            if (s == 2 && group_size == 32) {
+                r = qf_unpack_scales<bits>(scales[16], scales[24]);
+                scale[0] = qf_pack_bf16(r.scale[0], r.scale[0]);
+                scale[1] = qf_pack_bf16(r.scale[1], r.scale[1]);
+            }
+            if constexpr (bits == 4) {
+                qf_dequant_4(word[s], r, a[s]);
+            } else {
+                qf_dequant_8(word[2 * s], word[2 * s + 1], r, a[s]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                a[s][i] = qf_mul_bf16(a[s][i], scale[i & 1]);
+            }
+        }
+    }
+}
+
+/* d += a batch: starts its steps as one group, and waits for the group before it. */
+template <int tokens, int steps>
+__device__ __forceinline__ void qf_wg_multiply(float (&d)[tokens / 2], const uint32_t (&a)[steps][4], uint64_t x)
+{
+    qf_wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < steps; s++) {
+        qf_wgmma<tokens>::add(d, a[s], x + s * QF_WGMMA_STEP);
+    }
+    qf_wgmma_commit();
+    qf_wgmma_wait<1>();
+}
+
+/* Tells every block whose copies write this stage that this warp has read it. */
+template <int cluster> __device__ __forceinline__ void qf_wg_release(uint64_t *empty)
+{
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    if (cluster == 1) {
+        if (lane == 0) {
+            qf_mbarrier_arrive(empty);
+        }
+    } else if (lane < cluster) {
+        qf_mbarrier_arrive_remote(empty, lane);
+    }
+}
+
+/* d = the products of `blocks` blocks of 128 k, from the stages on from `stage`. While one batch is multiplied the next
+ * is unpacked into the other set of A registers. */
+template <int bits, int tokens>
+__device__ __forceinline__ void qf_wg_sum(float (&d)[tokens / 2], const uint8_t *shared, uint64_t *full,
+                                          uint64_t *empty, int &stage, uint32_t &phase, int blocks, int group_size)
+{
+    typedef qf_wg_shape<bits, tokens> shape;
+    constexpr int steps = shape::steps, batches = 8 / steps;
+    uint32_t a[2][steps][4];
+    int previous = 0; /* the stage of the batch before */
+#pragma unroll
+    for (int i = 0; i < tokens / 2; i++) {
+        d[i] = 0.0f;
+    }
+    if (blocks == 0) {
+        return;
+    }
+    qf_mbarrier_wait_bounded(&full[stage], phase);
+    qf_wg_load<bits, tokens, steps>(a[0], shared + stage * shape::stage_bytes, 0, group_size);
+    for (int block = 0; block < blocks; block++) {
+#pragma unroll
+        for (int i = 0; i < batches; i++) {
+            const int k = i * 16 * steps % shape::stage_k, next_k = (k + 16 * steps) % shape::stage_k;
+            qf_wg_multiply<tokens, steps>(
+                d, a[i & 1],
+                qf_wgmma_descriptor(qf_shared_address(shared) + stage * shape::stage_bytes +
+                                    k / 64 * shape::slice_bytes + k % 64 * 16));
+            if (k == 0 && (i > 0 || block > 0)) {
+                qf_wg_release<shape::cluster>(&empty[previous]);
+            }
+            previous = stage;
+            if (next_k == 0 && ++stage == shape::stages) {
+                stage = 0;
+                phase ^= 1;
+            }
+            if (i + 1 < batches || block + 1 < blocks) {
+                if (next_k == 0) {
+                    qf_mbarrier_wait_bounded(&full[stage], phase);
+                }
+                qf_wg_load<bits, tokens, steps>(a[(i + 1) & 1], shared + stage * shape::stage_bytes, next_k,
+                                                group_size);
+            }
+        }
+    }
+    qf_wgmma_wait<0>();
+    qf_wgmma_pin(d);
+    qf_wg_release<shape::cluster>(&empty[previous]);
+}
+
+/* --- epilogues ------------------------------------------------------------------------------------------------- */
+
+/* out[split][token][row] for 16 rows of this warp. */
+template <int tokens>
+__device__ __forceinline__ void qf_wg_store(const qf_wg_params &p, const qf_wg_unit &u, const float (&d)[tokens / 2])
+{
+    const int lane = threadIdx.x % 32, row_tile = u.row_tile + threadIdx.x / 32;
+    if (row_tile >= p.n / 16) {
+        return;
+    }
+    const int row = row_tile * 16 + lane / 4;
+    const int left = p.num_tokens - u.token_tile * 8 - 2 * (lane % 4); /* tokens from this lane's first on */
+    float bias[2] = {0.0f, 0.0f};
+    if (p.bias != nullptr && u.split == 0) {
+        bias[0] = p.bias[row];
+        bias[1] = p.bias[row + 8];
+    }
+    float *out = p.out + ((int64_t)u.split * p.num_tokens + u.token_tile * 8 + 2 * (lane % 4)) * p.n + row;
+#pragma unroll
+    for (int j = 0; j < tokens / 8; j++) {
+        if (8 * j < left) {
+            out[0] = fmaf(d[4 * j], p.scale_multiplier, bias[0]);
+            out[8] = fmaf(d[4 * j + 2], p.scale_multiplier, bias[1]);
+        }
+        if (8 * j + 1 < left) {
+            out[p.n] = fmaf(d[4 * j + 1], p.scale_multiplier, bias[0]);
+            out[p.n + 8] = fmaf(d[4 * j + 3], p.scale_multiplier, bias[1]);
+        }
+        out += 8 * (int64_t)p.n;
+    }
+}
+
+__device__ __forceinline__ float qf_wg_silu_mul(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+
+/* Rows g and g + 8 are gate and up of feature 8 row_tile + g; a core matrix of `act` is stored by one warp at once. */
+template <int tokens>
+__device__ __forceinline__ void qf_wg_silu_store(const qf_wg_params &p, const qf_wg_unit &u,
+                                                 const float (&d)[tokens / 2])
+{
+    const int lane = threadIdx.x % 32, row_tile = u.row_tile + threadIdx.x / 32;
+    const int row_tiles = p.n / 16;
+    if (row_tile >= (row_tiles + 15) / 16 * 16) {
+        return;
+    }
+    const bool real = row_tile < row_tiles; /* or padding up to act_k */
+    const int tiles = (p.num_tokens + 7) / 8;
+    const int width = p.num_tokens > 4 ? 8 : p.num_tokens > 2 ? 4 : p.num_tokens;
+    float bias[2] = {0.0f, 0.0f};
+    if (p.bias != nullptr && real) {
+        bias[0] = p.bias[row_tile * 16 + lane / 4];
+        bias[1] = p.bias[row_tile * 16 + lane / 4 + 8];
+    }
+    uint32_t *act = reinterpret_cast<uint32_t *>(p.act) +
+                    (((int64_t)(row_tile / 8) * tiles + u.token_tile) * 8 + row_tile % 8) * (width * 4) + lane;
+#pragma unroll
+    for (int j = 0; j < tokens / 8; j++) {
+        float low = qf_wg_silu_mul(fmaf(d[4 * j], p.scale_multiplier, bias[0]),
+                                   fmaf(d[4 * j + 2], p.scale_multiplier, bias[1]));
+        float high = qf_wg_silu_mul(fmaf(d[4 * j + 1], p.scale_multiplier, bias[0]),
+                                    fmaf(d[4 * j + 3], p.scale_multiplier, bias[1]));
+        uint32_t word = qf_movmatrix_trans(qf_pack_bf16(low, high));
+        if (u.token_tile + j < tiles && lane / 4 < width) {
+            act[j * 256] = real ? word : 0u;
+        }
+    }
+}
+
+#endif /* QF_SM90A */
+#endif
