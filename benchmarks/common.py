@@ -1,4 +1,4 @@
-"""What the CPU benchmarks share: the machine's own limits, engines, checks before timing, and dated results.
+"""What the benchmarks share (gpu_common.py: those of the GPU alone): the machine's own limits, engines, checks before timing, and dated results.
 
 Every figure stands beside a limit that the same process measured just before and just after it (probe.c), because
 virtual machines change speed from minute to minute.
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-CONFIG_0_5B = HERE / "configs" / "qwen2.5-0.5b.json"
+CONFIGS = HERE / "configs"
 
 
 class Probe:
@@ -108,7 +108,14 @@ def logits_hash(engine: Any, length: int = 48) -> str:
 
 def dummy_0_5b(directory: Path) -> Path:
     """A directory with the shape of Qwen2.5-0.5B and no weights, for load_format="dummy"."""
-    (directory / "config.json").write_text(CONFIG_0_5B.read_text())
+    return dummy(directory, "qwen2.5-0.5b")
+
+
+def dummy(directory: Path, shape: str, **changes: Any) -> Path:
+    """A directory with the shape of configs/<shape>.json, changed, and no weights, for load_format="dummy"."""
+    config = {**json.loads((CONFIGS / f"{shape}.json").read_text()), **changes}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
     return directory
 
 
@@ -146,14 +153,17 @@ def environment() -> dict[str, Any]:
     from qwen_fast import _engine
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False)
+        except OSError:
+            return ""
         return done.stdout.strip()
 
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", str(Path(sys.argv[0]).name), *sys.argv[1:]]),
         "commit": git("rev-parse", "--short", "HEAD") or "none",
-        "modified": bool(git("status", "--porcelain", "--", "../csrc", "../qwen_fast", ".")),
+        "modified": bool(git("status", "--porcelain", "--", "../csrc", "../kernels", "../qwen_fast", ".")),
         "cpu": cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),
@@ -200,11 +210,12 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"best": max(values), "median": statistics.median(values), "worst": min(values), "runs": len(values)}
 
 
-def save(what: str, rows: list[dict[str, Any]], wanted: bool) -> None:
+def save(what: str, rows: list[dict[str, Any]], wanted: bool, results: Path = HERE / "results", **more: Any) -> None:
+    """Writes <date>-<what>.json: the environment, with `more` laid over it, and the rows."""
     if not wanted:
         return
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     path = results / f"{time.strftime('%Y-%m-%d')}-{what}.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1, sort_keys=True) + "\n")
-    print(f"saved {path.relative_to(HERE.parent)}")
+    found = {"environment": {**environment(), **more}, "rows": rows}
+    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    print(f"saved {path}")

@@ -4,8 +4,8 @@
  *   untile:  rows[t][k] = x(k, t), k < width
  *   permute: out(k, t) = x(perm[k], t)
  *
- * Shapes and layouts: x, out: tiled (k, num_tokens) bf16 (qf_kernels.h); rows: (num_tokens, width) float32, any width up
- * to k; perm: (k), each in 0 .. k - 1.
+ * Shapes and layouts: x, out: tiled (k, num_tokens) bf16 (qf_kernels.h); rows: (num_tokens, width) float32, any width
+ * up to k; perm: (k), each in 0 .. k - 1.
  *
  * Roofline: memory. tile and untile move 4 width + 2 k bytes a token, once, for taps and tests: they need not be fast.
  * permute moves 4 k bytes a token, but gathers two bytes at a time: a 32-byte sector of x holds two tokens of 8 k, of
@@ -138,7 +138,8 @@ extern "C" qf_status qf_cuda_untile(const uint16_t *x, float *rows, int32_t widt
 {
     QF_TRY(check_shape("untile", x, rows, width, k, num_tokens, err));
     if (!is_aligned(x)) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "untile: x is at %p; expected a multiple of 16", (const void *)x);
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "untile: x is at %p; expected a multiple of 16",
+                       (const void *)x);
     }
     return qf_launch("untile", untile_kernel, grid_of(k, num_tokens), dim3(THREADS), 0, false, stream, err,
                      reinterpret_cast<const uint4 *>(x), rows, width, k, num_tokens);

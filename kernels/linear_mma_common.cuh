@@ -18,18 +18,26 @@ struct qf_linear_mma_params {
     int32_t row_tiles, blocks; /* n / 16, k / 128 */
     int32_t act_tiles;         /* SILU_MUL: core matrices of act along k, padding included; else row_tiles */
     int32_t num_tokens, num_tiles, tile_tokens;
-    int32_t num_splits;
+    int32_t share_begin[QF_CUDA_MAX_SPLITS + 1]; /* first k block of each share of k; the end */
     int32_t group_size;
-    int32_t row_groups;  /* stream kernel: runs of row tiles, one a CTA */
+    int32_t group_tiles, larger_groups; /* stream kernel: row tiles of a CTA; the first CTAs have one more */
     int32_t slot_offset; /* stream kernel: bytes of shared memory before the partial sums */
     int32_t token_warps; /* tile kernel: warps side by side along the tokens */
     float multiplier;
 };
 
-/* First k block of share `split`. */
-__host__ __device__ __forceinline__ int qf_share_begin(int split, int blocks, int num_splits)
+/* a / b for 0 <= a < 2^20, 0 < b: the rounding of the float quotient cannot reach the next integer. */
+__device__ __forceinline__ int qf_divide_small(int a, int b)
 {
-    return (int)((int64_t)split * blocks / num_splits);
+    return (int)__fdividef((float)a + 0.5f, (float)b);
+}
+
+/* ldmatrix by shared address. */
+__device__ __forceinline__ void qf_ldmatrix_x4_at(uint32_t (&r)[4], uint32_t row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row));
 }
 
 /* c = a b: the first product of a scale group, whose accumulator is not set to zero first. */

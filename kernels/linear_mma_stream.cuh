@@ -5,25 +5,31 @@
 #include "linear_mma_common.cuh"
 
 #define QF_STREAM_MAX_WARPS 24
-#define QF_STREAM_DEPTH 4         /* pieces in flight a warp */
 #define QF_STREAM_PIECE_BYTES 1024
 #define QF_STREAM_TOKEN_STRIDE 20 /* floats a token of 16 rows takes in a slot: a warp's writes meet no bank twice */
+
+/* Pieces in flight a warp, what 80 registers hold. */
+__host__ __device__ constexpr int qf_stream_depth(int bits, int groups) { return bits == 4 && groups > 1 ? 3 : 4; }
 
 struct qf_stream_piece {
     uint32_t words[8];  /* two 16-byte loads */
     uint32_t scales[2]; /* rows lane / 4 and lane / 4 + 8, of group lane % groups of the piece */
 };
 
-/* Where a warp stands in its run of pieces: `index` counts from the matrix's first piece. */
+/* Where a warp stands in its run of pieces. */
 struct qf_stream_cursor {
-    int32_t index, column; /* column: piece of the row tile's share of k */
+    const uint8_t *data;    /* of the matrix's first piece, at this lane's bytes */
+    const uint32_t *scales; /* of the matrix's first group, at this lane's rows */
+    int32_t index;          /* counts from the matrix's first piece */
+    int32_t column, columns; /* piece of the row tile's share of k, and how many it has */
+    int32_t jump;           /* from the end of that share to the next row tile's */
+    int32_t scale_shift;    /* 1 if two pieces share a scale group */
 };
 
 template <int bits, int groups>
-__device__ __forceinline__ void qf_stream_fetch(qf_stream_piece &piece, const qf_linear_mma_params &p,
-                                                qf_stream_cursor &at, int columns, int jump, int scale_shift, int lane)
+__device__ __forceinline__ void qf_stream_fetch(qf_stream_piece &piece, qf_stream_cursor &at)
 {
-    const uint8_t *data = p.data + (int64_t)at.index * QF_STREAM_PIECE_BYTES + lane * 16;
+    const uint8_t *data = at.data + (int64_t)at.index * QF_STREAM_PIECE_BYTES;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         uint4 v = qf_load_stream(data + 512 * i);
@@ -33,22 +39,21 @@ __device__ __forceinline__ void qf_stream_fetch(qf_stream_piece &piece, const qf
         piece.words[4 * i + 3] = v.w;
     }
     if constexpr (bits != 16) {
-        const uint32_t *scales =
-            p.scales + (((int64_t)(at.index >> scale_shift) * groups + lane % groups) * 16 + lane / 4);
+        const uint32_t *scales = at.scales + (int64_t)(bits == 8 ? at.index >> at.scale_shift : at.index) * (groups * 16);
         piece.scales[0] = qf_load_stream_32(scales);
         piece.scales[1] = qf_load_stream_32(scales + 8);
     }
     at.index++;
-    if (++at.column == columns) { /* over to the same columns of the next row tile */
+    if (++at.column == at.columns) { /* over to the same columns of the next row tile */
         at.column = 0;
-        at.index += jump;
+        at.index += at.jump;
     }
 }
 
-/* acc += piece * x. `x_offset`: this lane's row for ldmatrix, moved on by x_stride for every two k16 steps. */
+/* acc += piece * x. x_row: this lane's row for ldmatrix, a shared address moved on by x_stride for two k16 steps. */
 template <int bits, int groups>
-__device__ __forceinline__ void qf_stream_multiply(float (&acc)[4], const qf_stream_piece &piece, const uint8_t *shared,
-                                                   int &x_offset, int x_stride, int lane)
+__device__ __forceinline__ void qf_stream_multiply(float (&acc)[4], const qf_stream_piece &piece, uint32_t &x_row,
+                                                   uint32_t x_stride, int lane)
 {
     constexpr int steps = 32 / bits, group_steps = steps / groups;
     uint32_t b[4];
@@ -65,8 +70,8 @@ __device__ __forceinline__ void qf_stream_multiply(float (&acc)[4], const qf_str
             scales = qf_unpack_scales<bits == 16 ? 4 : bits>(low, high);
         }
         if (step % 2 == 0) {
-            qf_ldmatrix_x4(b, shared + x_offset);
-            x_offset += x_stride;
+            qf_ldmatrix_x4_at(b, x_row);
+            x_row += x_stride;
         }
         uint32_t a[4];
         qf_fragment<bits>(a, piece.words, step, scales);
@@ -83,6 +88,18 @@ __device__ __forceinline__ void qf_stream_multiply(float (&acc)[4], const qf_str
     }
 }
 
+/* How a CTA's units (row tiles times columns) are cut: warp w has `each` of them, the first `more` warps one more. */
+struct qf_stream_split {
+    int columns, each, more;
+};
+
+__device__ __forceinline__ int qf_stream_warp_of(const qf_stream_split &split, int unit)
+{
+    int border = split.more * (split.each + 1);
+    return unit < border ? qf_divide_small(unit, split.each + 1)
+                         : split.more + qf_divide_small(unit - border, split.each);
+}
+
 /* A warp's share of a row tile: (token, 16 rows) floats. */
 __device__ __forceinline__ void qf_stream_put(float *slot, float (&acc)[4], int num_tokens, int lane)
 {
@@ -96,12 +113,11 @@ __device__ __forceinline__ void qf_stream_put(float *slot, float (&acc)[4], int 
     }
 }
 
-/* Adds the shares of row tile r in the order of k. Warp w holds pieces [w units / warps, (w + 1) units / warps). */
-__device__ __forceinline__ float qf_stream_sum(const float *slots, int slot_stride, int r, int columns, int units,
-                                               int warps, int element)
+/* Adds the shares of row tile r in the order of k. */
+__device__ __forceinline__ float qf_stream_sum(const float *slots, int slot_stride, const qf_stream_split &split, int r,
+                                               int element)
 {
-    int first = ((r * columns + 1) * warps - 1) / units;
-    int last = ((r + 1) * columns * warps - 1) / units;
+    int first = qf_stream_warp_of(split, r * split.columns), last = qf_stream_warp_of(split, (r + 1) * split.columns - 1);
     float sum = 0.0f;
     for (int w = first; w <= last; w++) {
         sum += slots[(r + w) * slot_stride + element];
@@ -109,26 +125,25 @@ __device__ __forceinline__ float qf_stream_sum(const float *slots, int slot_stri
     return sum;
 }
 
-static __device__ void qf_stream_store(const qf_linear_mma_params &p, const float *slots, int first_tile, int tiles,
-                                       int columns, int warps)
+static __device__ __forceinline__ void qf_stream_store(const qf_linear_mma_params &p, const float *slots,
+                                                       const qf_stream_split &split, int first_tile, int tiles)
 {
-    int stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE, n = p.row_tiles * 16, split = blockIdx.y;
+    const int stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE, n = p.row_tiles * 16, share = blockIdx.y;
     for (int i = threadIdx.x; i < tiles * p.num_tokens * 16; i += blockDim.x) {
-        int row = i % 16, token = i / 16 / tiles, r = i / 16 % tiles;
-        float sum = qf_stream_sum(slots, stride, r, columns, tiles * columns, warps,
-                                  token * QF_STREAM_TOKEN_STRIDE + row);
+        int row = i % 16, token = qf_divide_small(i / 16, tiles), r = i / 16 - token * tiles;
+        float sum = qf_stream_sum(slots, stride, split, r, token * QF_STREAM_TOKEN_STRIDE + row);
         int out_row = (first_tile + r) * 16 + row;
-        p.out[((int64_t)split * p.num_tokens + token) * n + out_row] =
-            qf_finish(sum, p.multiplier, p.bias, out_row, split == 0);
+        p.out[((int64_t)share * p.num_tokens + token) * n + out_row] =
+            qf_finish(sum, p.multiplier, p.bias, out_row, share == 0);
     }
 }
 
-static __device__ void qf_stream_silu(const qf_linear_mma_params &p, const float *slots, int first_tile, int tiles,
-                                      int columns, int warps)
+static __device__ __forceinline__ void qf_stream_silu(const qf_linear_mma_params &p, const float *slots,
+                                                      const qf_stream_split &split, int first_tile, int tiles)
 {
-    int stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE;
+    const int stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE;
     for (int i = threadIdx.x; i < tiles * p.num_tokens * 4; i += blockDim.x) {
-        int pair = i % 4, token = i / 4 % p.num_tokens, r = i / 4 / p.num_tokens;
+        int pair = i % 4, r = qf_divide_small(i / 4, p.num_tokens), token = i / 4 - r * p.num_tokens;
         float value[2];
 #pragma unroll
         for (int j = 0; j < 2; j++) {
@@ -136,8 +151,7 @@ static __device__ void qf_stream_silu(const qf_linear_mma_params &p, const float
 #pragma unroll
             for (int up = 0; up < 2; up++) {
                 int row = 8 * up + 2 * pair + j;
-                float sum = qf_stream_sum(slots, stride, r, columns, tiles * columns, warps,
-                                          token * QF_STREAM_TOKEN_STRIDE + row);
+                float sum = qf_stream_sum(slots, stride, split, r, token * QF_STREAM_TOKEN_STRIDE + row);
                 half[up] = qf_finish(sum, p.multiplier, p.bias, (first_tile + r) * 16 + row, true);
             }
             value[j] = qf_silu_mul(half[0], half[1]);
@@ -152,33 +166,39 @@ static __device__ void qf_stream_silu(const qf_linear_mma_params &p, const float
     }
 }
 
-/* bits; groups: scale groups in a piece. Grid (row_groups, num_splits). */
+/* bits; groups: scale groups in a piece. Grid (row groups, shares of k). */
 template <int bits, int groups>
 static __global__ void __launch_bounds__(QF_STREAM_MAX_WARPS * 32, 1)
     qf_linear_stream_kernel(const __grid_constant__ qf_linear_mma_params p)
 {
     extern __shared__ __align__(128) uint8_t shared[];
-    constexpr int block_pieces = bits / 4;
+    constexpr int block_pieces = bits / 4, depth = qf_stream_depth(bits, groups);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int first_block = qf_share_begin(blockIdx.y, p.blocks, p.num_splits);
-    const int share_blocks = qf_share_begin(blockIdx.y + 1, p.blocks, p.num_splits) - first_block;
-    const int first_tile = qf_share_begin(blockIdx.x, p.row_tiles, p.row_groups);
-    const int tiles = qf_share_begin(blockIdx.x + 1, p.row_tiles, p.row_groups) - first_tile;
-    const int columns = share_blocks * block_pieces, units = tiles * columns;
-    const int warps = min((int)blockDim.x / 32, units);
-    const int begin = warp < warps ? warp * units / warps : units;
-    const int end = warp < warps ? (warp + 1) * units / warps : units;
-    const int jump = (p.blocks - share_blocks) * block_pieces;
-    const int scale_shift = bits == 8 && p.group_size == 128 ? 1 : 0;
-    int row = begin / columns, column = begin % columns; /* of the piece that is multiplied next */
-
     qf_grid_launch_dependents();
-    qf_stream_cursor at = {((first_tile + row) * p.blocks + first_block) * block_pieces + column, column};
-    qf_stream_piece ring[QF_STREAM_DEPTH];
+
+    const int first_block = p.share_begin[blockIdx.y], share_blocks = p.share_begin[blockIdx.y + 1] - first_block;
+    const int first_tile = blockIdx.x * p.group_tiles + min((int)blockIdx.x, p.larger_groups);
+    const int tiles = p.group_tiles + ((int)blockIdx.x < p.larger_groups);
+    const int columns = share_blocks * block_pieces, units = tiles * columns;
+    const int warps = min((int)blockDim.x / 32, units), each = qf_divide_small(units, warps);
+    const qf_stream_split split = {columns, each, units - each * warps};
+    const int begin = warp < warps ? warp * each + min(warp, split.more) : units;
+    const int end = warp < warps ? begin + each + (warp < split.more) : units;
+    int row = qf_divide_small(begin, columns), column = begin - row * columns; /* of the piece to multiply next */
+
+    qf_stream_cursor at;
+    at.data = p.data + lane * 16;
+    at.scales = p.scales + lane % groups * 16 + lane / 4;
+    at.index = ((first_tile + row) * p.blocks + first_block) * block_pieces + column;
+    at.column = column;
+    at.columns = columns;
+    at.jump = (p.blocks - share_blocks) * block_pieces;
+    at.scale_shift = bits == 8 && p.group_size == 128 ? 1 : 0;
+    qf_stream_piece ring[depth];
 #pragma unroll
-    for (int i = 0; i < QF_STREAM_DEPTH; i++) {
+    for (int i = 0; i < depth; i++) {
         if (begin + i < end) {
-            qf_stream_fetch<bits, groups>(ring[i], p, at, columns, jump, scale_shift, lane);
+            qf_stream_fetch<bits, groups>(ring[i], at);
         }
     }
     /* x in shared memory as it is in global memory. Lanes of ldmatrix whose token is beyond the tile point at zeros. */
@@ -187,9 +207,10 @@ static __global__ void __launch_bounds__(QF_STREAM_MAX_WARPS * 32, 1)
         *reinterpret_cast<uint4 *>(shared + x_bytes) = make_uint4(0, 0, 0, 0);
     }
     const bool real = lane % 8 < p.tile_tokens;
-    const int x_start = real ? lane / 8 * 16 * p.tile_tokens + lane % 8 * 16 : x_bytes;
-    const int x_stride = real ? 64 * p.tile_tokens : 0;
-    int x_offset = x_start + column * (16 / bits) * x_stride;
+    const uint32_t x_start =
+        qf_shared_address(shared) + (real ? lane / 8 * 16 * p.tile_tokens + lane % 8 * 16 : x_bytes);
+    const uint32_t x_stride = real ? 64 * p.tile_tokens : 0;
+    uint32_t x_row = x_start + column * (16 / bits) * x_stride;
     qf_grid_dependency_wait();
     const uint8_t *x = p.x + (int64_t)first_block * 256 * p.tile_tokens;
     for (int i = threadIdx.x * 16; i < x_bytes; i += blockDim.x * 16) {
@@ -202,31 +223,30 @@ static __global__ void __launch_bounds__(QF_STREAM_MAX_WARPS * 32, 1)
     float *slots = reinterpret_cast<float *>(shared + p.slot_offset);
     const int slot_stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE;
     float acc[4] = {0, 0, 0, 0};
-    for (int base = begin; base < end; base += QF_STREAM_DEPTH) {
+    for (int base = begin; base < end; base += depth) {
 #pragma unroll
-        for (int i = 0; i < QF_STREAM_DEPTH; i++) {
+        for (int i = 0; i < depth; i++) {
             int unit = base + i;
             if (unit >= end) {
                 break;
             }
-            qf_stream_piece piece = ring[i];
-            if (unit + QF_STREAM_DEPTH < end) {
-                qf_stream_fetch<bits, groups>(ring[i], p, at, columns, jump, scale_shift, lane);
+            qf_stream_multiply<bits, groups>(acc, ring[i], x_row, x_stride, lane);
+            if (unit + depth < end) {
+                qf_stream_fetch<bits, groups>(ring[i], at);
             }
-            qf_stream_multiply<bits, groups>(acc, piece, shared, x_offset, x_stride, lane);
             if (++column == columns || unit + 1 == end) {
                 qf_stream_put(slots + (row + warp) * slot_stride, acc, p.num_tokens, lane);
                 column = 0;
                 row++;
-                x_offset = x_start;
+                x_row = x_start;
             }
         }
     }
     __syncthreads();
     if (p.act == nullptr) {
-        qf_stream_store(p, slots, first_tile, tiles, columns, warps);
+        qf_stream_store(p, slots, split, first_tile, tiles);
     } else {
-        qf_stream_silu(p, slots, first_tile, tiles, columns, warps);
+        qf_stream_silu(p, slots, split, first_tile, tiles);
     }
 }
 

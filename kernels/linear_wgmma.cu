@@ -31,10 +31,15 @@
  * Measured: see PERF.md. */
 #include "linear_wgmma_tile.cuh"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define QF_WG_CLUSTER(size)
+#else
+#define QF_WG_CLUSTER(size) __cluster_dims__(size, 1, 1)
+#endif
+
 template <int bits, int tokens>
 static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, tokens>::blocks_per_sm))
-    __cluster_dims__(qf_wg_shape<bits, tokens>::cluster, 1, 1)
-    qf_linear_wgmma_kernel(const __grid_constant__ qf_wg_params p)
+    QF_WG_CLUSTER((qf_wg_shape<bits, tokens>::cluster)) qf_linear_wgmma_kernel(const __grid_constant__ qf_wg_params p)
 {
 #ifdef QF_SM90A
     typedef qf_wg_shape<bits, tokens> shape;
@@ -68,9 +73,11 @@ static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, token
         int stage = 0;
         uint32_t phase = 0;
         for (int unit = first_unit; unit < p.units; unit += unit_step) {
-            const qf_wg_unit u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
             float d[tokens / 2];
-            qf_wg_sum<bits, tokens>(d, shared, full, empty, stage, phase, (u.k_end - u.k_begin) / 128, p.group_size);
+            qf_wg_unit u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
+            qf_wg_sum<bits, tokens>(d, shared, full, empty, stage, phase, (u.k_end - u.k_begin) / 128, p.group_shift);
+            asm volatile("" : "+r"(unit)); /* the unit is worked out again rather than kept in registers */
+            u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
             if (p.silu_mul) {
                 qf_wg_silu_store<tokens>(p, u, d);
             } else {
@@ -221,6 +228,10 @@ static qf_status qf_wg_check(const qf_cuda_linear_args *args, const qf_cuda_devi
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_wgmma: num_tokens = %d; need at least 1",
                        args->num_tokens);
     }
+    if ((uint64_t)qf_cuda_num_tiles(args->num_tokens) * w->k > UINT32_MAX / 16) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_wgmma: x of %d tokens and k = %d exceeds 4 GB",
+                       args->num_tokens, w->k);
+    }
     if (args->num_splits < 1 || args->num_splits > QF_CUDA_MAX_SPLITS) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_wgmma: num_splits = %d; need 1 to %d", args->num_splits,
                        QF_CUDA_MAX_SPLITS);
@@ -236,13 +247,9 @@ static qf_status qf_wg_check(const qf_cuda_linear_args *args, const qf_cuda_devi
     return QF_OK;
 }
 
-extern "C" qf_status qf_cuda_linear_wgmma(const qf_cuda_linear_args *args, const qf_cuda_device *device,
-                                          cudaStream_t stream, qf_error *err)
+static qf_status qf_wg_start(const qf_cuda_linear_args *args, const qf_cuda_device *device, int width,
+                             cudaStream_t stream, qf_error *err)
 {
-    qf_status status = qf_wg_check(args, device, err);
-    if (status != QF_OK) {
-        return status;
-    }
     const qf_cuda_weight *w = &args->weight;
     qf_wg_params p = {};
     p.weights = (const uint8_t *)w->data;
@@ -254,10 +261,21 @@ extern "C" qf_status qf_cuda_linear_wgmma(const qf_cuda_linear_args *args, const
     p.scale_multiplier = w->bits == 16 ? 1.0f : w->scale_multiplier;
     p.n = w->n;
     p.k = w->k;
-    p.group_size = w->bits == 16 ? 128 : w->group_size;
+    p.group_shift = w->bits == 16 || w->group_size == 128 ? 7 : w->group_size == 64 ? 6 : 5;
     p.num_tokens = args->num_tokens;
     p.num_splits = args->num_splits;
     p.silu_mul = args->epilogue == QF_CUDA_SILU_MUL;
-    int width = qf_wg_width(device, w->n, w->k, w->bits, args->num_tokens, args->num_splits, NULL);
     return qf_wg_launchers[w->bits == 4 ? 0 : w->bits == 8 ? 1 : 2][width](&p, device, stream, err);
+}
+
+extern "C" qf_status qf_cuda_linear_wgmma(const qf_cuda_linear_args *args, const qf_cuda_device *device,
+                                          cudaStream_t stream, qf_error *err)
+{
+    qf_status status = qf_wg_check(args, device, err);
+    if (status != QF_OK) {
+        return status;
+    }
+    const qf_cuda_weight *w = &args->weight;
+    int width = qf_wg_width(device, w->n, w->k, w->bits, args->num_tokens, args->num_splits, NULL);
+    return qf_wg_start(args, device, width, stream, err);
 }

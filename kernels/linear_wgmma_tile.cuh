@@ -14,15 +14,15 @@ template <int bits, int tokens> struct qf_wg_shape {
     static constexpr int token_tiles = tokens / 8;
     /* Blocks that share one tile of x, each fetching a part for all. */
     static constexpr int cluster = tokens >= 32 ? 2 : 1;
-    static constexpr int blocks_per_sm = tokens <= 32 ? 3 : tokens <= 128 ? 2 : 1;
+    static constexpr int blocks_per_sm = tokens <= 32 ? 3 : tokens <= 64 ? 2 : 1;
     /* k of a stage: a block of the weights, or half a one where x would leave too few stages. */
     static constexpr int stage_k = tokens <= 64 && bits < 16 ? 128 : 64;
     static constexpr int slices = stage_k / 64;
     /* Steps of 16 k in a batch: the A registers of two batches must fit beside the results. */
-    static constexpr int steps = tokens == 128 || tokens == 32 ? 2 : 4;
+    static constexpr int steps = tokens <= 32 || (tokens == 64 && bits == 8) ? 2 : 4;
     /* Registers of a thread, as setmaxnreg shares them out: 2 consumers + producer = 3 x those at the launch. */
-    static constexpr int consumer_registers = blocks_per_sm == 1 ? 240 : blocks_per_sm == 2 ? 104 : 72;
-    static constexpr int producer_registers = blocks_per_sm == 2 ? 32 : 24;
+    static constexpr int consumer_registers = blocks_per_sm == 1 ? 224 : blocks_per_sm == 2 ? 96 : 64;
+    static constexpr int producer_registers = blocks_per_sm <= 2 ? 48 : 40;
     static constexpr int slice_bytes = token_tiles * 1024;
     static constexpr int x_bytes = slices * slice_bytes;
     static constexpr int weight_bytes = stage_k * 2 * bits;           /* of a row tile */
@@ -41,7 +41,7 @@ typedef struct qf_wg_params {
     float *out;
     uint16_t *act;
     float scale_multiplier;
-    int32_t n, k, group_size;
+    int32_t n, k, group_shift; /* groups of 2^group_shift */
     int32_t num_tokens, num_splits;
     int32_t silu_mul;
     int32_t row_groups;   /* of cluster x 8 row tiles */
@@ -90,34 +90,37 @@ template <int bits, int tokens> struct qf_wg_copier {
     const uint8_t *source; /* at k = 0 */
     uint32_t target;       /* offset in the stage */
     uint32_t bytes;        /* 0: none */
+    uint32_t shift, per_unit; /* bytes of source for 2^shift k */
     uint32_t stage_bytes;  /* of all lanes, and of the other block of the cluster */
 
     __device__ __forceinline__ void set(const qf_wg_params &p, const qf_wg_unit &u, int rank, int lane)
     {
         const int row_tiles = p.n / 16, tiles = (p.num_tokens + 7) / 8;
         const int width = p.num_tokens > 4 ? 8 : p.num_tokens > 2 ? 4 : p.num_tokens; /* of a token tile */
-        const int scale_bytes = bits == 16 ? 0 : max(shape::stage_k / p.group_size, 1) * 64;
+        const int scale_bytes = bits == 16 ? 0 : max(shape::stage_k >> p.group_shift, 1) * 64;
         const int mine = max(0, min(QF_WG_ROW_TILES, row_tiles - u.row_tile));
         const int there = min(shape::token_tiles, tiles - u.token_tile);
         stage_bytes = mine * (shape::weight_bytes + scale_bytes) + shape::slices * there * width * 128;
-        bytes = 0;
-        source = nullptr;
-        target = 0;
+        shift = 0;
         if (lane < QF_WG_ROW_TILES) {
             source = p.weights + (int64_t)(u.row_tile + lane) * p.k * (2 * bits);
             target = shape::x_bytes + lane * shape::weight_bytes;
             bytes = lane < mine ? shape::weight_bytes : 0;
+            per_unit = 2 * bits;
         } else if (lane < 2 * QF_WG_ROW_TILES) {
             int row_tile = lane - QF_WG_ROW_TILES;
-            source = p.scales + (int64_t)(u.row_tile + row_tile) * (p.k / p.group_size) * 64;
+            source = p.scales + (int64_t)(u.row_tile + row_tile) * (p.k >> p.group_shift) * 64;
             target = shape::x_bytes + QF_WG_ROW_TILES * shape::weight_bytes + row_tile * shape::scale_bytes;
             bytes = row_tile < mine ? scale_bytes : 0;
+            shift = p.group_shift;
+            per_unit = 64;
         } else if (tokens == 8 && width < 8) {
             /* Rows of 8 k are spread to whole core matrices. */
             int core = lane - 2 * QF_WG_ROW_TILES;
             source = p.x + core * width * 16;
             target = core * 128;
             bytes = core < 8 * shape::slices ? width * 16 : 0;
+            per_unit = width * 2;
         } else {
             int slice = lane - 2 * QF_WG_ROW_TILES;
             const int share = shape::token_tiles / shape::cluster;
@@ -125,28 +128,20 @@ template <int bits, int tokens> struct qf_wg_copier {
             source = p.x + ((int64_t)slice * tiles + u.token_tile + first) * 1024;
             target = slice * shape::slice_bytes + first * 1024;
             bytes = slice < shape::slices ? max(0, min(share, there - first)) * 1024 : 0;
+            per_unit = tiles * 16;
         }
     }
 
-    __device__ __forceinline__ void weights(const qf_wg_params &p, uint8_t *stage, uint64_t *full, int k, int lane)
+    __device__ __forceinline__ void copy(uint8_t *stage, uint64_t *full, int k, bool activations)
     {
-        if (bytes != 0 && lane < 2 * QF_WG_ROW_TILES) {
-            int64_t offset = lane < QF_WG_ROW_TILES ? (int64_t)k * (2 * bits) : (int64_t)(k / p.group_size) * 64;
-            qf_bulk_copy(stage + target, source + offset, bytes, full);
+        const uint8_t *from = source + ((uint32_t)k >> shift) * per_unit; /* below 2^32, as the launcher checks */
+        if (bytes == 0) {
+            return;
         }
-    }
-
-    __device__ __forceinline__ void x(const qf_wg_params &p, uint8_t *stage, uint64_t *full, int k, int lane)
-    {
-        if (bytes != 0 && lane >= 2 * QF_WG_ROW_TILES) {
-            int64_t row_bytes = p.num_tokens > 4 ? (int64_t)((p.num_tokens + 7) / 8) * 16
-                                                 : (p.num_tokens > 2 ? 4 : p.num_tokens) * 2;
-            const uint8_t *from = source + k * row_bytes;
-            if (shape::cluster > 1) {
-                qf_bulk_copy_multicast(stage + target, from, bytes, full, (1 << shape::cluster) - 1);
-            } else {
-                qf_bulk_copy(stage + target, from, bytes, full);
-            }
+        if (activations && shape::cluster > 1) {
+            qf_bulk_copy_multicast(stage + target, from, bytes, full, (1 << shape::cluster) - 1);
+        } else {
+            qf_bulk_copy(stage + target, from, bytes, full);
         }
     }
 };
@@ -157,6 +152,7 @@ __device__ __forceinline__ void qf_wg_produce(const qf_wg_params &p, uint8_t *sh
 {
     typedef qf_wg_shape<bits, tokens> shape;
     const int lane = threadIdx.x % 32;
+    const bool activations = lane >= 2 * QF_WG_ROW_TILES;
     int stage = 0;
     uint32_t phase = 0;
     bool waited = false;
@@ -168,31 +164,37 @@ __device__ __forceinline__ void qf_wg_produce(const qf_wg_params &p, uint8_t *sh
         if (!waited) {
             /* All stages are free: the weights of the first ones come before the wait for x. */
             const int end = min(u.k_end, u.k_begin + shape::stages * shape::stage_k);
+#pragma unroll 1
             for (int i = 0; k + i * shape::stage_k < end; i++) {
                 if (lane == 0) {
                     qf_mbarrier_arrive_expect(&full[i], copier.stage_bytes);
                 }
                 __syncwarp();
-                copier.weights(p, shared + i * shape::stage_bytes, &full[i], k + i * shape::stage_k, lane);
+                if (!activations) {
+                    copier.copy(shared + i * shape::stage_bytes, &full[i], k + i * shape::stage_k, false);
+                }
             }
             qf_grid_dependency_wait();
             waited = true;
+#pragma unroll 1
             for (; k < end; k += shape::stage_k) {
-                copier.x(p, shared + stage * shape::stage_bytes, &full[stage], k, lane);
+                if (activations) {
+                    copier.copy(shared + stage * shape::stage_bytes, &full[stage], k, true);
+                }
                 if (++stage == shape::stages) {
                     stage = 0;
                     phase ^= 1;
                 }
             }
         }
+#pragma unroll 1
         for (; k < u.k_end; k += shape::stage_k) {
             qf_mbarrier_wait_bounded(&empty[stage], phase ^ 1);
             if (lane == 0) {
                 qf_mbarrier_arrive_expect(&full[stage], copier.stage_bytes);
             }
             __syncwarp();
-            copier.weights(p, shared + stage * shape::stage_bytes, &full[stage], k, lane);
-            copier.x(p, shared + stage * shape::stage_bytes, &full[stage], k, lane);
+            copier.copy(shared + stage * shape::stage_bytes, &full[stage], k, activations);
             if (++stage == shape::stages) {
                 stage = 0;
                 phase ^= 1;
@@ -205,7 +207,7 @@ __device__ __forceinline__ void qf_wg_produce(const qf_wg_params &p, uint8_t *sh
 
 /* The A registers of `steps` steps of 16 k, `k` into the stage. */
 template <int bits, int tokens, int steps>
-__device__ __forceinline__ void qf_wg_load(uint32_t (&a)[steps][4], const uint8_t *stage, int k, int group_size)
+__device__ __forceinline__ void qf_wg_load(uint32_t (&a)[steps][4], const uint8_t *stage, int k, int group_shift)
 {
     typedef qf_wg_shape<bits, tokens> shape;
     const int lane = threadIdx.x % 32, row_tile = threadIdx.x / 32;
@@ -232,12 +234,12 @@ __device__ __forceinline__ void qf_wg_load(uint32_t (&a)[steps][4], const uint8_
         const uint32_t *scales =
             reinterpret_cast<const uint32_t *>(stage + shape::x_bytes + QF_WG_ROW_TILES * shape::weight_bytes +
                                                row_tile * shape::scale_bytes) +
-            k / group_size * 16 + lane / 4;
+            (k >> group_shift) * 16 + lane / 4;
         qf_row_scales r = qf_unpack_scales<bits>(scales[0], scales[8]);
         uint32_t scale[2] = {qf_pack_bf16(r.scale[0], r.scale[0]), qf_pack_bf16(r.scale[1], r.scale[1])};
 #pragma unroll
         for (int s = 0; s < steps; s++) {
-            if (s == 2 && group_size == 32) {
+            if (s == 2 && group_shift == 5) {
                 r = qf_unpack_scales<bits>(scales[16], scales[24]);
                 scale[0] = qf_pack_bf16(r.scale[0], r.scale[0]);
                 scale[1] = qf_pack_bf16(r.scale[1], r.scale[1]);
@@ -257,12 +259,12 @@ __device__ __forceinline__ void qf_wg_load(uint32_t (&a)[steps][4], const uint8_
 
 /* d += a batch: starts its steps as one group, and waits for the group before it. */
 template <int tokens, int steps>
-__device__ __forceinline__ void qf_wg_multiply(float (&d)[tokens / 2], const uint32_t (&a)[steps][4], uint64_t x)
+__device__ __forceinline__ void qf_wg_multiply(float (&d)[tokens / 2], const uint32_t (&a)[steps][4], uint32_t x)
 {
     qf_wgmma_fence();
 #pragma unroll
     for (int s = 0; s < steps; s++) {
-        qf_wgmma<tokens>::add(d, a[s], x + s * QF_WGMMA_STEP);
+        qf_wgmma<tokens>::add(d, a[s], qf_wgmma_descriptor(x, s));
     }
     qf_wgmma_commit();
     qf_wgmma_wait<1>();
@@ -286,12 +288,13 @@ template <int cluster> __device__ __forceinline__ void qf_wg_release(uint64_t *e
  * is unpacked into the other set of A registers. */
 template <int bits, int tokens>
 __device__ __forceinline__ void qf_wg_sum(float (&d)[tokens / 2], const uint8_t *shared, uint64_t *full,
-                                          uint64_t *empty, int &stage, uint32_t &phase, int blocks, int group_size)
+                                          uint64_t *empty, int &stage, uint32_t &phase, int blocks, int group_shift)
 {
     typedef qf_wg_shape<bits, tokens> shape;
     constexpr int steps = shape::steps, batches = 8 / steps;
     uint32_t a[2][steps][4];
     int previous = 0; /* the stage of the batch before */
+    const uint32_t x = qf_shared_address(shared);
 #pragma unroll
     for (int i = 0; i < tokens / 2; i++) {
         d[i] = 0.0f;
@@ -300,15 +303,13 @@ __device__ __forceinline__ void qf_wg_sum(float (&d)[tokens / 2], const uint8_t 
         return;
     }
     qf_mbarrier_wait_bounded(&full[stage], phase);
-    qf_wg_load<bits, tokens, steps>(a[0], shared + stage * shape::stage_bytes, 0, group_size);
+    qf_wg_load<bits, tokens, steps>(a[0], shared + stage * shape::stage_bytes, 0, group_shift);
     for (int block = 0; block < blocks; block++) {
 #pragma unroll
         for (int i = 0; i < batches; i++) {
             const int k = i * 16 * steps % shape::stage_k, next_k = (k + 16 * steps) % shape::stage_k;
-            qf_wg_multiply<tokens, steps>(
-                d, a[i & 1],
-                qf_wgmma_descriptor(qf_shared_address(shared) + stage * shape::stage_bytes +
-                                    k / 64 * shape::slice_bytes + k % 64 * 16));
+            qf_wg_multiply<tokens, steps>(d, a[i & 1],
+                                          x + stage * shape::stage_bytes + k / 64 * shape::slice_bytes + k % 64 * 16);
             if (k == 0 && (i > 0 || block > 0)) {
                 qf_wg_release<shape::cluster>(&empty[previous]);
             }
@@ -322,7 +323,7 @@ __device__ __forceinline__ void qf_wg_sum(float (&d)[tokens / 2], const uint8_t 
                     qf_mbarrier_wait_bounded(&full[stage], phase);
                 }
                 qf_wg_load<bits, tokens, steps>(a[(i + 1) & 1], shared + stage * shape::stage_bytes, next_k,
-                                                group_size);
+                                                group_shift);
             }
         }
     }

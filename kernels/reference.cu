@@ -7,22 +7,24 @@
  *
  * Shapes and layouts: all row by row, in float32; the cache is (num_blocks, num_kv_heads, block_size, head_dim).
  *
- * They are written to be plainly right. An output belongs to one thread (linear, silu_mul) or one warp, which sums in an
- * order that depends on nothing but the output's own position: not on the batch, not on a chunk. Where a product and a
- * sum are one operation it says fmaf, so that the compiler has no choice to make. linear adds in the order of the CPU
+ * They are written to be plainly right. An output belongs to one thread (linear, silu_mul) or one warp, which sums in
+ * an order that depends on nothing but the output's own position: not on the batch, not on a chunk. Where a product and
+ * a sum are one operation it says fmaf, so that the compiler has no choice to make. linear adds in the order of the CPU
  * backend's scalar kernel, and gives its bits.
  *
- * Roofline: none is aimed at. linear is bound by shared memory, at some TFLOP/s; attention by latency, at about 4 us
- * per 1,000 positions of a row (rows and heads side by side).
+ * Roofline: none is aimed at: linear is bound by shared memory, attention by the latency of one position after the
+ * other. A model of hidden size 384 takes milliseconds a step, which is what they are for.
  *
- * Plan: linear: a CTA of 256 threads makes 64 x 64 outputs, a thread 4 x 4 of them, from tiles of 32 k in shared memory:
+ * Plan: linear: a CTA of 256 threads makes 64 x 64 outputs, a thread 4 x 4 of them, from tiles of 32 k in shared
+ * memory:
  *
  *            w rows tx, tx + 16, tx + 32, tx + 48
  *     x rows ty, ty + 16, ... : the thread (tx, ty) of 16 x 16
  *
- * rmsnorm: a warp a row, lane i taking elements i, i + 32, ... attention: a warp a (row, head); positions go in groups of
- * 32 that begin at multiples of 32: scores one after the other (a lane has every 32nd component, the warp adds them up),
- * lane j keeping the j-th; their maximum; the running sums are scaled to it; then the group's values one by one.
+ * rmsnorm: a warp a row, lane i taking elements i, i + 32, ...
+ * attention: a warp a (row, head); positions go in groups of 32 that begin at multiples of 32: scores one after the
+ * other (a lane has every 32nd component, the warp adds them up), lane j keeping the j-th; their maximum; the running
+ * sums are scaled to it; then the group's values one by one.
  *
  * Measured: see PERF.md. */
 #include "common/launch.cuh"

@@ -5,7 +5,8 @@
  *   out(., r) = bf16(h / sqrt(mean(h^2) + eps) * weight), 0 from hidden_size to k_padded
  *
  * Shapes and layouts: residual (num_tokens, hidden_size), delta (num_splits, num_tokens, delta_stride), weight
- * (hidden_size): float32; out: tiled (k_padded, num_rows) bf16; rows: (num_rows) or NULL. hidden_size is a multiple of 4.
+ * (hidden_size): float32; out: tiled (k_padded, num_rows) bf16; rows: (num_rows) or NULL. hidden_size is a multiple of
+ * 4, at most 8,192.
  *
  * Roofline: memory, or rather latency. A row is 4 (2 + num_splits) hidden_size + 2 k_padded bytes: 2,048 rows of 3,584
  * with one split are 103 MB, 23 us at 4.4 TB/s; one row is 50 KB, and takes what a launch, one trip to L2, a reduction
@@ -17,13 +18,13 @@
  *     | thread 0 | thread 1 | ... | thread T - 1 | thread 0 | thread 1 | ...   one float4 each
  *
  * Weights are fetched before the dependency wait. After it come the loads of the residual and of 8 / vectors splits,
- * all before the first addition. (Where there are more rows than multiprocessors: weights after the deltas, and one split
- * at a time, for three CTAs to a multiprocessor instead of one.) The sum of squares: each thread over its own elements
- * in order; a butterfly in the warp; the sums of 16 warps (0 for those that are not there) in one tree, which every thread
- * takes for itself, so that there is one barrier.
- * The order depends on hidden_size alone.
- * A lane stores 4 bf16 (8 bytes): two lanes fill a chunk, which is all that is contiguous of a row in tiles of 8 tokens;
- * the neighbouring rows' CTAs fill the rest of the lines in L2.
+ * all before the first addition. (Where there are more rows than multiprocessors: weights after the deltas, and one
+ * split at a time, for three CTAs to a multiprocessor instead of one.)
+ * The sum of squares: each thread over its own elements in order; a butterfly in the warp; the sums of 16 warps (0 for
+ * those that are not there) in one tree, which every thread takes for itself, so that there is one barrier. The order
+ * depends on hidden_size alone.
+ * A lane stores 4 bf16 (8 bytes): two lanes fill a chunk, which is all that is contiguous of a row in tiles of 8
+ * tokens; the neighbouring rows' CTAs fill the rest of the lines in L2.
  *
  * Measured: see PERF.md. */
 #include "common/launch.cuh"
@@ -34,7 +35,7 @@
 #define MAX_WARPS (MAX_THREADS / 32)
 #define MAX_VECTORS 4 /* float4s of a thread */
 
-/* Volatile, and not by the read-only path, so that neither compiler nor assembler moves it behind the dependency wait. */
+/* Volatile, and not by the read-only path: so neither compiler nor assembler moves it behind the dependency wait. */
 static __device__ __forceinline__ float4 load_now(const float4 *p)
 {
     float4 v;

@@ -12,6 +12,7 @@
 #define QF_SAMPLE_BLOCK 128     /* logits with one maximum in common: a warp's 16-byte loads */
 #define QF_SAMPLE_GROUP 512     /* logits that a warp has in flight: four blocks, one mass */
 #define QF_SAMPLE_CHUNK_WARPS 4 /* of the kernels that cut rows into chunks */
+#define QF_SAMPLE_CHUNK_THREADS (32 * QF_SAMPLE_CHUNK_WARPS)
 #define QF_SAMPLE_BINS 2048     /* of a histogram */
 #define QF_SAMPLE_LIST 2048     /* candidates that are sorted in shared memory */
 #define QF_SAMPLE_MAX_LISTED 1024 /* a larger top_k is found through histograms */
@@ -38,6 +39,11 @@ static __device__ __forceinline__ float qf_sample_logit(uint32_t key)
 static __device__ __forceinline__ uint64_t qf_sample_place(uint32_t key, int32_t id)
 {
     return (uint64_t)~key << 32 | (uint32_t)id;
+}
+
+static __device__ __forceinline__ float qf_sample_place_logit(uint64_t place)
+{
+    return qf_sample_logit(~(uint32_t)(place >> 32));
 }
 
 /* --- weights -------------------------------------------------------------------------------------------------- */
@@ -105,7 +111,7 @@ static __device__ __forceinline__ void qf_sample_add_shared(uint64_t *word, uint
 /* --- random words --------------------------------------------------------------------------------------------- */
 
 /* The first 53 bits of Philox4x32-10, the lowest set: u is this times 2^-53. */
-static __device__ uint64_t qf_sample_uniform(const qf_cuda_sample_row *r)
+static __device__ __forceinline__ uint64_t qf_sample_uniform(const qf_cuda_sample_row *r)
 {
     uint32_t x0 = r->position, x1 = r->sample_index, x2 = 0, x3 = 0, k0 = r->seed_low, k1 = r->seed_high;
     for (int round = 0; round < 10; round++) {
@@ -203,7 +209,8 @@ static __device__ __forceinline__ qf_sample_view qf_sample_raw_view(const qf_sam
     return view;
 }
 
-static __device__ __forceinline__ qf_sample_view qf_sample_draw_view(const qf_sample_work *work, int32_t row, bool edits)
+static __device__ __forceinline__ qf_sample_view qf_sample_draw_view(const qf_sample_work *work, int32_t row,
+                                                                      bool edits)
 {
     qf_sample_view view = qf_sample_raw_view(work, row);
     view.block_max = work->block_max + (int64_t)row * work->num_blocks;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -45,10 +46,43 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathl
     return write
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shared",
+        type=pathlib.Path,
+        default=ROOT.parent / "shared",
+        help="the folder of checkpoints and reference data (default: shared, beside the repository)",
+    )
+    parser.addoption("--kernel-programs", help="a folder of kernel tests built before: see tests/kernels/run.py")
+
+
+@functools.cache
+def missing_gpu() -> str:
+    """Why no test can run on a GPU here; empty if one can."""
+    from qwen_fast import _engine
+
+    if not _engine.build_info()["cuda"]:
+        return "qwen_fast is built without CUDA"
+    reasons = [f"{gpu['name']}: {gpu['reason']}" for gpu in _engine.device_info() if not gpu["usable"]]
+    return "" if len(reasons) < len(_engine.device_info()) else "; ".join(reasons) or "no GPU is here"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and missing_gpu():
+        pytest.skip(missing_gpu())
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """A test with it runs on the CPU, and under `-m gpu` on a GPU."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def shared_dir() -> pathlib.Path:
-    """The folder `shared` beside the repository: checkpoints and reference data too large for it."""
-    path = ROOT.parent / "shared"
+def shared_dir(pytestconfig: pytest.Config) -> pathlib.Path:
+    """The folder `shared` beside the repository, or --shared: checkpoints and reference data too large for it."""
+    path = pytestconfig.getoption("--shared").absolute()
     if not path.is_dir():
         pytest.skip(f"{path} is not there")
     return path
@@ -66,7 +100,7 @@ def demo_dir() -> pathlib.Path:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """In CI, where the shared folder is mounted, a skipped test would be one that nobody runs: it fails."""
     report = yield
-    strict = os.environ.get("CI") == "true" and (ROOT.parent / "shared").is_dir()
+    strict = os.environ.get("CI") == "true" and item.config.getoption("--shared").is_dir()
     if strict and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         report.outcome = "failed"

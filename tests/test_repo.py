@@ -49,7 +49,9 @@ MAY_INCLUDE = {
 KERNEL_INTERFACES = {"qf_kernels.h", "qf_repack.h"}
 # Headers of a folder that only one file may include: the engine's device choice alone knows a backend by name.
 ONLY_FROM = {"backend/cpu/cpu.h": "csrc/engine/devices.c", "backend/cuda/cuda.h": "csrc/engine/devices.c"}
-CUDA_HEADERS = re.compile(r"^(cuda\w*|cublas\w*|nccl\w*|nvml|nvToolsExt|nvrtc|cooperative_groups\S*|mma)\.h$|^(cuda|cub)/")
+CUDA_HEADERS = re.compile(
+    r"^(cuda\w*|cublas\w*|nccl\w*|nvml|nvToolsExt|nvrtc|cooperative_groups\S*|mma)\.h$|^(cuda|cub)/"
+)
 
 WARNINGS = "-Wall -Wextra -Wconversion -Wshadow -Wvla".split()
 DIALECT = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
@@ -62,7 +64,9 @@ SIDE_EFFECTS = (
 ALLOCATIONS = r"\b(malloc|calloc|realloc|reallocarray|free|strdup|strndup|aligned_alloc|posix_memalign|alloca)\s*\("
 # What a kernel's file may not have besides: state on the device or the host, and memory of its own.
 KERNEL_STATE = r"\b(?:static|__device__|__constant__|__managed__)\b(?:(?!\bconst\b|\bconstexpr\b)[^;{}()=])*[;=\[]"
-KERNEL_ALLOCATIONS = r"\bcuda(Malloc|Free|HostAlloc|HostRegister|MemPool)\w*\s*\(|\bnew\s+\w|\bstd::|\bthrow\b|\btry\s*\{"
+KERNEL_ALLOCATIONS = (
+    r"\bcuda(Malloc|Free|HostAlloc|HostRegister|MemPool)\w*\s*\(|\bnew\s+\w|\bstd::|\bthrow\b|\btry\s*\{"
+)
 
 MAX_LINES = {"csrc": 450, "forward.c": 600, "kernels": 450, "qwen_fast": 600}
 
@@ -307,7 +311,7 @@ def test_these_checks_see_what_they_look_for(tmp_path, compiled):
         "#include <stdlib.h>\n"
         "/* malloc(1) in a comment */\n"
         'const char *text(void) { return "getenv(x)"; }\n'
-        "static const char *const names[] = {\"a\", \"b\"};\n"
+        'static const char *const names[] = {"a", "b"};\n'
         "const char *pick(int i) { return names[i]; }\n"
         "static _Thread_local int per_thread;\n"
         "int count(void) { static int counter; return ++counter + ++per_thread; }\n"

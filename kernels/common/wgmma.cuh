@@ -20,13 +20,12 @@ template <int pending> __device__ __forceinline__ void qf_wgmma_wait()
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-/* The tiled layout of qf_kernels.h: the next 8 k 128 bytes on, the next 8 tokens 1,024 bytes on. A step of 16 k adds
- * QF_WGMMA_STEP. */
-#define QF_WGMMA_STEP 16
-__device__ __forceinline__ uint64_t qf_wgmma_descriptor(uint32_t shared_address)
+/* The tiled layout of qf_kernels.h, `step` steps of 16 k on: the next 8 k 128 bytes on, the next 8 tokens 1,024. */
+#define QF_WGMMA_STEP (256 >> 4)
+__device__ __forceinline__ uint64_t qf_wgmma_descriptor(uint32_t shared_address, int step)
 {
     const uint64_t leading = 128 >> 4, stride = 1024 >> 4;
-    return (uint64_t)((shared_address & 0x3ffffu) >> 4) | leading << 16 | stride << 32;
+    return (((shared_address & 0x3ffffu) >> 4) + (uint32_t)(step * QF_WGMMA_STEP)) | leading << 16 | stride << 32;
 }
 
 /* Keeps the compiler from moving reads of the results before the wait that makes them valid. */
@@ -109,11 +108,12 @@ __device__ __forceinline__ void qf_cluster_sync()
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-/* Arrives at the barrier that stands at this address in block `rank` of the cluster. */
+/* Arrives at the barrier that stands at this address in block `rank` of the cluster. For "I have read": no write of
+ * this thread is to be seen by the other block, so no fence of the cluster's scope is asked for. */
 __device__ __forceinline__ void qf_mbarrier_arrive_remote(uint64_t *barrier, uint32_t rank)
 {
     asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(
                      qf_shared_address(barrier)),
                  "r"(rank)
                  : "memory");

@@ -15,15 +15,15 @@ ENDLESS = SamplingParams(temperature=0, ignore_eos=True, max_tokens=3000)
 
 
 @pytest.fixture(scope="module")
-def llm(demo_dir):
-    model = AsyncLLM(str(demo_dir), kv_cache_tokens=8192, max_model_len=4096)
+def llm(demo_dir, device):
+    model = AsyncLLM(str(demo_dir), device=device, batch_invariant=True, kv_cache_tokens=8192, max_model_len=4096)
     yield model
     model.close()
 
 
 @pytest.fixture(scope="module")
-def expected(demo_dir):
-    with LLM(str(demo_dir), kv_cache_tokens=4096) as model:
+def expected(demo_dir, device):
+    with LLM(str(demo_dir), device=device, batch_invariant=True, kv_cache_tokens=4096) as model:
         return model.chat(QUESTION, GREEDY)[0].outputs[0]
 
 

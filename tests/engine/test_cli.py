@@ -128,7 +128,7 @@ def test_first_token_of_the_half_billion_shape(tmp_path, demo_dir):
 ERRORS = [
     (["generate", "x", "--temperature", "-1"], 2, "temperature must be from 0 to 100, got -1.0"),
     (["generate", "x", "--model", "/nowhere"], 2, "no such directory: /nowhere"),
-    (["generate", "x", "--device", "tpu"], 2, 'device must be one of'),
+    (["generate", "x", "--device", "tpu"], 2, "device must be one of"),
     (["generate", "x", "--memory", "lots"], 2, "memory: cannot read 'lots'"),
     (["info", "--gpu", "--device", "cpu"], 2, "--gpu asks for a GPU, and --device is 'cpu'; give one of them"),
     (["generate", ""], 0, ""),

@@ -1,4 +1,4 @@
-"""LLM over the demo model: what a person calls, and what can go wrong while it runs."""
+"""LLM over the demo model, on the CPU and on a GPU: what a person calls, and what can go wrong while it runs."""
 
 import gc
 import os
@@ -17,8 +17,8 @@ ENDLESS = SamplingParams(temperature=0, ignore_eos=True, max_tokens=3000)
 
 
 @pytest.fixture(scope="module")
-def llm(demo_dir):
-    with LLM(str(demo_dir), kv_cache_tokens=8192, max_model_len=4096) as model:
+def llm(demo_dir, device):
+    with LLM(str(demo_dir), device=device, batch_invariant=True, kv_cache_tokens=8192, max_model_len=4096) as model:
         yield model
 
 
@@ -189,7 +189,7 @@ def test_bad_words_and_bias(llm):
     assert set(llm.chat(QUESTION, only)[0].outputs[0].token_ids) <= {7, 8}
 
 
-def test_seeds(llm, demo_dir):
+def test_seeds(llm, demo_dir, device):
     params = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_tokens=16)
     first, second = (llm.chat(QUESTION, params)[0].outputs[0] for _ in range(2))
     assert first.seed != second.seed
@@ -198,7 +198,7 @@ def test_seeds(llm, demo_dir):
     params.seed = None
     runs = []
     for _ in range(2):
-        with LLM(str(demo_dir), seed=5, kv_cache_tokens=4096) as model:
+        with LLM(str(demo_dir), seed=5, device=device, batch_invariant=True, kv_cache_tokens=4096) as model:
             runs.append([output.outputs[0].token_ids for output in model.generate(["a", "a"], params)])
     assert runs[0] == runs[1]
     assert runs[0][0] != runs[0][1]
@@ -312,16 +312,16 @@ def test_threads(llm):
     assert results == [expected] * 8
 
 
-def test_two_engines(llm, demo_dir):
-    with LLM(str(demo_dir), kv_cache_tokens=4096) as other:
+def test_two_engines(llm, demo_dir, device):
+    with LLM(str(demo_dir), device=device, batch_invariant=True, kv_cache_tokens=4096) as other:
         assert (
             other.chat(QUESTION, GREEDY)[0].outputs[0].token_ids == llm.chat(QUESTION, GREEDY)[0].outputs[0].token_ids
         )
     assert other.closed and not llm.closed
 
 
-def test_close_mid_stream(demo_dir):
-    llm = LLM(str(demo_dir), kv_cache_tokens=4096)
+def test_close_mid_stream(demo_dir, device):
+    llm = LLM(str(demo_dir), device=device, kv_cache_tokens=4096)
     stream = llm.stream(QUESTION, ENDLESS)
     next(stream)
     llm.close()
@@ -333,13 +333,16 @@ def test_close_mid_stream(demo_dir):
     assert "closed" in repr(llm)
 
 
-def test_info_stats_and_repr(llm):
+def test_info_stats_and_repr(llm, device):
     info = llm.info()
+    assert info["backend"] == device
     assert (info["num_layers"], info["hidden_size"], info["vocab_size"]) == (8, 384, 8192)
-    assert info["isa"] in _engine.build_info()["isas"] and info["isa"] in info["description"]
+    if device == "cpu":
+        assert info["isa"] in _engine.build_info()["isas"] and info["isa"] in info["description"]
     memory = llm.stats()["memory"]
     assert memory["layers_bytes"] > 0 and memory["kv_cache_bytes"] == memory["num_blocks"] * memory["kv_block_bytes"]
-    assert "8 layers" in repr(llm)
+    assert (memory["device_total_bytes"] > 0) == (device == "cuda") == (memory["device_overhead_bytes"] > 0)
+    assert f"on {device}: 8 layers" in repr(llm)
     assert "tokens" in llm.chat(QUESTION, GREEDY)[0]._repr_html_()
     assert llm.generation_config["top_k"] == 20 and llm.config["hidden_size"] == 384
 
@@ -365,17 +368,17 @@ def test_options(demo_dir, tmp_path):
 
 def test_vllm_options(demo_dir):
     options = {"batch_invariant": True, "enforce_eager": True, "max_logprobs": 20, "enable_chunked_prefill": True}
-    with LLM(str(demo_dir), kv_cache_tokens=1024, isa="scalar", **options) as llm:
+    with LLM(str(demo_dir), device="cpu", kv_cache_tokens=1024, isa="scalar", **options) as llm:
         assert llm.info()["isa"] == "scalar"
     with pytest.raises(NotImplementedError, match="use kv_cache_tokens"):
         LLM(str(demo_dir), num_gpu_blocks_override=10)
 
 
 def test_size_of_the_kv_cache(demo_dir):
-    """Without a size: half of the memory, bounded. A share that was asked for is used, up to what all sequences need."""
+    """On the CPU. Without a size: half of the memory, bounded. A share that was asked for is used, up to what all sequences need."""
 
     def tokens(**options):
-        report = _engine.estimate(str(demo_dir), **options)
+        report = _engine.estimate(str(demo_dir), device="cpu", **options)
         return report["num_blocks"] * report["block_size"], report
 
     assert tokens()[0] == tokens(memory_utilization=0.0)[0] == 65536
@@ -390,6 +393,27 @@ def test_size_of_the_kv_cache(demo_dir):
             tokens(memory_utilization=share)
 
 
+def test_memory_for_all(demo_dir, device):
+    """memory= bounds weights, workspace and cache together, and the cache takes what the others leave."""
+    names = ("embedding", "layers", "head", "workspace", "kv_cache")
+    least = 0
+    with LLM(str(demo_dir), device=device, memory="1GiB", max_num_batched_tokens=256, max_model_len=512) as llm:
+        memory = llm.stats()["memory"]
+        taken = sum(memory[f"{name}_bytes"] for name in names)
+        assert taken <= 2**30
+        room_for_all = memory["num_blocks"] * memory["block_size"] >= 256 * 512
+        assert room_for_all or taken + memory["kv_block_bytes"] > 2**30
+        least = taken - memory["kv_cache_bytes"]
+        text = llm.chat(QUESTION, GREEDY)[0].outputs[0].text
+    options = {"device": device, "max_num_batched_tokens": 256, "max_model_len": 512}
+    with LLM(str(demo_dir), memory=least + 64 * memory["kv_block_bytes"], **options) as llm:
+        assert llm.stats()["memory"]["num_blocks"] == 64
+        assert llm.chat(QUESTION, GREEDY)[0].outputs[0].text == text
+    for size in ("1MiB", least):
+        with pytest.raises(MemoryError, match=r"\d+"):
+            LLM(str(demo_dir), memory=size, **options)
+
+
 def test_hub_id_offline(monkeypatch, tmp_path):
     pytest.importorskip("huggingface_hub")
     code = "from qwen_fast.hub import resolve_model; resolve_model('nobody/no-such-model')"
@@ -398,8 +422,8 @@ def test_hub_id_offline(monkeypatch, tmp_path):
     assert "'nobody/no-such-model' is no directory here, and as a hub id it is not in the cache" in done.stderr
 
 
-def test_without_a_tokenizer(tiny_config):
-    with LLM(tiny_config(), load_format="dummy", kv_cache_tokens=1024) as llm:
+def test_without_a_tokenizer(tiny_config, device):
+    with LLM(tiny_config(), device=device, load_format="dummy", kv_cache_tokens=1024) as llm:
         (output,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0))
         assert len(output.outputs[0].token_ids) == 4
         with pytest.raises(ModelError, match=r"no tokenizer.json; give tokenizer="):

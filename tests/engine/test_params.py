@@ -167,7 +167,11 @@ def test_seeds():
         ({"memory": 0}, ValueError, "memory must be above 0 bytes, got 0"),
         ({"memory": -1}, ValueError, r"memory must be from 0 to 2\*\*63 - 1 bytes, got -1"),
         ({"memory": 1.5}, TypeError, "memory must be an int of bytes or a text like '6GiB', got float"),
-        ({"memory": "6GiB", "gpu_memory_utilization": 0.9}, ValueError, "memory='6GiB' and memory_utilization=0.9 both say"),
+        (
+            {"memory": "6GiB", "gpu_memory_utilization": 0.9},
+            ValueError,
+            "memory='6GiB' and memory_utilization=0.9 both say",
+        ),
         ({"cpu_offload": "disk"}, ValueError, "cpu_offload must be 'embeddings' or None, got 'disk'"),
         ({"cpu_offload_gb": -1}, ValueError, "cpu_offload_gb must be from 0 to 1048576 GiB, got -1"),
         ({"cpu_offload_gb": math.nan}, ValueError, "cpu_offload_gb must be from 0 to 1048576 GiB, got nan"),

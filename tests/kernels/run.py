@@ -1,8 +1,9 @@
-"""Builds and runs the kernels' tests: `python tests/kernels/run.py [name...] [--bench] [--sm80]`.
+"""Builds and runs the kernels' tests: `python tests/kernels/run.py [name...] [--bench] [--sm80] [--sanitizer TOOL]`.
 
 A test is a program tests/kernels/test_<name>.cu over check_cuda.cuh; a comment at its top says which CPU sources it
 compares with (`/* sources: base/status.c backend/cpu/linear.c */`, relative to csrc). All kernels are linked to each.
-It needs one GPU. --sm80 makes it take the code path of older GPUs; --bench adds a table of times.
+It needs one GPU. --sm80 makes it take the code path of older GPUs; --bench adds a table of times; --sanitizer runs it
+under a tool of compute-sanitizer, which takes many times as long.
 
 Objects are cached in build/kernel-tests by compiler, flags and the times of all that they include. --programs names a
 folder of programs built before (test_<name>), for a machine without the compiler.
@@ -31,7 +32,9 @@ BUILD = ROOT / "build" / "kernel-tests"
 INCLUDES = [f"-I{path}" for path in (KERNELS, CSRC, TESTS, ROOT / "tests" / "c")]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-Wall"]
 C_FLAGS = "-std=c11 -D_GNU_SOURCE -O2 -ffp-contract=off -fno-math-errno -pthread".split()
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 RUN_TIMEOUT_S = 300
+SANITIZER_TIMEOUT_S = 3600
 
 
 class BuildError(Exception):
@@ -118,14 +121,26 @@ def build(name: str, arch: str | None = None, jobs: int | None = None) -> pathli
     return program
 
 
-def run(program: pathlib.Path, arguments: list[str]) -> tuple[int, str]:
+def find_sanitizer() -> str | None:
+    """compute-sanitizer, from PATH or from beside the compiler."""
+    beside = pathlib.Path(os.path.realpath(shutil.which("nvcc") or "")).parent
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(beside))
+
+
+def run(program: pathlib.Path, arguments: list[str], sanitizer: str | None = None) -> tuple[int, str]:
     """Runs a built test: its exit status (-1 where it ran too long) and all that it printed."""
+    command = [str(program), *arguments]
+    timeout_s = RUN_TIMEOUT_S
+    if sanitizer:
+        tool = find_sanitizer()
+        if tool is None:
+            return 1, "compute-sanitizer was not found"
+        command = [tool, "--tool", sanitizer, "--error-exitcode", "86", *command]
+        timeout_s = SANITIZER_TIMEOUT_S
     try:
-        done = subprocess.run(
-            [str(program), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=RUN_TIMEOUT_S
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
-        return -1, (error.stdout or b"").decode(errors="replace") + f"\nran for more than {RUN_TIMEOUT_S} s"
+        return -1, (error.stdout or b"").decode(errors="replace") + f"\nran for more than {timeout_s} s"
     return done.returncode, done.stdout.decode(errors="replace")
 
 
@@ -134,9 +149,12 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="tests by name; all where none is given")
     parser.add_argument("--bench", action="store_true", help="time each kernel too, and print the tables")
     parser.add_argument("--sm80", action="store_true", help="the code path of GPUs before Hopper")
+    parser.add_argument("--sanitizer", choices=SANITIZERS, help="run under this tool of compute-sanitizer")
     parser.add_argument("--arch", help="compute capability to compile for (default: that of the GPU here)")
     parser.add_argument("--build-only", action="store_true", help="build the programs and print their paths")
-    parser.add_argument("--programs", type=pathlib.Path, help="a folder of programs built before, to run in their place")
+    parser.add_argument(
+        "--programs", type=pathlib.Path, help="a folder of programs built before, to run in their place"
+    )
     options = parser.parse_args()
     arguments = ["--bench"] * options.bench + ["--sm80"] * options.sm80
     failed = 0
@@ -149,7 +167,7 @@ def main() -> int:
             if options.build_only:
                 print(program)
                 continue
-            status, output = run(program, arguments)
+            status, output = run(program, arguments, options.sanitizer)
         except (BuildError, OSError) as error:
             status, output = 1, str(error)
         failed += status != 0

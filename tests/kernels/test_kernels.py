@@ -34,9 +34,23 @@ def programs(request):
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", ["best", "sm80"])
 @pytest.mark.parametrize("name", runner.test_names())
-def test_kernel(gpu, programs, name, path):
+def test_kernel(programs, name, path):
     program = programs / f"test_{name}" if programs else runner.build(name)
     status, output = runner.run(program, ["--sm80"] if path == "sm80" else [])
+    assert status == 0, output
+
+
+@pytest.mark.gpu
+@pytest.mark.long
+@pytest.mark.parametrize("tool", runner.SANITIZERS)
+@pytest.mark.parametrize("name", runner.test_names())
+def test_kernel_under_sanitizer(programs, name, tool):
+    if runner.find_sanitizer() is None:
+        pytest.skip("no compute-sanitizer")
+    program = programs / f"test_{name}" if programs else runner.build(name)
+    status, output = runner.run(program, [], tool)
+    if "Device not supported" in output:
+        pytest.skip("compute-sanitizer does not support the GPU here")
     assert status == 0, output
 
 

@@ -24,7 +24,7 @@ static inline uint16_t fp16_bits(float value)
 static inline float fp16_value(uint16_t bits)
 {
     __half h;
-    memcpy(&h, &bits, 2);
+    memcpy((void *)&h, &bits, 2);
     return __half2float(h);
 }
 

@@ -18,7 +18,6 @@ import pytest
 from quant_writers import bf16_bits, round_to
 
 DATA = Path(__file__).parent / "data"
-REPO = Path(__file__).resolve().parents[2]
 
 
 def oracle(name):
@@ -31,9 +30,27 @@ def oracle(name):
 _engine = importlib.import_module("qwen_fast._engine")
 
 
-def isas():
-    """The instruction-set paths that this machine can run, the slowest first."""
-    return list(_engine.build_info()["isas"])
+# Where a model can run here, as options of an engine: each instruction-set path of the CPU, the slowest first, and a GPU.
+PLACES = {name: {"isa": name} for name in _engine.build_info()["isas"]} | {"cuda": {"device": "cuda"}}
+
+
+def place_marks(place):
+    return [pytest.mark.gpu] if place == "cuda" else []
+
+
+def places():
+    """PLACES for a parameter `on`."""
+    return [pytest.param(on, id=place, marks=place_marks(place)) for place, on in PLACES.items()]
+
+
+def place_pairs(values, long, left_out=lambda place, value: False):
+    """PLACES by values, for two parameters. long(place, value): it takes too long for a default run."""
+    return [
+        pytest.param(on, value, id=f"{place}-{value}", marks=place_marks(place) + [pytest.mark.long] * long(place, value))
+        for place, on in PLACES.items()
+        for value in values
+        if not left_out(place, value)
+    ]
 
 
 def demo_dir():
@@ -41,12 +58,6 @@ def demo_dir():
     import qwen_fast
 
     return Path(qwen_fast.__file__).parent / "demo"
-
-
-def original_demo_dir():
-    """The 16-bit checkpoint that the packaged one was made from, where it lies beside the repository; or None."""
-    path = REPO.parent / "shared" / "demo-model"
-    return path if (path / "config.json").exists() else None
 
 
 def heldout_ids(demo, count):
@@ -73,7 +84,10 @@ DEFAULTS = {
 @contextlib.contextmanager
 def open_engine(path, **options):
     """A native engine (float32 unless told otherwise) whose token i has the text "<i>"."""
-    engine = _engine.Engine(str(path), **{**DEFAULTS, **options})
+    settings = {**DEFAULTS, **options}
+    if settings["device"] != "cpu":  # it chooses its operands by dtype
+        settings["activation_dtype"] = options.get("activation_dtype", "auto")
+    engine = _engine.Engine(str(path), **settings)
     try:
         vocab_size = engine.info()["vocab_size"]
         engine.set_vocabulary([b"<%d>" % i for i in range(vocab_size)], [])
@@ -244,15 +258,15 @@ def write_dense(path, config, weights, fmt="bf16", shards=1):
     return stored
 
 
-def transformers_model(config, weights):
-    """The same model in transformers: float32, eager attention. config: the content of config.json."""
+def transformers_model(config, weights, attention="eager", num_threads=2):
+    """The same model in transformers, float32. config: the content of config.json."""
     torch, transformers = oracle("torch"), oracle("transformers")
     keep = {
         k: v for k, v in config.items() if k not in ("architectures", "torch_dtype", "dtype", "quantization_config")
     }
     hf_config = transformers.Qwen2Config(**keep)
-    hf_config._attn_implementation = "eager"
-    torch.set_num_threads(2)
+    hf_config._attn_implementation = attention
+    torch.set_num_threads(num_threads)
     model = transformers.Qwen2ForCausalLM(hf_config).float().eval()
     state = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in weights.items()}
     if config["tie_word_embeddings"]:

@@ -2,14 +2,14 @@
 
 One reference per instruction-set path and number format: every request alone, in an engine with one thread and no
 prefix cache, the whole prompt in one step. Then the same requests under every other circumstance. Comparison is of
-floats by their bits.
+floats by their bits. On a GPU this is what batch_invariant=True promises.
 """
 
 import random
 import struct
 
 import pytest
-from model_helpers import finish, isas, open_engine, write_dummy
+from model_helpers import finish, open_engine, place_pairs, write_dummy
 
 FORMATS = {
     "float32": {},
@@ -30,6 +30,7 @@ FORMATS = {
 }
 
 QUICK = ("float32", "w4a8")
+CPU_ONLY = ("w4a8",)
 
 VOCAB = 320
 
@@ -81,12 +82,12 @@ def number_format(request):
 def pytest_generate_tests(metafunc):
     """Paths by formats. The plain C path is slow, so it runs two of the formats by default and all under `long`."""
     if "start" in metafunc.fixturenames:
-        pairs = [
-            pytest.param(isa, name, marks=[pytest.mark.long] if isa == "scalar" and name not in QUICK else [])
-            for isa in isas()
-            for name in FORMATS
-        ]
-        metafunc.parametrize("isa, number_format", pairs, indirect=["number_format"], scope="module")
+        pairs = place_pairs(
+            FORMATS,
+            long=lambda place, name: place == "scalar" and name not in QUICK,
+            left_out=lambda place, name: place == "cuda" and name in CPU_ONLY,
+        )
+        metafunc.parametrize("on, number_format", pairs, indirect=["number_format"], scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +99,12 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(model, isa, number_format):
+def start(model, on, number_format):
     """Opens an engine of this path and format."""
 
     def start(**options):
-        settings = {**number_format, "load_format": "dummy", "isa": isa, "kv_cache_tokens": 4096, **options}
-        return open_engine(model, **settings)
+        settings = {**number_format, "load_format": "dummy", "kv_cache_tokens": 4096, "batch_invariant": True}
+        return open_engine(model, **{**settings, **on, **options})
 
     return start
 

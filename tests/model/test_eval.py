@@ -10,17 +10,27 @@ import json
 from collections import defaultdict
 
 import pytest
-from model_helpers import DATA, demo_dir, original_demo_dir
+from model_helpers import DATA
 
 ROWS = [json.loads(line) for line in (DATA / "demo_eval.jsonl").read_text(encoding="utf-8").splitlines()]
 
-# Whose checkpoint, options, the fewest rows of 600 that must match, and the fewest of the default 30.
+# By device: the fixture with the checkpoint, options, the fewest rows of 600 that must match, and of the default 30.
+BOTH = {
+    "demo, int4 head": ("demo", {"lm_head_dtype": "int4"}, 585, 27),
+    "16-bit original": ("original_demo", {}, 590, 28),
+    "original with `w4`": ("original_demo", {"quantization": "w4"}, 588, 28),
+}
 FORMATS = {
-    "demo (4 bits, int8 activations)": (demo_dir, {}, 585, 27),
-    "demo, int4 head": (demo_dir, {"lm_head_dtype": "int4"}, 585, 27),
-    "demo, float activations": (demo_dir, {"activation_dtype": "float32"}, 585, 27),
-    "16-bit original": (original_demo_dir, {}, 590, 28),
-    "original with `w4`": (original_demo_dir, {"quantization": "w4"}, 588, 28),
+    "cpu": {
+        "demo (4 bits, int8 activations)": ("demo", {}, 585, 27),
+        "demo, float activations": ("demo", {"activation_dtype": "float32"}, 585, 27),
+        **BOTH,
+    },
+    "cuda": {
+        "demo (4 bits)": ("demo", {}, 585, 27),
+        "demo, 16-bit head": ("demo", {"lm_head_dtype": "model"}, 585, 27),
+        **BOTH,
+    },
 }
 
 
@@ -65,18 +75,17 @@ def print_table(results):
 
 
 @pytest.mark.parametrize("per_task", [2, pytest.param(40, marks=pytest.mark.long)])
-def test_exact_match(per_task):
+def test_exact_match(request, shared_dir, device, per_task):
     from qwen_fast import LLM
 
     rows = first_per_task(per_task)
     assert len(rows) == 15 * per_task
     results = {}
-    for name, (find, options, *_) in FORMATS.items():
-        path = find()
-        if path is None:
-            print(f"{name}: the checkpoint is not beside the repository")
+    for name, (fixture, options, *_) in FORMATS[device].items():
+        if fixture == "original_demo" and not (shared_dir / "demo-model").is_dir():
+            print(f"{name}: the checkpoint is not in {shared_dir}")
             continue
-        with LLM(str(path), kv_cache_tokens=16384, **options) as llm:
+        with LLM(str(request.getfixturevalue(fixture)), device=device, kv_cache_tokens=16384, **options) as llm:
             results[name] = exact_matches(llm, rows)
     for name, total in print_table(results).items():
-        assert total >= FORMATS[name][2 if per_task == 40 else 3], name
+        assert total >= FORMATS[device][name][2 if per_task == 40 else 3], name

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from model_helpers import DATA, finish, isas, log_softmax, open_engine
+from model_helpers import DATA, finish, log_softmax, open_engine, place_pairs
 
 GOLDEN = json.loads((DATA / "demo_golden.json").read_text())["prompts"]
 
@@ -18,19 +18,15 @@ CASES = {case["name"]: case for case in GOLDEN}
 def pytest_generate_tests(metafunc):
     """Paths by prompts; 3,310 tokens on the plain C path take minutes."""
     if "name" in metafunc.fixturenames:
-        pairs = [
-            pytest.param(isa, name, marks=[pytest.mark.long] if (isa, name) == ("scalar", "long_context") else [])
-            for isa in isas()
-            for name in CASES
-        ]
-        metafunc.parametrize("isa, name", pairs, scope="module")
+        pairs = place_pairs(CASES, long=lambda place, name: (place, name) == ("scalar", "long_context"))
+        metafunc.parametrize("on, name", pairs, scope="module")
 
 
 @pytest.fixture(scope="module")
-def run(original_demo, isa):
+def run(original_demo, on):
     """name -> the output of one request: 64 greedy tokens and the logits of the whole prompt. Run once each."""
     outputs = {}
-    with open_engine(original_demo, isa=isa, enable_prefix_caching=False) as engine:
+    with open_engine(original_demo, **on, enable_prefix_caching=False) as engine:
 
         def run(name):
             if name not in outputs:

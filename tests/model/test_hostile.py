@@ -386,6 +386,13 @@ ARGUMENT_ROWS = [
     ("overrides not JSON", {"hf_overrides": "{"}, ValueError, r"hf_overrides"),
     ("overrides a list", {"hf_overrides": "[]"}, ValueError, r"hf_overrides is a list"),
     ("overrides that break the model", {"hf_overrides": '{"num_attention_heads": 7}'}, ValueError, r"num_attention_heads|hidden_size"),
+    ("device without a number", {"device": "cuda:"}, ValueError, r"device.*cuda:"),
+    ("device of a strange number", {"device": "cuda:x"}, ValueError, r"device.*cuda:x"),
+    ("device of a negative number", {"device": "cuda:-1"}, ValueError, r"device.*cuda:-1"),
+    ("cpu_offload", {"cpu_offload": "disk"}, ValueError, r"cpu_offload.*disk"),
+    ("cpu_offload_gb negative", {"cpu_offload_gb": -1.0}, ValueError, r"cpu_offload_gb.*-1"),
+    ("memory for nothing", {"kv_cache_tokens": 0, "memory_bytes": 1 << 10}, MemoryError, r"1024"),
+    ("memory too small for the cache", {"kv_cache_tokens": 1 << 20, "memory_bytes": 1 << 20}, MemoryError, r"1048576"),
     ("KV cache of 2^40 tokens", {"kv_cache_tokens": 1 << 40}, MemoryError, r"KV cache of \d+ .*exceed the \d+ bytes"),
     ("KV cache beyond all memory", {"kv_cache_tokens": 1 << 30}, MemoryError, r"bytes"),
 ]  # fmt: skip
@@ -394,8 +401,10 @@ ARGUMENT_ROWS = [
 @pytest.mark.parametrize(
     "options, exception, pattern", [row[1:] for row in ARGUMENT_ROWS], ids=[row[0] for row in ARGUMENT_ROWS]
 )
-def test_engine_argument(good, options, exception, pattern):
-    with pytest.raises((ValueError, MemoryError)) as caught, open_engine(good, **options):
+def test_engine_argument(good, device, options, exception, pattern):
+    if device == "cuda" and not {"isa", "device", "activation_dtype"}.isdisjoint(options):
+        return  # of the CPU, or it says which device itself
+    with pytest.raises((ValueError, MemoryError)) as caught, open_engine(good, **{"device": device, **options}):
         pass
     assert type(caught.value) is exception  # not ModelError: the file is good
     check(caught, pattern)
@@ -449,8 +458,8 @@ REQUEST_ROWS = [
 
 
 @pytest.fixture(scope="module")
-def engine(good):
-    with open_engine(good, kv_cache_tokens=256, max_model_len=256) as engine:
+def engine(good, device):
+    with open_engine(good, device=device, kv_cache_tokens=256, max_model_len=256) as engine:
         yield engine
 
 
@@ -468,8 +477,8 @@ def test_request_argument(engine, options, exception, pattern):
     assert logits(engine, [1, 2, 3]).shape == (3, 64)  # a refused request harms nobody
 
 
-def test_closed_engine(good):
-    with open_engine(good) as engine:
+def test_closed_engine(good, device):
+    with open_engine(good, device=device) as engine:
         engine.close()
         engine.close()
         with pytest.raises(EngineError, match="closed"):

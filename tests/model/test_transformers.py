@@ -1,17 +1,21 @@
-"""Logits against transformers in float32 on the CPU, for every variation of the architecture and of its files.
+"""Logits against transformers in float32, for every variation of the architecture and of its files.
 
 Tolerances. DENSE bounds the largest difference of any logit, relative to the largest logit, where both sides
 compute in float32: it is rounding in another order of summation. With a k_proj bias of the size of the published
 ones attention scores reach hundreds, and rounding them costs more: there the yardstick is the error of
-transformers' own float32 against its float64. The 16-bit KV cache is bounded by the mean Kullback-Leibler divergence.
+transformers' own float32 against its float64. The 16-bit KV cache, and the bfloat16 operands of a GPU's fast path, are
+bounded by the mean Kullback-Leibler divergence.
 """
 
 import json
+import os
 
 import numpy as np
 import pytest
 from model_helpers import (
+    finish,
     heldout_ids,
+    log_softmax,
     logits,
     mean_kl,
     open_engine,
@@ -30,6 +34,27 @@ oracle("transformers")
 
 DENSE = 5e-6
 KL = 1e-3
+
+FAST = {"device": "cuda", "dtype": "bfloat16", "kv_cache_dtype": "auto"}
+COMPUTE = [
+    pytest.param({}, id="cpu"),
+    pytest.param({"device": "cuda"}, id="cuda-float32", marks=pytest.mark.gpu),
+    pytest.param(FAST, id="cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(scope="module", params=COMPUTE)
+def compute(request):
+    """Options of an engine: float32 on the CPU and on a GPU, and a GPU's fast path."""
+    return request.param
+
+
+def check(reference, ours, compute, dense=DENSE):
+    """Within rounding in float32, within KL on the fast path."""
+    divergence, difference = mean_kl(reference, ours), relative_difference(reference, ours)
+    print(f"mean KL {divergence:.2e}, largest difference {difference:.2e} of the largest logit")
+    assert divergence < KL
+    assert difference < dense or compute is FAST
 
 
 def prompt(config, length=100, seed=7):
@@ -87,28 +112,26 @@ LARGE_BIAS = {
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
-def test_architecture(tmp_path, name):
+def test_architecture(tmp_path, name, compute):
     config = VARIATIONS[name]
     stored = write_dense(tmp_path, config, random_weights(config, 11))
     ids = prompt(config, 200)
     reference = transformers_logits(transformers_model(config, stored), ids)
-    with open_engine(tmp_path) as engine:
+    with open_engine(tmp_path, **compute) as engine:
         ours = logits(engine, ids)
     assert np.abs(reference).max() > 3.0  # a flat distribution would hide errors
-    difference = relative_difference(reference, ours)
-    print(f"{name}: largest difference {difference:.2e} of the largest logit")
-    assert difference < DENSE
+    check(reference, ours, compute)
 
 
 @pytest.mark.parametrize("name", LARGE_BIAS)
-def test_k_bias_of_the_published_size(tmp_path, name):
+def test_k_bias_of_the_published_size(tmp_path, name, device):
     config, norm = LARGE_BIAS[name]
     stored = write_dense(tmp_path, config, random_weights(config, 11, norm))
     ids = prompt(config, 200)
     model = transformers_model(config, stored)
     float32 = transformers_logits(model, ids)
     exact = transformers_logits(model.double(), ids)
-    with open_engine(tmp_path) as engine:
+    with open_engine(tmp_path, device=device) as engine:
         ours = logits(engine, ids)
     theirs, error = relative_difference(exact, float32), relative_difference(exact, ours)
     print(f"{name}: error {error:.2e} of the largest logit; transformers in float32 {theirs:.2e}")
@@ -116,13 +139,13 @@ def test_k_bias_of_the_published_size(tmp_path, name):
     assert error < 4 * theirs
 
 
-def test_every_isa_and_a_control(tmp_path, isa):
+def test_every_path_and_a_control(tmp_path, on):
     """The tolerance sees one wrong weight: the control."""
     config = small_config(num_hidden_layers=3)
     stored = write_dense(tmp_path, config, random_weights(config, 3))
     ids = prompt(config)
     model = transformers_model(config, stored)
-    with open_engine(tmp_path, isa=isa) as engine:
+    with open_engine(tmp_path, **on) as engine:
         ours = logits(engine, ids)
     assert relative_difference(transformers_logits(model, ids), ours) < DENSE
     with oracle("torch").inference_mode():
@@ -132,17 +155,17 @@ def test_every_isa_and_a_control(tmp_path, isa):
 
 @pytest.mark.parametrize("fmt", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("shards", [1, 5])
-def test_checkpoint_dtype_and_shards(tmp_path, fmt, shards):
+def test_checkpoint_dtype_and_shards(tmp_path, fmt, shards, compute):
     config = small_config(tie_word_embeddings=False)
     stored = write_dense(tmp_path, config, random_weights(config, 5), fmt, shards)
     ids = prompt(config)
     reference = transformers_logits(transformers_model(config, stored), ids)
-    with open_engine(tmp_path) as engine:
-        assert relative_difference(reference, logits(engine, ids)) < DENSE
+    with open_engine(tmp_path, **compute) as engine:
+        check(reference, logits(engine, ids), compute)
 
 
 @pytest.mark.parametrize("name", ["group3-d64", "yarn-d64", "sliding-yarn-untied", "sliding-window-set-but-off"])
-def test_files_that_transformers_wrote(tmp_path, name):
+def test_files_that_transformers_wrote(tmp_path, name, compute):
     """save_pretrained: shards, and today's spellings (rope_parameters, dtype, layer_types)."""
     config = VARIATIONS[name]
     weights = {k: round_to(v, "bfloat16") for k, v in random_weights(config, 13).items()}
@@ -152,11 +175,11 @@ def test_files_that_transformers_wrote(tmp_path, name):
     assert "rope_parameters" in written and "rope_theta" not in written and "layer_types" in written
     assert (tmp_path / "model.safetensors.index.json").exists()
     ids = prompt(config, 150)
-    with open_engine(tmp_path) as engine:
-        assert relative_difference(transformers_logits(model, ids), logits(engine, ids)) < DENSE
+    with open_engine(tmp_path, **compute) as engine:
+        check(transformers_logits(model, ids), logits(engine, ids), compute)
 
 
-def test_lm_head_beside_tied_embeddings(tmp_path):
+def test_lm_head_beside_tied_embeddings(tmp_path, compute):
     """Quantised exports of tied models may carry a separate lm_head.weight: it counts."""
     config = small_config(tie_word_embeddings=False)
     stored = write_dense(tmp_path, config, random_weights(config, 17))
@@ -164,18 +187,18 @@ def test_lm_head_beside_tied_embeddings(tmp_path):
     reference = transformers_logits(transformers_model(config, stored), ids)
     written = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**written, "tie_word_embeddings": True}))
-    with open_engine(tmp_path) as engine:
-        assert relative_difference(reference, logits(engine, ids)) < DENSE
+    with open_engine(tmp_path, **compute) as engine:
+        check(reference, logits(engine, ids), compute)
 
 
-def test_hf_overrides_turn_yarn_on(tmp_path):
+def test_hf_overrides_turn_yarn_on(tmp_path, compute):
     config = small_config(max_position_embeddings=64)
     stored = write_dense(tmp_path, config, random_weights(config, 19))
     ids = prompt(config, 200)
     reference = transformers_logits(transformers_model({**config, "rope_scaling": YARN}, stored), ids)
-    with open_engine(tmp_path, hf_overrides=json.dumps({"rope_scaling": YARN})) as engine:
+    with open_engine(tmp_path, hf_overrides=json.dumps({"rope_scaling": YARN}), **compute) as engine:
         assert engine.info()["max_model_len"] == 256
-        assert relative_difference(reference, logits(engine, ids)) < DENSE
+        check(reference, logits(engine, ids), compute)
 
 
 @pytest.fixture(scope="module")
@@ -187,16 +210,16 @@ def original_reference(original_demo):
     return ids, transformers_logits(model, ids)
 
 
-def test_original_demo_float32(original_demo, original_reference):
+def test_original_demo_float32(original_demo, original_reference, device):
     ids, reference = original_reference
-    with open_engine(original_demo) as engine:
+    with open_engine(original_demo, device=device) as engine:
         assert relative_difference(reference, logits(engine, ids)) < DENSE
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_original_demo_16_bit(original_demo, original_reference, dtype):
+def test_original_demo_16_bit(original_demo, original_reference, dtype, device):
     ids, reference = original_reference
-    with open_engine(original_demo, dtype=dtype, kv_cache_dtype="auto") as engine:
+    with open_engine(original_demo, dtype=dtype, kv_cache_dtype="auto", device=device) as engine:
         divergence = mean_kl(reference, logits(engine, ids))
     print(f"{dtype}: mean KL {divergence:.2e} over {len(ids)} tokens")
     assert divergence < KL
@@ -226,18 +249,17 @@ def dequantized_demo(demo):
     return weights
 
 
-def test_packaged_demo(demo):
-    """Float32 to rounding, the 16-bit cache and then int8 activations (the default) within their divergence."""
+def test_packaged_demo(demo, device):
+    """Float32 to rounding, the 16-bit cache and then the default (on the CPU int8 activations) within their divergence."""
     config = json.loads((demo / "config.json").read_text())
     ids = heldout_ids(demo, 2000)
     reference = transformers_logits(transformers_model(config, dequantized_demo(demo)), ids)
-    with open_engine(demo) as engine:
+    with open_engine(demo, device=device) as engine:
         assert relative_difference(reference, logits(engine, ids)) < DENSE
-    with open_engine(demo, dtype="auto", kv_cache_dtype="auto") as engine:
+    with open_engine(demo, device=device, dtype="auto", kv_cache_dtype="auto") as engine:
         assert mean_kl(reference, logits(engine, ids)) < KL
-    with open_engine(
-        demo, dtype="auto", kv_cache_dtype="auto", activation_dtype="auto", lm_head_dtype="auto"
-    ) as engine:
+    options = dict.fromkeys(("dtype", "kv_cache_dtype", "activation_dtype", "lm_head_dtype"), "auto")
+    with open_engine(demo, device=device, **options) as engine:
         divergence = mean_kl(reference, logits(engine, ids))
         print(f"default, {engine.info()['activation_dtype']} activations: mean KL {divergence:.2e}")
     assert divergence < KL
@@ -269,20 +291,16 @@ QUANTIZED = {
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_quantized_checkpoint(tmp_path, name):
-    """Float activations: the divergence from transformers on the dequantised weights is rounding alone."""
+def test_quantized_checkpoint(tmp_path, name, compute):
+    """Float activations: the difference from transformers on the dequantised weights is rounding alone."""
     fmt, options = QUANTIZED[name]
     config = small_config(tie_word_embeddings=options.get("tie", True), num_hidden_layers=2)
     dense = write_checkpoint(tmp_path, config, fmt, 23, **options)
     written = json.loads((tmp_path / "config.json").read_text())
     ids = prompt(config, 150)
     reference = transformers_logits(transformers_model(written, dense), ids)
-    with open_engine(tmp_path, lm_head_dtype="model") as engine:
-        ours = logits(engine, ids)
-    divergence, difference = mean_kl(reference, ours), relative_difference(reference, ours)
-    print(f"{name}: mean KL {divergence:.2e}, largest difference {difference:.2e}")
-    assert divergence < KL
-    assert difference < 10 * DENSE
+    with open_engine(tmp_path, lm_head_dtype="model", **compute) as engine:
+        check(reference, logits(engine, ids), compute, 10 * DENSE)
 
 
 def large_activation_weights(config):
@@ -296,7 +314,7 @@ def large_activation_weights(config):
 
 @pytest.mark.parametrize("fmt", ["bf16", "fp16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "half"])
-def test_large_activations(tmp_path, fmt, dtype):
+def test_large_activations(tmp_path, fmt, dtype, device):
     config = small_config(num_hidden_layers=3)
     stored = write_dense(tmp_path, config, large_activation_weights(config), fmt)
     model = transformers_model(config, stored)
@@ -311,12 +329,33 @@ def test_large_activations(tmp_path, fmt, dtype):
     assert max(v for k, v in seen.items() if k.startswith("residual")) > 1e6
     assert max(v for k, v in seen.items() if k.startswith("down")) > 1e6
     kv = "float32" if dtype == "float32" else "auto"
-    with open_engine(tmp_path, dtype=dtype, kv_cache_dtype=kv) as engine:
+    with open_engine(tmp_path, device=device, dtype=dtype, kv_cache_dtype=kv) as engine:
         ours = logits(engine, ids)
     assert np.isfinite(ours).all()
     if dtype == "float32":
         assert relative_difference(reference, ours) < DENSE
     assert mean_kl(reference, ours) < KL
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"device": "cuda"}, FAST], ids=["cuda-float32", "cuda"])
+def test_32k_context(tmp_path, options):
+    """The last rows of a prompt of 32,768 tokens, and what is generated behind it."""
+    config = shape(4, 2, 64, max_position_embeddings=33000)
+    stored = write_dense(tmp_path, config, random_weights(config, 37))
+    ids = prompt(config, 32768 + 8)
+    model = transformers_model(config, stored, attention="sdpa", num_threads=os.cpu_count())
+    with oracle("torch").inference_mode():
+        hidden = model.model(oracle("torch").tensor([ids])).last_hidden_state[0, 32704:]
+        reference = model.lm_head(hidden).numpy()
+    with open_engine(tmp_path, **options, kv_cache_tokens=2 * 33024, enable_prefix_caching=False) as engine:
+        ours = logits(engine, ids, 32704)
+        output = finish(engine.submit(ids[:32768], max_tokens=8, temperature=0.0, logprobs=0, ignore_eos=True))
+        whole = ids[:32768] + output["token_ids"]
+        again = log_softmax(logits(engine, whole, 32767, len(whole) - 1))
+    check(reference, ours, options, 4 * DENSE)  # sums over 32,768 values
+    decoded = [row[0][1] for row in output["logprobs"]]
+    np.testing.assert_allclose(decoded, again[np.arange(8), output["token_ids"]], atol=0.03 if options is FAST else 1e-4)
 
 
 def test_large_activations_w4a8(tmp_path):

@@ -126,11 +126,6 @@ static const void *add(qf_cuda_job *job, char *slot, const void *source, size_t 
     return slot != NULL ? slot + offset : NULL;
 }
 
-static qf_repack_format float_format(qf_dtype dtype)
-{
-    return dtype == QF_DTYPE_F32 ? QF_REPACK_F32 : dtype == QF_DTYPE_BF16 ? QF_REPACK_BF16 : QF_REPACK_F16;
-}
-
 static const char *bytes_of(const qf_tensor *tensor, size_t offset) { return (const char *)tensor->data + offset; }
 
 /* Rows are columns of the file: groups and k run down. */
@@ -195,7 +190,7 @@ static qf_repack_format format_of(const qf_linear_source *part)
     case QF_LINEAR_GPTQ: return QF_REPACK_GPTQ;
     case QF_LINEAR_COMPRESSED_TENSORS: return QF_REPACK_COMPRESSED;
     case QF_LINEAR_DUMMY: return QF_REPACK_DUMMY;
-    default: return float_format(part->weight.dtype);
+    default: return qf_cuda_float_format(part->weight.dtype);
     }
 }
 
@@ -207,7 +202,7 @@ static void add_part(const qf_cuda_fused *fused, const qf_cuda_linear_layout *li
     *out = (qf_repack_part){.dummy_seed = part->dummy_seed,
                             .format = format_of(part),
                             .bits = part->bits,
-                            .scale_format = float_format(part->scales.dtype),
+                            .scale_format = qf_cuda_float_format(part->scales.dtype),
                             .row_start = row_start(fused, index),
                             .n = part->n,
                             .group_size = part->group_size,

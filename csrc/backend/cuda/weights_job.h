@@ -26,6 +26,9 @@ void qf_cuda_fused_get(const qf_checkpoint *checkpoint, int32_t layer, qf_cuda_l
                        qf_cuda_fused *out);
 qf_cuda_linear_layout *qf_cuda_layer_linear(qf_cuda_layer_layout *layer, qf_cuda_linear_id id);
 
+/* The linear's pointers, with the blob that its offsets are relative to at `base`. */
+qf_cuda_weight qf_cuda_weight_at(const qf_cuda_linear_layout *linear, const void *base);
+
 /* Where row `row` of part `part` stands among the fused rows as packed. */
 int32_t qf_cuda_fused_row(const qf_cuda_fused *fused, int32_t part, int32_t row);
 
@@ -68,6 +71,17 @@ static inline size_t qf_cuda_align(size_t bytes) { return (bytes + QF_CUDA_ALIGN
 static inline qf_dtype qf_cuda_embedding_dtype(const qf_cuda_weights_layout *layout)
 {
     return layout->embedding_bits == 32 ? QF_DTYPE_F32 : QF_DTYPE_BF16;
+}
+/* What it takes as rows, wherever they are. */
+static inline size_t qf_cuda_embedding_rows_bytes(const qf_cuda_weights_layout *layout, const qf_model_config *config)
+{
+    return qf_cuda_align((size_t)config->vocab_size * (size_t)config->hidden_size *
+                         qf_dtype_size(qf_cuda_embedding_dtype(layout)));
+}
+
+static inline qf_repack_format qf_cuda_float_format(qf_dtype dtype)
+{
+    return dtype == QF_DTYPE_F32 ? QF_REPACK_F32 : dtype == QF_DTYPE_BF16 ? QF_REPACK_BF16 : QF_REPACK_F16;
 }
 
 #endif

@@ -167,15 +167,13 @@ static void plan_embedding(const qf_checkpoint *checkpoint, const qf_backend_opt
                            qf_cuda_weights_layout *out)
 {
     const qf_model_config *config = qf_checkpoint_config(checkpoint);
-    size_t values = (size_t)config->vocab_size * (size_t)config->hidden_size;
     out->embedding_on_host = options->offload_embedding;
     out->head_is_embedding = !options->offload_embedding && out->head.bits >= 16 && head_is_tied(checkpoint);
     out->embedding_bits = options->float32 ? 32 : out->head_is_embedding ? -16 : 16;
-    size_t bytes = qf_cuda_align(values * (options->float32 ? sizeof(float) : sizeof(uint16_t)));
     if (out->embedding_on_host) {
-        out->host_bytes += bytes;
+        out->host_bytes += qf_cuda_embedding_rows_bytes(out, config);
     } else if (!out->head_is_embedding) {
-        out->embedding_bytes = bytes;
+        out->embedding_bytes = qf_cuda_embedding_rows_bytes(out, config);
     }
 }
 
@@ -205,7 +203,7 @@ static void plan_staging(const qf_checkpoint *checkpoint, const qf_backend_optio
     qf_dtype dtype = qf_checkpoint_embedding_dtype(checkpoint);
     if (out->embedding_bytes > 0 && dtype != qf_cuda_embedding_dtype(out)) {
         size_t row_bytes = (size_t)config->hidden_size * qf_dtype_size(dtype);
-        out->raw_bytes = max_size(row_bytes, QF_CUDA_EMBEDDING_CHUNK / row_bytes * row_bytes);
+        out->raw_bytes = max_size(8 * row_bytes, QF_CUDA_EMBEDDING_CHUNK / row_bytes * row_bytes);
     }
     for (int32_t i = 0; i < out->num_layers; i++) {
         for (int32_t id = 0; id < QF_CUDA_LINEARS_PER_LAYER; id++) {

@@ -1,0 +1,244 @@
+/* Cuts a batch's attention into items: pure, host only.
+ *
+ * A row tile is one decode row, or up to qf_attention_tile_tokens() rows of one sequence. It sees the positions from the
+ * first row's window to its last row, and is one item; or, where the batch alone gives the device too little to do, one
+ * item for each chunk of positions, whose partial results take rows x chunks units of the workspace. Chunks are multiples
+ * of QF_CUDA_SPLIT_TOKENS and start at multiples of their size.
+ *
+ * batch_invariant: every row is a row of a prefill tile, and each QF_CUDA_SPLIT_TOKENS positions of it are computed from
+ * scratch and merged in order: by the kernel, in one item, or by the last of several items, which is the same
+ * arithmetic. So how a tile is cut does not show in its results.
+ *
+ * Bounds, with n sequences (d of them decode rows), t tokens, S = ceil(max_model_len / QF_CUDA_SPLIT_TOKENS):
+ *   tiles        <= min(t, t / tile + n):  ceil(r / tile) <= r, and < r / tile + 1, summed over sequences
+ *   decode items <= 2 d + WORK_ITEMS / num_kv_heads + 1:  the chunk grows until that holds; d is always reached
+ *   prefill items <= tiles + MAX_SPLIT_ITEMS:  tiles left whole, and the items of cut ones, counted down
+ *   items        <= tiles * S as well
+ *   units        <= units_bound(n), counted down: decode items are at most 2 d + WORK_ITEMS + 1 of them, and what is left is
+ *                   given to prefill tiles as long as it suffices; and <= t * S. */
+#include <stddef.h>
+
+#include "attention_limits.h"
+#include "qf_kernels.h"
+
+#define WORK_ITEMS 264      /* CTAs that keep a large device busy: two on each of 132 multiprocessors */
+#define SPARE_UNITS 1024    /* of the workspace, besides two for each sequence */
+#define MAX_SPLIT_ITEMS 512 /* of prefill tiles */
+#define MIN_BUSY_CHUNK (4 * QF_CUDA_SPLIT_TOKENS)    /* decode, where the rows alone are enough work */
+#define MIN_PREFILL_CHUNK (2 * QF_CUDA_SPLIT_TOKENS) /* what pays for writing and merging partial results */
+#define NUM_BUCKETS 64
+
+static int32_t min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
+static int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
+static int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int32_t ceil_div(int32_t a, int32_t b) { return (int32_t)(((int64_t)a + b - 1) / b); }
+static int32_t whole_splits(int32_t a) { return ceil_div(a, QF_CUDA_SPLIT_TOKENS) * QF_CUDA_SPLIT_TOKENS; }
+
+static int64_t units_bound(int32_t num_seqs) { return SPARE_UNITS + 2 * (int64_t)num_seqs; }
+
+static int64_t decode_items_bound(const qf_cuda_attention_shape *shape, int32_t num_rows)
+{
+    return 2 * (int64_t)num_rows + WORK_ITEMS / shape->num_kv_heads + 1;
+}
+
+typedef struct planner {
+    const qf_cuda_attention_shape *shape;
+    int32_t num_seqs;
+    const int32_t *query_start_loc, *seq_lens;
+    bool batch_invariant;
+    int32_t tile_tokens;
+    int32_t decode_chunk, prefill_chunk; /* prefill_chunk 0: no tile is cut */
+    int32_t longest_decode, longest_prefill; /* positions of an item, at most */
+    /* The items are made twice: to count how many are how long, and to put them in order, long ones first. */
+    qf_cuda_attention_item *items; /* NULL: count */
+    int32_t decode_at[NUM_BUCKETS], prefill_at[NUM_BUCKETS];
+    int32_t partials, counters, split_items;
+} planner;
+
+static bool is_decode(const planner *p, int32_t seq)
+{
+    return !p->batch_invariant && p->query_start_loc[seq + 1] - p->query_start_loc[seq] == 1;
+}
+
+/* Rows first .. first + num - 1 of the sequence, counted within the batch's rows of it. */
+static qf_cuda_attention_item tile_of(const planner *p, int32_t seq, int32_t first, int32_t num)
+{
+    int32_t start = p->query_start_loc[seq];
+    int32_t position = p->seq_lens[seq] - (p->query_start_loc[seq + 1] - start) + first;
+    int32_t window = p->shape->sliding_window;
+    return (qf_cuda_attention_item){.seq = seq,
+                                    .first_row = start + first,
+                                    .num_rows = num,
+                                    .first_position = position,
+                                    .kv_begin = window > 0 ? max_i32(position - window + 1, 0) : 0,
+                                    .kv_end = position + num,
+                                    .num_splits = 1};
+}
+
+static int32_t num_chunks(const qf_cuda_attention_item *tile, int32_t chunk)
+{
+    return ceil_div(tile->kv_end, chunk) - tile->kv_begin / chunk;
+}
+
+static void emit(planner *p, const qf_cuda_attention_item *item, bool decode)
+{
+    int32_t longest = decode ? p->longest_decode : p->longest_prefill;
+    int64_t length = item->kv_end - item->kv_begin;
+    int32_t bucket = NUM_BUCKETS - 1 - (int32_t)((length - 1) * NUM_BUCKETS / longest);
+    int32_t *at = decode ? p->decode_at : p->prefill_at;
+    if (p->items != NULL) {
+        p->items[at[bucket]] = *item;
+    }
+    at[bucket]++;
+}
+
+static void emit_tile(planner *p, const qf_cuda_attention_item *tile, int32_t chunk, bool decode)
+{
+    int32_t count = chunk > 0 ? num_chunks(tile, chunk) : 1;
+    int64_t left = units_bound(p->num_seqs) - p->partials;
+    bool cut = count > 1 && (int64_t)count * tile->num_rows <= left &&
+               (decode || p->split_items + count <= MAX_SPLIT_ITEMS);
+    if (!cut) {
+        emit(p, tile, decode);
+        return;
+    }
+    int32_t first = tile->kv_begin / chunk;
+    for (int32_t i = 0; i < count; i++) {
+        qf_cuda_attention_item item = *tile;
+        item.split = i;
+        item.num_splits = count;
+        item.partial = p->partials;
+        item.counter = p->partials;
+        item.kv_begin = max_i32(tile->kv_begin, (first + i) * chunk);
+        item.kv_end = (int32_t)min_i64(tile->kv_end, (int64_t)(first + i + 1) * chunk);
+        emit(p, &item, decode);
+    }
+    p->partials += count * tile->num_rows;
+    p->counters++;
+    p->split_items += decode ? 0 : count;
+}
+
+static void emit_all(planner *p)
+{
+    p->partials = p->counters = p->split_items = 0;
+    for (int32_t seq = 0; seq < p->num_seqs; seq++) { /* decode first: their units are set aside */
+        if (is_decode(p, seq)) {
+            qf_cuda_attention_item tile = tile_of(p, seq, 0, 1);
+            emit_tile(p, &tile, p->decode_chunk, true);
+        }
+    }
+    for (int32_t seq = 0; seq < p->num_seqs; seq++) {
+        int32_t rows = p->query_start_loc[seq + 1] - p->query_start_loc[seq];
+        for (int32_t first = 0; !is_decode(p, seq) && first < rows; first += p->tile_tokens) {
+            qf_cuda_attention_item tile = tile_of(p, seq, first, min_i32(rows - first, p->tile_tokens));
+            emit_tile(p, &tile, p->prefill_chunk, false);
+        }
+    }
+}
+
+/* The smallest chunk that makes no more decode items than the bound. */
+static void choose_decode_chunk(planner *p)
+{
+    int64_t positions = 0;
+    int32_t rows = 0;
+    for (int32_t seq = 0; seq < p->num_seqs; seq++) {
+        if (is_decode(p, seq)) {
+            qf_cuda_attention_item tile = tile_of(p, seq, 0, 1);
+            positions += tile.kv_end - tile.kv_begin;
+            p->longest_decode = max_i32(p->longest_decode, tile.kv_end - tile.kv_begin);
+            rows++;
+        }
+    }
+    int64_t bound = decode_items_bound(p->shape, rows);
+    int32_t chunk = rows * p->shape->num_kv_heads < WORK_ITEMS ? QF_CUDA_SPLIT_TOKENS : MIN_BUSY_CHUNK;
+    chunk = max_i32(chunk, whole_splits((int32_t)(positions / bound)));
+    for (;; chunk = whole_splits(chunk + chunk / 8 + 1)) {
+        int64_t items = 0;
+        for (int32_t seq = 0; seq < p->num_seqs; seq++) {
+            if (is_decode(p, seq)) {
+                qf_cuda_attention_item tile = tile_of(p, seq, 0, 1);
+                items += num_chunks(&tile, chunk);
+            }
+        }
+        if (items <= bound) {
+            p->decode_chunk = chunk;
+            return;
+        }
+    }
+}
+
+static void choose_prefill_chunk(planner *p)
+{
+    int64_t tiles = 0;
+    for (int32_t seq = 0; seq < p->num_seqs; seq++) {
+        int32_t rows = p->query_start_loc[seq + 1] - p->query_start_loc[seq];
+        for (int32_t first = 0; !is_decode(p, seq) && first < rows; first += p->tile_tokens) {
+            qf_cuda_attention_item tile = tile_of(p, seq, first, min_i32(rows - first, p->tile_tokens));
+            p->longest_prefill = max_i32(p->longest_prefill, tile.kv_end - tile.kv_begin);
+            tiles++;
+        }
+    }
+    p->prefill_chunk = 0;
+    if (tiles == 0 || tiles * p->shape->num_kv_heads * 2 > WORK_ITEMS) {
+        return;
+    }
+    int32_t wanted = (int32_t)(WORK_ITEMS / (tiles * p->shape->num_kv_heads)); /* items of a tile: 2 or more */
+    p->prefill_chunk = p->batch_invariant ? QF_CUDA_SPLIT_TOKENS
+                                          : max_i32(whole_splits(ceil_div(p->longest_prefill, wanted)),
+                                                    MIN_PREFILL_CHUNK);
+}
+
+/* Counts become places, from `first` on. Returns the place after the last. */
+static int32_t place(int32_t *at, int32_t first)
+{
+    for (int32_t i = 0; i < NUM_BUCKETS; i++) {
+        int32_t count = at[i];
+        at[i] = first;
+        first += count;
+    }
+    return first;
+}
+
+void qf_cuda_attention_plan_make(const qf_cuda_attention_shape *shape, int32_t num_seqs,
+                                 const int32_t *query_start_loc, const int32_t *seq_lens, bool batch_invariant,
+                                 qf_cuda_attention_item *items, qf_cuda_attention_plan *plan)
+{
+    planner p = {.shape = shape,
+                 .num_seqs = num_seqs,
+                 .query_start_loc = query_start_loc,
+                 .seq_lens = seq_lens,
+                 .batch_invariant = batch_invariant,
+                 .tile_tokens = qf_attention_tile_tokens(shape->num_heads, shape->num_kv_heads, batch_invariant)};
+    choose_decode_chunk(&p);
+    choose_prefill_chunk(&p);
+    emit_all(&p);
+    plan->num_decode_items = place(p.decode_at, 0);
+    plan->num_prefill_items = place(p.prefill_at, plan->num_decode_items) - plan->num_decode_items;
+    p.items = items;
+    emit_all(&p);
+    plan->num_partials = p.partials;
+    plan->num_counters = p.counters;
+}
+
+static int64_t max_tiles(const qf_cuda_attention_shape *shape, int32_t max_num_seqs, int32_t max_num_batched_tokens)
+{
+    int32_t tile = qf_attention_tile_tokens(shape->num_heads, shape->num_kv_heads, true);
+    return min_i64(max_num_batched_tokens, max_num_batched_tokens / tile + (int64_t)max_num_seqs);
+}
+
+int32_t qf_cuda_attention_max_items(const qf_cuda_attention_shape *shape, int32_t max_num_seqs,
+                                    int32_t max_num_batched_tokens, int32_t max_model_len)
+{
+    int64_t tiles = max_tiles(shape, max_num_seqs, max_num_batched_tokens);
+    int64_t cut = decode_items_bound(shape, max_num_seqs) + MAX_SPLIT_ITEMS;
+    return (int32_t)min_i64(tiles + cut, tiles * ceil_div(max_model_len, QF_CUDA_SPLIT_TOKENS));
+}
+
+size_t qf_cuda_attention_workspace_bytes(const qf_cuda_attention_shape *shape, int32_t max_num_seqs,
+                                         int32_t max_num_batched_tokens, int32_t max_model_len)
+{
+    int64_t splits = ceil_div(max_model_len, QF_CUDA_SPLIT_TOKENS);
+    int64_t units = min_i64(units_bound(max_num_seqs), max_num_batched_tokens * splits);
+    return (size_t)units * sizeof(float) *
+           (size_t)qf_attention_unit_words(shape->num_heads, shape->num_kv_heads, shape->head_dim);
+}

@@ -1,0 +1,161 @@
+/* What both attention kernels share: parameters, the merge of splits, the output's layout. */
+#ifndef QF_ATTENTION_MERGE_CUH
+#define QF_ATTENTION_MERGE_CUH
+
+#include "attention_limits.h"
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
+
+#define ATTENTION_THREADS 128
+#define ATTENTION_WARPS (ATTENTION_THREADS / 32)
+
+struct attention_params {
+    qf_cuda_attention_args a;
+    float scale_log2;    /* scale * log2(e): softmax by powers of two */
+    int32_t block_shift; /* block_size = 1 << block_shift */
+    int32_t group;       /* query heads of a kv head */
+    int32_t window;      /* sliding window, or more than any position */
+};
+
+static __device__ __forceinline__ float power_of_two(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* A running result (maximum, sum; maxima in powers of two) takes in a split's: acc = acc * old_weight +
+ * split's * new_weight. Splits without a visible position (maximum -inf) must be left out. */
+struct merge_weights {
+    float old_weight, new_weight;
+};
+
+static __device__ __forceinline__ merge_weights merge_split(float &maximum, float &sum, float split_maximum,
+                                                            float split_sum)
+{
+    const float next = fmaxf(maximum, split_maximum);
+    const merge_weights w = {power_of_two(maximum - next), power_of_two(split_maximum - next)};
+    sum = __fmaf_rn(split_sum, w.new_weight, __fmul_rn(sum, w.old_weight));
+    maximum = next;
+    return w;
+}
+
+static __device__ __forceinline__ float merge_value(float acc, float x, merge_weights w)
+{
+    return __fmaf_rn(x, w.new_weight, __fmul_rn(acc, w.old_weight));
+}
+
+/* --- output ------------------------------------------------------------------------------------------------- */
+
+/* Element (k, token) of the tiled output. */
+static __device__ __forceinline__ uint16_t *out_element(const attention_params &p, int32_t k, int32_t token)
+{
+    const int32_t num_tiles = qf_cuda_num_tiles(p.a.num_tokens), width = qf_cuda_tile_tokens(p.a.num_tokens);
+    const int64_t core = ((int64_t)(k >> 6) * num_tiles + (token >> 3)) * 8 + ((k >> 3) & 7);
+    return p.a.out + (core * width + (token & 7)) * 8 + (k & 7);
+}
+
+static __device__ __forceinline__ void store_out(const attention_params &p, int32_t k, int32_t token, float4 x,
+                                                 float sum)
+{
+    const float f = __frcp_rn(sum);
+    *reinterpret_cast<uint2 *>(out_element(p, k, token)) =
+        make_uint2(qf_pack_bf16(__fmul_rn(x.x, f), __fmul_rn(x.y, f)), qf_pack_bf16(__fmul_rn(x.z, f), __fmul_rn(x.w, f)));
+}
+
+/* The columns beyond the heads, by the CTA of the last kv head. */
+static __device__ __forceinline__ void zero_padding(const attention_params &p, const qf_cuda_attention_item &item,
+                                                    int32_t kv_head)
+{
+    const int32_t width = p.a.shape.num_heads * p.a.shape.head_dim, vectors = (p.a.out_k - width) / 8;
+    if (kv_head != p.a.shape.num_kv_heads - 1) {
+        return;
+    }
+    for (int32_t i = threadIdx.x; i < vectors * item.num_rows; i += ATTENTION_THREADS) {
+        const int32_t row = i / vectors;
+        *reinterpret_cast<uint4 *>(out_element(p, width + (i - row * vectors) * 8, item.first_row + row)) =
+            make_uint4(0, 0, 0, 0);
+    }
+}
+
+/* --- splits ------------------------------------------------------------------------------------------------- */
+
+/* The unit (attention_limits.h) of split `split` of the item's row `row`. */
+static __device__ __forceinline__ float *unit_of(const attention_params &p, const qf_cuda_attention_item &item,
+                                                 int32_t split, int32_t row)
+{
+    const int32_t words =
+        qf_attention_unit_words(p.a.shape.num_heads, p.a.shape.num_kv_heads, p.a.shape.head_dim);
+    return static_cast<float *>(p.a.workspace) + (int64_t)(item.partial + split * item.num_rows + row) * words;
+}
+
+static __device__ __forceinline__ float *unit_values(const attention_params &p, float *unit, int32_t head)
+{
+    return unit + qf_attention_unit_sums(p.a.shape.num_heads) + head * p.a.shape.head_dim;
+}
+
+/* Called by all threads when the CTA's partial results have been stored: true in the CTA that is the last of the item's
+ * splits to come, which sees the results of all. The counter is zero again after it. */
+static __device__ bool last_to_arrive(const attention_params &p, const qf_cuda_attention_item &item, int32_t kv_head)
+{
+    __shared__ uint32_t arrived;
+    const int32_t words =
+        qf_attention_unit_words(p.a.shape.num_heads, p.a.shape.num_kv_heads, p.a.shape.head_dim);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        uint32_t *counter = reinterpret_cast<uint32_t *>(static_cast<float *>(p.a.workspace) + (int64_t)item.counter * words +
+                                                         qf_attention_unit_counters(p.a.shape.num_heads, p.a.shape.head_dim)) +
+                            kv_head;
+        arrived = atomicAdd(counter, 1u);
+        if (arrived + 1 == (uint32_t)item.num_splits) {
+            *counter = 0;
+        }
+        __threadfence();
+    }
+    __syncthreads();
+    return arrived + 1 == (uint32_t)item.num_splits;
+}
+
+/* Merges the splits in their order, whoever came last. Partial results are read past L1. */
+static __device__ void merge_splits(const attention_params &p, const qf_cuda_attention_item &item, int32_t kv_head)
+{
+    const int batch = 4; /* splits in flight */
+    const int32_t head_dim = p.a.shape.head_dim, vectors = head_dim / 4, per_row = p.group * vectors;
+    const int64_t stride =
+        (int64_t)item.num_rows *
+        qf_attention_unit_words(p.a.shape.num_heads, p.a.shape.num_kv_heads, p.a.shape.head_dim);
+    for (int32_t i = threadIdx.x; i < item.num_rows * per_row; i += ATTENTION_THREADS) {
+        const int32_t row = i / per_row, head = kv_head * p.group + (i - row * per_row) / vectors;
+        const int32_t d = (i % vectors) * 4;
+        float *unit = unit_of(p, item, 0, row);
+        const float *sums = unit + 2 * head, *values = unit_values(p, unit, head) + d;
+        float maximum = -INFINITY, sum = 0.0f;
+        float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+        for (int32_t first = 0; first < item.num_splits; first += batch) {
+            float2 s[batch];
+            float4 x[batch];
+#pragma unroll
+            for (int b = 0; b < batch; b++) {
+                const int64_t at = min(first + b, item.num_splits - 1) * stride;
+                s[b] = __ldcg(reinterpret_cast<const float2 *>(sums + at));
+                x[b] = __ldcg(reinterpret_cast<const float4 *>(values + at));
+            }
+#pragma unroll
+            for (int b = 0; b < batch; b++) {
+                if (first + b < item.num_splits && s[b].x != -INFINITY) {
+                    const merge_weights w = merge_split(maximum, sum, s[b].x, s[b].y);
+                    acc.x = merge_value(acc.x, x[b].x, w);
+                    acc.y = merge_value(acc.y, x[b].y, w);
+                    acc.z = merge_value(acc.z, x[b].z, w);
+                    acc.w = merge_value(acc.w, x[b].w, w);
+                }
+            }
+        }
+        store_out(p, head * head_dim + d, item.first_row + row, acc, sum);
+    }
+    zero_padding(p, item, kv_head);
+}
+
+#endif

@@ -1,0 +1,195 @@
+/* What the persistent decode kernel is told, and how its work is divided: host planning, shared by kernel and launcher.
+ *
+ * A linear of `tiles` row tiles x `kb` k blocks is cut in k into `splits` ranges, and each range, walked tile by tile,
+ * into `parts` runs of (nearly) equally many blocks. A part belongs to one CTA. So a row tile has one result per range,
+ * and one more wherever a run ends inside it: its "pieces". Part q of a range of N blocks is [q N / parts, (q + 1) N /
+ * parts), and the part of block v is ((v + 1) parts - 1) / N. gate_up and the head are cut between row tiles only.
+ *
+ *   range 0        range 1          part 0 | part 1 | ...
+ *   tile 0 [0 0 0 0 0][6 6 6 6 6]
+ *   tile 1 [0 1 1 1 1][6 7 7 7 7]   tile 1 has the pieces 0 and 1 of range 0, in slots 0 and 1, and the pieces 0
+ *   tile 2 [1 1 2 2 2][7 7 8 8 8]   and 1 of range 1, in slots max_pieces and max_pieces + 1 */
+#ifndef QF_DECODE_PLAN_CUH
+#define QF_DECODE_PLAN_CUH
+
+#include "common/launch.cuh"
+
+#define QF_DECODE_MAX_SEQS 8
+#define QF_DECODE_CHUNK_UNITS 32 /* units of 1,024 bytes a ring stage holds */
+#define QF_DECODE_MAX_STAGES 16
+#define QF_DECODE_MAX_SLOTS 8
+#define QF_DECODE_MAX_LOCAL_TILES 16 /* of o and down a part may touch */
+
+enum { QF_DECODE_QKV, QF_DECODE_O, QF_DECODE_GATE_UP, QF_DECODE_DOWN, QF_DECODE_HEAD, QF_DECODE_KINDS };
+
+/* A linear and its partition. */
+struct qf_decode_linear {
+    int32_t tiles, kb, n;
+    int32_t splits, parts; /* parts of one range */
+    int32_t max_pieces;    /* results of a row tile in one range, at most */
+    int32_t by_tile;       /* parts end between row tiles */
+    int32_t rotation;      /* part p is CTA (p + rotation) % grid's */
+    int32_t bits, group_shift; /* scale groups of a block: 1 << group_shift */
+    int32_t scale_bytes;   /* of a block */
+};
+
+/* What the kernel needs of a layer, in shared memory; entry num_layers is the head's. */
+struct qf_decode_layer_entry {
+    const char *data[4];
+    const char *scales[4];
+    const float *norm[2];
+    const float *bias; /* of qkv, or NULL */
+    char *k, *v;
+    float multiplier[4];
+    int32_t window, pad;
+};
+
+struct qf_decode_shared_map { /* byte offsets into dynamic shared memory */
+    int32_t layers, ssq, masks, saved_o, saved_down, red, x, ring, total;
+    int32_t stages, stage_bytes, half_tiles; /* half_tiles: row tiles a half of `red` holds */
+    int32_t saved_tiles[2];
+};
+
+struct qf_decode_ll_map { /* word offsets into one of the two halves of the exchange buffer */
+    int32_t qkv, attention, o, act, down, words;
+};
+
+struct qf_decode_params {
+    const qf_cuda_decode_layer *layers;
+    qf_decode_linear linear[QF_DECODE_KINDS];
+    qf_decode_shared_map map;
+    qf_decode_ll_map ll;
+    const char *head_data, *head_scales;
+    float head_multiplier;
+    const float *final_norm, *residual, *cos_sin;
+    float *logits;
+    const int32_t *slot_mapping, *seq_lens, *block_tables, *block_table_start;
+    uint32_t *header;   /* error, epoch, then an epoch per num_seqs */
+    uint32_t *exchange; /* (2, ll.words) */
+    uint2 *partials;    /* accumulators (2, num_seqs, num_heads, max_splits, head_dim), then m and l (.., 2) */
+    int64_t partials_half, partials_ml; /* pairs */
+    int32_t num_layers, hidden_size, act_size, num_heads, num_kv_heads, head_dim, block_size, num_seqs, max_splits;
+    int32_t qkv_slots, o_slots, down_slots;
+    float eps, scale_log2;
+    uint32_t backoff_ns;
+    bool bulk;
+    long long *stamps; /* (grid, 4 num_layers + 1, 4) clocks, or NULL */
+};
+
+/* Which row tiles' results `first .. first + count - 1` of one range exist. */
+static inline __host__ __device__ int qf_decode_range_begin(const qf_decode_linear &l, int split)
+{
+    return l.kb * split / l.splits;
+}
+static inline __host__ __device__ int qf_decode_part_of(int v, int parts, int blocks)
+{
+    return ((v + 1) * parts - 1) / blocks;
+}
+
+/* Bit `slot` is set where the row tile has a result. */
+static inline __host__ __device__ uint32_t qf_decode_slot_mask(const qf_decode_linear &l, int tile)
+{
+    uint32_t mask = 0;
+    for (int s = 0; s < l.splits; s++) {
+        int kbs = qf_decode_range_begin(l, s + 1) - qf_decode_range_begin(l, s), blocks = l.tiles * kbs;
+        int first = qf_decode_part_of(tile * kbs, l.parts, blocks);
+        int last = qf_decode_part_of(tile * kbs + kbs - 1, l.parts, blocks);
+        mask |= ((1u << (last - first + 1)) - 1u) << (s * l.max_pieces);
+    }
+    return mask;
+}
+
+/* ---- host ------------------------------------------------------------------------------------------------------ */
+
+static inline int qf_decode_max(int a, int b) { return a > b ? a : b; }
+static inline int qf_decode_min(int a, int b) { return a < b ? a : b; }
+
+static inline int qf_decode_range_blocks(const qf_decode_linear *l)
+{
+    return (l->kb + l->splits - 1) / l->splits;
+}
+
+/* Row tiles that one part can touch. */
+static inline int qf_decode_local_tiles(const qf_decode_linear *l)
+{
+    int kbs = l->kb / l->splits, run = (l->tiles * qf_decode_range_blocks(l) + l->parts - 1) / l->parts;
+    return qf_decode_min(l->tiles, (run + kbs - 2) / kbs + 1);
+}
+
+static inline void qf_decode_plan_weight(const qf_cuda_weight *w, qf_decode_linear *l)
+{
+    *l = qf_decode_linear{};
+    l->tiles = w->n / 16;
+    l->kb = w->k / 128;
+    l->n = w->n;
+    l->bits = w->bits;
+    l->splits = l->parts = l->max_pieces = 1;
+    if (w->bits != 16) {
+        l->group_shift = w->group_size == 128 ? 0 : w->group_size == 64 ? 1 : 2;
+        l->scale_bytes = 64 << l->group_shift;
+    }
+}
+
+/* Cuts a linear whose results are partial sums. Runs shorter than two rounds of 16 warps end at tile boundaries, or at
+ * equal shares of tiles, so that few pieces arise; longer ones are all equally long. */
+static inline void qf_decode_plan_parts(qf_decode_linear *l, int splits, int grid)
+{
+    l->splits = splits;
+    int kbs = l->kb / splits, room = grid / splits;
+    if (l->tiles > room || l->tiles * kbs >= 32 * room) {
+        l->parts = qf_decode_min(room, l->tiles * kbs);
+    } else {
+        l->parts = l->tiles * qf_decode_max(1, qf_decode_min(room / l->tiles, kbs / 16));
+    }
+    l->max_pieces = 1;
+    for (int s = 0; s < splits; s++) {
+        int k = qf_decode_range_begin(*l, s + 1) - qf_decode_range_begin(*l, s), blocks = l->tiles * k;
+        for (int tile = 0; tile < l->tiles; tile++) {
+            int pieces = qf_decode_part_of(tile * k + k - 1, l->parts, blocks) -
+                         qf_decode_part_of(tile * k, l->parts, blocks) + 1;
+            l->max_pieces = qf_decode_max(l->max_pieces, pieces);
+        }
+    }
+}
+
+static inline int qf_decode_align(int bytes) { return (bytes + 127) / 128 * 128; }
+
+/* Places everything in shared memory; false if fewer than two ring stages fit. */
+static inline bool qf_decode_plan_shared(const qf_decode_params *p, int warps, int max_shared, qf_decode_shared_map *m)
+{
+    int tokens = qf_cuda_tile_tokens(p->num_seqs), pairs = tokens == 1 ? 1 : tokens / 2, vec = tokens == 1 ? 2 : 4;
+    const qf_decode_linear *l = p->linear;
+    int at = 1024; /* barriers, phases, attention plans, flags */
+    m->layers = at;
+    at = qf_decode_align(at + (p->num_layers + 1) * (int)sizeof(qf_decode_layer_entry));
+    m->ssq = at;
+    at = qf_decode_align(at + 2 * (tokens * p->hidden_size / 128 + QF_DECODE_MAX_SEQS) * 4);
+    m->masks = at;
+    at = qf_decode_align(at + l[QF_DECODE_QKV].tiles + l[QF_DECODE_O].tiles + l[QF_DECODE_DOWN].tiles);
+    m->saved_tiles[0] = qf_decode_local_tiles(&l[QF_DECODE_O]);
+    m->saved_tiles[1] = qf_decode_local_tiles(&l[QF_DECODE_DOWN]);
+    m->saved_o = at;
+    at += m->saved_tiles[0] * tokens * 64;
+    m->saved_down = at;
+    at = qf_decode_align(at + m->saved_tiles[1] * tokens * 64);
+    m->half_tiles = tokens == 1 ? 8 : tokens == 2 ? 4 : 2;
+    m->red = at;
+    at = qf_decode_align(at + 2 * m->half_tiles * (warps * 8 * pairs * vec + 16) * 4);
+    m->x = at;
+    int x_blocks = qf_decode_max(l[QF_DECODE_QKV].kb, l[QF_DECODE_O].kb);
+    x_blocks = qf_decode_max(x_blocks, qf_decode_range_blocks(&l[QF_DECODE_DOWN]));
+    int attention = 8 * (p->head_dim + 8) * 2 + 2 * p->head_dim * 2 +
+                    2 * (p->head_dim / 64) * 8 * (8192 / p->head_dim + 8) * 4 + 8 * 32 * 16;
+    at = qf_decode_align(at + qf_decode_max(x_blocks * 256 * tokens, attention));
+    int scale_bytes = 0;
+    for (int i = 0; i < QF_DECODE_KINDS; i++) {
+        scale_bytes = qf_decode_max(scale_bytes, l[i].scale_bytes * QF_DECODE_CHUNK_UNITS * 4 / qf_decode_max(l[i].bits, 4));
+    }
+    m->stage_bytes = QF_DECODE_CHUNK_UNITS * 1024 + scale_bytes;
+    m->ring = at;
+    m->stages = qf_decode_min((max_shared - at) / m->stage_bytes, QF_DECODE_MAX_STAGES);
+    m->total = at + m->stages * m->stage_bytes;
+    return m->stages >= 2;
+}
+
+#endif

@@ -1,0 +1,329 @@
+/* The weight ring of the decode kernel: one producer warp streams every byte that this CTA will need, in the order in
+ * which its consumer warps will want it, through `stages` equal stages of shared memory.
+ *
+ * A stage holds one chunk: up to 32 units of 1,024 bytes of weights followed by their scales, or one tile of keys and
+ * values. Barrier counts: full[i] 32 (every lane of the producer arrives once a chunk: by cp.async's own arrival, or, of
+ * a bulk chunk, lane 0 with the bytes to come and the others plainly); empty[i] one arrival of every consumer warp.
+ * Chunk number c uses stage c % stages; the n-th use of a stage (n from 0) completes phase n of its full barrier, which
+ * consumers await with parity n & 1; the producer awaits phase n - 1 of empty with parity (n & 1) ^ 1, which for n = 0
+ * is the phase before the first and counts as complete.
+ *
+ * Every wait is bounded. Where one runs out, `failed` is set, here and (decode_exchange.cuh) for all CTAs; from then on
+ * nobody waits, the producer ends, and the consumers run through on whatever memory holds. */
+#ifndef QF_DECODE_RING_CUH
+#define QF_DECODE_RING_CUH
+
+#include "common/ptx.cuh"
+#include "decode_plan.cuh"
+
+/* This CTA's part of a linear. Blocks are numbered along the part: block 0 is k block `offset` of row tile tile0. */
+struct qf_decode_phase {
+    int32_t blocks, tile0, offset; /* blocks = 0: no part */
+    int32_t local_tiles;
+    int32_t kbs, ks0;              /* k blocks of the range, and its first */
+    uint32_t reciprocal;           /* of kbs */
+    int32_t first_slot, slot;      /* of the first row tile, and of the others */
+    int32_t split;
+};
+
+/* The attention items of the sequences for one sliding window. */
+struct qf_decode_items {
+    int32_t base[QF_DECODE_MAX_SEQS + 1];
+    int32_t start[QF_DECODE_MAX_SEQS]; /* first position that is seen */
+    int32_t first_tile[QF_DECODE_MAX_SEQS], tiles[QF_DECODE_MAX_SEQS], per_split[QF_DECODE_MAX_SEQS];
+};
+
+/* What stands at the start of shared memory. */
+struct qf_decode_fixed {
+    uint64_t full[QF_DECODE_MAX_STAGES], empty[QF_DECODE_MAX_STAGES];
+    qf_decode_phase phase[QF_DECODE_KINDS];
+    qf_decode_items items[2];
+    int32_t window[2];
+    int32_t failed;
+    uint32_t epoch, region_epoch;
+};
+static_assert(sizeof(qf_decode_fixed) <= 1024, "see qf_decode_plan_shared");
+
+struct qf_decode_ring {
+    uint32_t base, stage_bytes; /* shared address */
+    int32_t stages, stage;
+    uint32_t parity;
+};
+
+__device__ __forceinline__ void qf_ring_advance(qf_decode_ring &r)
+{
+    if (++r.stage == r.stages) {
+        r.stage = 0;
+        r.parity ^= 1;
+    }
+}
+
+__device__ __forceinline__ bool qf_mbarrier_test(uint64_t *barrier, uint32_t parity)
+{
+    uint32_t done;
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+#else
+                 "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+#endif
+                 "selp.u32 %0, 1, 0, p;\n"
+                 "}"
+                 : "=r"(done)
+                 : "r"(qf_shared_address(barrier)), "r"(parity)
+                 : "memory");
+    return done != 0;
+}
+
+/* About two seconds at any clock of these cards. */
+#define QF_DECODE_PATIENCE_CLOCKS 4000000000ll
+
+/* Waits at most that long; false once the step has failed. */
+static __device__ __noinline__ bool qf_ring_wait_long(uint64_t *barrier, uint32_t parity, volatile int32_t *failed)
+{
+    long long start = clock64();
+    while (!qf_mbarrier_test(barrier, parity)) {
+        if (*failed) {
+            return false;
+        }
+        if (clock64() - start > QF_DECODE_PATIENCE_CLOCKS) {
+            *failed = 1;
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Of a whole warp. */
+__device__ __forceinline__ bool qf_ring_wait(uint64_t *barrier, uint32_t parity, volatile int32_t *failed)
+{
+    bool done = qf_mbarrier_test(barrier, parity) || qf_mbarrier_test(barrier, parity) ||
+                qf_ring_wait_long(barrier, parity, failed);
+    return __all_sync(~0u, done);
+}
+
+/* The cp.async copies of this thread so far arrive on the barrier when they have landed; counts as its arrival. */
+__device__ __forceinline__ void qf_cp_async_arrive(uint64_t *barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(qf_shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void qf_cp_async_at(uint32_t shared, const char *global)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+__device__ __forceinline__ void qf_cp_async_at_or_zero(uint32_t shared, const char *global, bool valid)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+/* Copies a contiguous run, by one bulk copy of lane 0 or by the whole warp; bytes is a multiple of 16. */
+__device__ __forceinline__ void qf_ring_copy(bool bulk, uint32_t shared, const char *global, int bytes,
+                                             uint64_t *barrier, int lane)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (bulk) {
+        if (lane == 0) {
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                             shared),
+                         "l"(global), "r"(bytes), "r"(qf_shared_address(barrier))
+                         : "memory");
+        }
+        return;
+    }
+#endif
+#pragma unroll 4
+    for (int i = lane * 16; i < bytes; i += 512) {
+        qf_cp_async_at(shared + i, global + i);
+    }
+}
+
+/* Ends a chunk of `bytes` bytes. */
+__device__ __forceinline__ void qf_ring_arrive(bool bulk, uint64_t *barrier, int bytes, int lane)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (bulk) {
+        if (lane == 0) {
+            qf_mbarrier_arrive_expect(barrier, (uint32_t)bytes);
+        } else {
+            qf_mbarrier_arrive(barrier);
+        }
+        return;
+    }
+#endif
+    qf_cp_async_arrive(barrier);
+}
+
+/* Streams this CTA's part of one linear. Returns false once the step has failed. */
+static __device__ __forceinline__ bool qf_produce_linear(const qf_decode_params &p, qf_decode_fixed *fixed, int kind,
+                                                         const qf_decode_layer_entry *layer, qf_decode_ring &ring,
+                                                         int lane)
+{
+    const qf_decode_linear &l = p.linear[kind];
+    const qf_decode_phase ph = fixed->phase[kind];
+    const char *data = layer->data[kind == QF_DECODE_HEAD ? 0 : kind];
+    const char *scales = layer->scales[kind == QF_DECODE_HEAD ? 0 : kind];
+    int block_bytes = 256 * l.bits, scale_bytes = l.scale_bytes, chunk = QF_DECODE_CHUNK_UNITS * 4 / l.bits;
+    int tile = ph.tile0, k = ph.offset;
+    for (int v = 0; v < ph.blocks; v += chunk) {
+        int left = min(chunk, ph.blocks - v), total = left * (block_bytes + scale_bytes);
+        uint64_t *full = &fixed->full[ring.stage];
+        if (!qf_ring_wait(&fixed->empty[ring.stage], ring.parity ^ 1, &fixed->failed)) {
+            return false;
+        }
+        uint32_t to = ring.base + ring.stage * ring.stage_bytes, to_scales = to + QF_DECODE_CHUNK_UNITS * 1024;
+        if (p.bulk) { /* the bytes to come are announced before any can arrive */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+            qf_fence_async_shared(); /* what was read and written here before comes before the copy engine's writes */
+#endif
+            qf_ring_arrive(true, full, total, lane);
+        }
+        while (left > 0) { /* runs of contiguous blocks: to the end of the range in this row tile, or all */
+            int run = ph.kbs == l.kb ? left : min(left, ph.kbs - k);
+            int64_t block = (int64_t)tile * l.kb + ph.ks0 + k;
+            qf_ring_copy(p.bulk, to, data + block * block_bytes, run * block_bytes, full, lane);
+            if (scale_bytes != 0) {
+                qf_ring_copy(p.bulk, to_scales, scales + block * scale_bytes, run * scale_bytes, full, lane);
+            }
+            to += run * block_bytes;
+            to_scales += run * scale_bytes;
+            left -= run;
+            k += run;
+            while (k >= ph.kbs) {
+                k -= ph.kbs;
+                tile++;
+            }
+        }
+        if (!p.bulk) {
+            qf_ring_arrive(false, full, total, lane);
+        }
+        qf_ring_advance(ring);
+    }
+    return true;
+}
+
+/* Finds item number j of a layer: sequence, kv head and split. */
+struct qf_decode_item {
+    int32_t seq, head, split;
+    int32_t tile_begin, tile_end;
+    int32_t num_splits;
+};
+
+__device__ __forceinline__ qf_decode_item qf_decode_find_item(const qf_decode_params &p, const qf_decode_items &items,
+                                                              int j)
+{
+    qf_decode_item it;
+    it.seq = 0;
+    while (j >= items.base[it.seq + 1]) {
+        it.seq++;
+    }
+    j -= items.base[it.seq];
+    it.split = j / p.num_kv_heads;
+    it.head = j - it.split * p.num_kv_heads;
+    it.num_splits = (items.base[it.seq + 1] - items.base[it.seq]) / p.num_kv_heads;
+    it.tile_begin = items.first_tile[it.seq] + it.split * items.per_split[it.seq];
+    it.tile_end = min(it.tile_begin + items.per_split[it.seq], items.first_tile[it.seq] + items.tiles[it.seq]);
+    return it;
+}
+
+/* First item of this CTA; the next ones follow at distances of the grid. Attention starts behind qkv's parts. */
+__device__ __forceinline__ int qf_decode_first_item(const qf_decode_params &p)
+{
+    int first = (int)blockIdx.x - p.linear[QF_DECODE_O].rotation;
+    return first < 0 ? first + (int)gridDim.x : first;
+}
+
+/* Streams the old keys and values of one item. A tile is 32 KB: rows of head_dim of keys, then of values, 16-byte
+ * pieces of row r exchanged by r & 7 so that ldmatrix meets no bank twice. Rows that are not seen, among them that of
+ * the new token, become zeros. */
+template <int head_dim>
+static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p, qf_decode_fixed *fixed,
+                                                       const qf_decode_layer_entry *layer, const qf_decode_items &items,
+                                                       const qf_decode_item &item, qf_decode_ring &ring, int lane)
+{
+    constexpr int tile_rows = 8192 / head_dim, pieces = head_dim / 8, rows_a_step = 32 / pieces;
+    const int32_t *table = p.block_tables + p.block_table_start[item.seq];
+    int length = p.seq_lens[item.seq], start = items.start[item.seq], size = p.block_size;
+    int row0 = lane / pieces, piece = lane % pieces;
+    for (int tile = item.tile_begin; tile < item.tile_end; tile++) {
+        int first = tile * tile_rows, run = min(size, tile_rows), blocks = tile_rows / run;
+        bool whole = first >= start && first + tile_rows < length;
+        int id = 0; /* lane i: the tile's block i, or the block that holds the tile */
+        if (lane < blocks && first + lane * run < length) {
+            id = table[(first + lane * run) / size];
+        }
+        if (!qf_ring_wait(&fixed->empty[ring.stage], ring.parity ^ 1, &fixed->failed)) {
+            return false;
+        }
+        uint32_t to = ring.base + ring.stage * ring.stage_bytes;
+        if (whole) {
+            for (int b = 0; b < blocks; b++) {
+                int64_t at = (((int64_t)__shfl_sync(~0u, id, b) * p.num_kv_heads + item.head) * size + first % size) *
+                                 (head_dim * 2) + lane * 16;
+                const char *k = layer->k + at, *v = layer->v + at;
+#pragma unroll 4
+                for (int r = 0; r < run; r += rows_a_step) {
+                    int row = b * run + r + row0;
+                    uint32_t place = to + row * (head_dim * 2) + ((piece ^ (row & 7)) << 4);
+                    qf_cp_async_at(place, k + r * (head_dim * 2));
+                    qf_cp_async_at(place + 16384, v + r * (head_dim * 2));
+                }
+            }
+        } else {
+            for (int r = row0; r < tile_rows; r += rows_a_step) {
+                int position = first + r;
+                bool valid = position >= start && position < length - 1;
+                int block = __shfl_sync(~0u, id, r / run);
+                int64_t at = valid ? (((int64_t)block * p.num_kv_heads + item.head) * size + position % size) *
+                                             (head_dim * 2) + piece * 16
+                                   : 0;
+                uint32_t place = to + r * (head_dim * 2) + ((piece ^ (r & 7)) << 4);
+                qf_cp_async_at_or_zero(place, layer->k + at, valid);
+                qf_cp_async_at_or_zero(place + 16384, layer->v + at, valid);
+            }
+        }
+        qf_cp_async_arrive(&fixed->full[ring.stage]);
+        qf_ring_advance(ring);
+    }
+    return true;
+}
+
+template <int head_dim>
+static __device__ __forceinline__ bool qf_produce_attention(const qf_decode_params &p, qf_decode_fixed *fixed,
+                                                            const qf_decode_layer_entry *layer, qf_decode_ring &ring,
+                                                            int lane)
+{
+    const qf_decode_items &items = fixed->items[layer->window == fixed->window[0] ? 0 : 1];
+    int count = items.base[p.num_seqs];
+    for (int j = qf_decode_first_item(p); j < count; j += (int)gridDim.x) {
+        qf_decode_item item = qf_decode_find_item(p, items, j);
+        if (!qf_produce_item<head_dim>(p, fixed, layer, items, item, ring, lane)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static __device__ void qf_decode_produce(const qf_decode_params &p, qf_decode_fixed *fixed,
+                                         const qf_decode_layer_entry *layers, qf_decode_ring ring)
+{
+    int lane = threadIdx.x & 31;
+    for (int layer = 0; layer < p.num_layers; layer++) {
+        for (int kind = QF_DECODE_QKV; kind <= QF_DECODE_DOWN; kind++) {
+            bool going = true;
+            if (kind == QF_DECODE_O) {
+                going = p.head_dim == 64 ? qf_produce_attention<64>(p, fixed, layers + layer, ring, lane)
+                                         : qf_produce_attention<128>(p, fixed, layers + layer, ring, lane);
+            }
+            if (!going || !qf_produce_linear(p, fixed, kind, layers + layer, ring, lane)) {
+                return;
+            }
+        }
+    }
+    qf_produce_linear(p, fixed, QF_DECODE_HEAD, layers + p.num_layers, ring, lane);
+}
+
+#endif

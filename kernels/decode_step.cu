@@ -1,0 +1,542 @@
+/* One decode step of 1 to 8 sequences in one launch: residual in, logits out.
+ *
+ *   for each layer:  x = norm(h);  q, k, v = Wqkv x + b;  rope;  a = attention;  h += Wo a
+ *                    x = norm(h);  g, u = Wgu x;  h += Wd (silu(g) u)
+ *   logits = Whead norm(h)
+ *
+ * Bound: memory. Weights are read once: W4 of group 128 moves 0.53 bytes a weight, 4.48 GB for Qwen2.5-7B with a 16-bit
+ * head (1.02 ms at 4.4 TB/s), 0.46 GB for 0.5B (0.10 ms); the latter is bound by its 121 dependencies instead.
+ *
+ * Plan. One CTA on each SM, all resident (cooperative launch). In each, one producer warp streams this CTA's share of all
+ * weights, in program order, through a ring that fills most of shared memory (decode_ring.cuh), and never waits for
+ * activations; the other warps consume (decode_linear.cuh, decode_attention.cuh). CTAs hand each other results in words
+ * that carry their own flags (decode_exchange.cuh), so a dependency costs one store, one trip through L2, one load.
+ *
+ *   phase      parts                            reads                   writes
+ *   qkv        row tiles x k, evenly cut        residual or down's      partial sums, bias
+ *   attention  (sequence, kv head, positions)   qkv's sums, K, V        bf16, or (m, l, O), then merged
+ *   o          as qkv                           attention's bf16        partial sums, + residual
+ *   gate_up    row tiles                        o's sums                bf16 of silu(gate) up
+ *   down       k ranges, row tiles x k          its range of act        partial sums, + residual
+ *   head       row tiles                        down's sums             logits
+ *
+ * The residual stream h lives nowhere: it travels in the first piece of o's and down's sums. The CTA that makes that
+ * piece has seen h of those rows when it gathered all of h to norm it, and has kept them.
+ *
+ *   shared memory:  barriers, partition | layer table | norm sums | slot masks | kept rows | red | x, attention | ring
+ *
+ * Measured: see PERF.md.
+ * Tried and lost: nothing yet; before this, a chain of five kernels a layer with dependent launch (2.9 us a kernel). */
+#include "decode_attention.cuh"
+#include "decode_step.cuh"
+
+/* ---- set up ---------------------------------------------------------------------------------------------------- */
+
+static __device__ void qf_decode_make_phase(const qf_decode_linear &l, qf_decode_phase *ph)
+{
+    *ph = qf_decode_phase{};
+    int index = (int)blockIdx.x - l.rotation;
+    if (index < 0) {
+        index += (int)gridDim.x;
+    }
+    if (index >= l.splits * l.parts) {
+        ph->kbs = 1;
+        return;
+    }
+    int split = index / l.parts, part = index % l.parts, begin, end;
+    ph->split = split;
+    ph->ks0 = qf_decode_range_begin(l, split);
+    ph->kbs = qf_decode_range_begin(l, split + 1) - ph->ks0;
+    if (l.by_tile) {
+        begin = (int)((int64_t)l.tiles * part / l.parts) * ph->kbs;
+        end = (int)((int64_t)l.tiles * (part + 1) / l.parts) * ph->kbs;
+    } else {
+        int64_t blocks = (int64_t)l.tiles * ph->kbs;
+        begin = (int)(blocks * part / l.parts);
+        end = (int)(blocks * (part + 1) / l.parts);
+    }
+    ph->blocks = end - begin;
+    ph->tile0 = begin / ph->kbs;
+    ph->offset = begin % ph->kbs;
+    ph->local_tiles = ph->blocks == 0 ? 0 : (end - 1) / ph->kbs - ph->tile0 + 1;
+    ph->reciprocal = (uint32_t)(0x100000000ull / (uint32_t)ph->kbs + 1);
+    ph->slot = split * l.max_pieces;
+    ph->first_slot = ph->slot;
+    if (ph->offset != 0) {
+        ph->first_slot += part - qf_decode_part_of(ph->tile0 * ph->kbs, l.parts, l.tiles * ph->kbs);
+    }
+}
+
+/* Attention's items for one sliding window: at least 256 positions each, and at most max_splits a sequence. */
+static __device__ void qf_decode_make_items(const qf_decode_params &p, int window, qf_decode_items *items)
+{
+    int rows = 8192 / p.head_dim, least = 256 / rows, base = 0;
+    for (int s = 0; s < p.num_seqs; s++) {
+        int length = p.seq_lens[s], start = window > 0 ? max(0, length - window) : 0, splits = 1;
+        items->base[s] = base;
+        items->start[s] = start;
+        items->first_tile[s] = start / rows;
+        items->tiles[s] = length > 0 ? (length - 1) / rows - start / rows + 1 : 0;
+        items->per_split[s] = max(least, (items->tiles[s] + p.max_splits - 1) / p.max_splits);
+        if (items->tiles[s] > 0) {
+            splits = (items->tiles[s] + items->per_split[s] - 1) / items->per_split[s];
+        }
+        base += splits * p.num_kv_heads;
+    }
+    items->base[p.num_seqs] = base;
+}
+
+static __device__ void qf_decode_make_entry(const qf_decode_params &p, int layer, qf_decode_layer_entry *e)
+{
+    *e = qf_decode_layer_entry{};
+    if (layer == p.num_layers) {
+        e->data[0] = p.head_data;
+        e->scales[0] = p.head_scales;
+        e->multiplier[0] = p.head_multiplier;
+        e->norm[0] = p.final_norm;
+        return;
+    }
+    const qf_cuda_decode_layer *from = p.layers + layer;
+    const qf_cuda_weight *weights[4] = {&from->qkv, &from->o, &from->gate_up, &from->down};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        e->data[i] = (const char *)weights[i]->data;
+        e->scales[i] = (const char *)weights[i]->scales;
+        e->multiplier[i] = weights[i]->scale_multiplier;
+    }
+    e->norm[0] = from->input_norm;
+    e->norm[1] = from->post_attention_norm;
+    e->bias = from->qkv.bias;
+    e->k = (char *)from->k;
+    e->v = (char *)from->v;
+    e->window = from->sliding_window;
+}
+
+/* All threads; ends with a barrier of the block. */
+static __device__ void qf_decode_set_up(const qf_decode_params &p, char *shared, int consumer_warps, int red_floats)
+{
+    qf_decode_fixed *fixed = reinterpret_cast<qf_decode_fixed *>(shared);
+    qf_decode_layer_entry *layers = reinterpret_cast<qf_decode_layer_entry *>(shared + p.map.layers);
+    uint8_t *masks = reinterpret_cast<uint8_t *>(shared + p.map.masks);
+    const int id = threadIdx.x, threads = blockDim.x;
+    if (id == 0) {
+        for (int i = 0; i < p.map.stages; i++) {
+            qf_mbarrier_init(&fixed->full[i], 32);
+            qf_mbarrier_init(&fixed->empty[i], consumer_warps);
+        }
+#if __CUDA_ARCH__ >= 900
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); /* the copy engine sees them too */
+#endif
+    } else if (id == 32) {
+        fixed->failed = p.header[QF_DECODE_ERROR] != 0;
+        fixed->epoch = p.header[QF_DECODE_EPOCH];
+        fixed->region_epoch = 2 + p.header[QF_DECODE_REGION_EPOCH + p.num_seqs];
+    } else if (id == 64 || id == 96) { /* the first layer's window, and the other if there is another */
+        int window = p.layers[0].sliding_window;
+        if (id == 96) {
+            int l = 0;
+            while (l < p.num_layers - 1 && p.layers[l].sliding_window == window) {
+                l++;
+            }
+            window = p.layers[l].sliding_window;
+        }
+        fixed->window[id / 96] = window;
+        qf_decode_make_items(p, window, &fixed->items[id / 96]);
+    } else if (id >= 128 && id < 128 + 32 * QF_DECODE_KINDS && id % 32 == 0) {
+        qf_decode_make_phase(p.linear[id / 32 - 4], &fixed->phase[id / 32 - 4]);
+    }
+    for (int i = id; i <= p.num_layers; i += threads) {
+        qf_decode_make_entry(p, i, layers + i);
+    }
+    const int n0 = p.linear[QF_DECODE_QKV].tiles, n1 = n0 + p.linear[QF_DECODE_O].tiles;
+    for (int i = id; i < n1 + p.linear[QF_DECODE_DOWN].tiles; i += threads) {
+        masks[i] = (uint8_t)(i < n0   ? qf_decode_slot_mask(p.linear[QF_DECODE_QKV], i)
+                             : i < n1 ? qf_decode_slot_mask(p.linear[QF_DECODE_O], i - n0)
+                                      : qf_decode_slot_mask(p.linear[QF_DECODE_DOWN], i - n1));
+    }
+    float *red = reinterpret_cast<float *>(shared + p.map.red);
+    for (int i = id; i < red_floats; i += threads) {
+        red[i] = 0.0f;
+    }
+    __syncthreads();
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------------------------ */
+
+/* r = 1 / root mean square of each token: warp w's token is warps - 1 - w, so that the warps with the fewest units do
+ * it. Read behind the next barrier. */
+template <int tokens, int warps>
+__device__ __forceinline__ void qf_decode_make_r(const qf_decode_params &p, const float *ssq, float *r)
+{
+    const int lane = threadIdx.x & 31, token = warps - 1 - (int)(threadIdx.x >> 5), blocks = p.hidden_size / 128;
+    if (token >= tokens || token >= p.num_seqs) {
+        return;
+    }
+    float sum = 0.0f;
+    for (int i = lane; i < blocks; i += 32) {
+        sum += ssq[token * blocks + i];
+    }
+#pragma unroll
+    for (int mask = 16; mask != 0; mask >>= 1) {
+        sum += __shfl_xor_sync(~0u, sum, mask);
+    }
+    if (lane == 0) {
+        r[token] = 1.0f / sqrtf(sum / (float)p.hidden_size + p.eps);
+    }
+}
+
+__device__ __forceinline__ void qf_decode_stamp(const qf_decode_params &p, int step, int index)
+{
+    if (p.stamps != nullptr && threadIdx.x == 0) {
+        p.stamps[((int64_t)blockIdx.x * (4 * p.num_layers + 1) + step) * 4 + index] = clock64();
+    }
+}
+
+/* The consumer warps. Barriers: each phase in which this CTA has a part has one when x is complete and those of
+ * qf_decode_linear_part; attention has its own. All depend on the CTA and the phase alone, so every warp meets them
+ * all. The last barrier of a part comes when no warp reads x any more, so the next phase may write x at once; what the
+ * adding threads still read behind it (r, kept rows) is not written again before the words that they then store have
+ * come back as complete results of later phases. */
+template <int tokens, int warps>
+static __device__ __forceinline__ void qf_decode_consume_all(const qf_decode_params &p, char *shared)
+{
+    constexpr int threads = warps * 32;
+    qf_decode_fixed *fixed = reinterpret_cast<qf_decode_fixed *>(shared);
+    qf_decode_cta cta;
+    cta.fixed = fixed;
+    cta.layers = reinterpret_cast<const qf_decode_layer_entry *>(shared + p.map.layers);
+    cta.ssq = reinterpret_cast<float *>(shared + p.map.ssq);
+    cta.masks = reinterpret_cast<const uint8_t *>(shared + p.map.masks);
+    cta.saved[0] = reinterpret_cast<float *>(shared + p.map.saved_o);
+    cta.saved[1] = reinterpret_cast<float *>(shared + p.map.saved_down);
+    cta.red = reinterpret_cast<float *>(shared + p.map.red);
+    cta.x = shared + p.map.x;
+    cta.watch = {p.header, &fixed->failed, p.backoff_ns};
+    qf_decode_ring ring = {qf_shared_address(shared + p.map.ring), (uint32_t)p.map.stage_bytes, p.map.stages, 0, 0};
+    const uint8_t *o_masks = cta.masks + p.linear[QF_DECODE_QKV].tiles;
+    const uint8_t *down_masks = o_masks + p.linear[QF_DECODE_O].tiles;
+    const int ssq_size = tokens * p.hidden_size / 128;
+    const uint32_t first_epoch = fixed->region_epoch;
+    int half = 0;
+    for (int step = 0; step <= 4 * p.num_layers; step++) {
+        const int layer = step >> 2, kind = layer == p.num_layers ? (int)QF_DECODE_HEAD : step & 3;
+        const uint32_t epoch = first_epoch + layer;
+        const qf_decode_layer_entry *entry = cta.layers + layer;
+        uint32_t *exchange = p.exchange + (epoch & 1) * (int64_t)p.ll.words;
+        const uint32_t *before = p.exchange + (epoch & 1 ^ 1) * (int64_t)p.ll.words;
+        const qf_decode_phase *ph = &fixed->phase[kind];
+        const bool part = ph->blocks > 0;
+        const int set = kind == QF_DECODE_GATE_UP;
+        float *ssq = cta.ssq + set * (ssq_size + QF_DECODE_MAX_SEQS), *r = ssq + ssq_size;
+        qf_decode_output out = {kind, nullptr, nullptr, nullptr, r, 1.0f, epoch};
+        qf_decode_stamp(p, step, 0);
+        if (kind == QF_DECODE_O) {
+            const uint32_t tag = (fixed->epoch + layer) | 0x80000000u;
+            if (p.head_dim == 64) {
+                qf_decode_attention<64, warps>(p, cta, entry, exchange, epoch, tag, ring);
+            } else {
+                qf_decode_attention<128, warps>(p, cta, entry, exchange, epoch, tag, ring);
+            }
+            qf_decode_stamp(p, step, 1);
+        }
+        if (kind == QF_DECODE_O || kind == QF_DECODE_DOWN) {
+            if (part) {
+                bool o = kind == QF_DECODE_O;
+                qf_gather_words<tokens, threads>(p, cta, exchange + (o ? p.ll.attention : p.ll.act),
+                                                 o ? p.num_heads * p.head_dim : p.act_size, ph->ks0 * 128, ph->kbs,
+                                                 epoch & 0xffffu);
+            }
+        } else {
+            bool mid = kind == QF_DECODE_GATE_UP, head = kind == QF_DECODE_HEAD;
+            const uint32_t *words = mid ? exchange + p.ll.o : layer == 0 ? nullptr : before + p.ll.down;
+            const qf_decode_phase *save = head ? nullptr : &fixed->phase[mid ? QF_DECODE_DOWN : QF_DECODE_O];
+            qf_gather_residual<tokens, threads>(p, cta, words, mid ? o_masks : down_masks,
+                                                qf_sum_tag(mid ? epoch : epoch - 1), entry->norm[mid], ssq, save,
+                                                cta.saved[mid], part);
+        }
+        qf_decode_stamp(p, step, 2);
+        if (part) {
+            qf_consumer_barrier<threads>();
+            if (kind != QF_DECODE_O && kind != QF_DECODE_DOWN) {
+                qf_decode_make_r<tokens, warps>(p, ssq, r);
+            }
+            const int32_t at[4] = {p.ll.qkv, p.ll.o, p.ll.act, p.ll.down};
+            out.words = exchange + (kind == QF_DECODE_HEAD ? 0 : at[kind & 3]);
+            out.bias = entry->bias;
+            out.saved = cta.saved[kind == QF_DECODE_DOWN];
+            out.multiplier = entry->multiplier[kind & 3];
+            qf_decode_linear_part<tokens, warps>(p, cta, out, ring, half);
+        }
+        qf_decode_stamp(p, step, 3);
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) { /* everybody has read these: see decode_exchange.cuh */
+        p.header[QF_DECODE_EPOCH] = fixed->epoch + p.num_layers;
+        p.header[QF_DECODE_REGION_EPOCH + p.num_seqs] = first_epoch - 2 + p.num_layers;
+    }
+}
+
+template <int tokens, int warps>
+__global__ void __launch_bounds__((warps + 1) * 32, 1) qf_decode_kernel(const __grid_constant__ qf_decode_params p)
+{
+    extern __shared__ __align__(128) char shared[];
+    constexpr int pairs = tokens == 1 ? 1 : tokens / 2, vec = tokens == 1 ? 2 : 4;
+    qf_decode_set_up(p, shared, warps, 2 * p.map.half_tiles * (warps * 8 * pairs * vec + 16));
+    if (threadIdx.x < warps * 32) {
+        qf_decode_consume_all<tokens, warps>(p, shared);
+    } else {
+        qf_decode_ring ring = {qf_shared_address(shared + p.map.ring), (uint32_t)p.map.stage_bytes, p.map.stages, 0,
+                               0};
+        qf_decode_produce(p, reinterpret_cast<qf_decode_fixed *>(shared),
+                          reinterpret_cast<const qf_decode_layer_entry *>(shared + p.map.layers), ring);
+    }
+}
+
+/* ---- dispatch -------------------------------------------------------------------------------------------------- */
+
+typedef void (*qf_decode_kernel_fn)(const qf_decode_params);
+
+static qf_decode_kernel_fn qf_decode_kernel_of(int tokens, int warps)
+{
+    if (warps == 8) {
+        return tokens == 1 ? qf_decode_kernel<1, 8> : nullptr;
+    }
+    return tokens == 1   ? qf_decode_kernel<1, 16>
+           : tokens == 2 ? qf_decode_kernel<2, 16>
+           : tokens == 4 ? qf_decode_kernel<4, 16>
+                         : qf_decode_kernel<8, 16>;
+}
+
+/* ---- host ------------------------------------------------------------------------------------------------------ */
+
+static bool qf_decode_weight_ok(const qf_cuda_weight *w, const qf_cuda_weight *like, int n, int k, bool bias)
+{
+    return w->data != nullptr && w->perm == nullptr && (bias || w->bias == nullptr) && w->n == n && w->k == k &&
+           n % 16 == 0 && k % 128 == 0 && (w->bits == 4 || w->bits == 8 || w->bits == 16) &&
+           (w->bits == 16 || (w->scales != nullptr && (uintptr_t)w->scales % 16 == 0 &&
+                              (w->group_size == 32 || w->group_size == 64 || w->group_size == 128))) &&
+           (uintptr_t)w->data % 16 == 0 && w->bits == like->bits &&
+           (w->bits == 16 || w->group_size == like->group_size);
+}
+
+/* Shapes and formats; what the plan cannot do is found by the plan. */
+static bool qf_decode_shapes_ok(const qf_cuda_decode_args *a)
+{
+    if (a->host_layers == nullptr || a->layers == nullptr || a->num_layers < 1 || a->num_seqs < 1 ||
+        a->num_seqs > QF_DECODE_MAX_SEQS || (a->head_dim != 64 && a->head_dim != 128) || a->num_kv_heads < 1 ||
+        a->num_heads % a->num_kv_heads != 0 || a->num_heads / a->num_kv_heads > 8 || a->hidden_size < 256 ||
+        a->hidden_size % 128 != 0 || a->intermediate_size < 1 || a->block_size < 16 || a->block_size > 256 ||
+        (a->block_size & (a->block_size - 1)) != 0) {
+        return false;
+    }
+    const qf_cuda_decode_layer *first = a->host_layers;
+    int act = (a->intermediate_size + 7) / 8 * 8, other = first->sliding_window;
+    for (int i = 0; i < a->num_layers; i++) {
+        const qf_cuda_decode_layer *l = a->host_layers + i;
+        if (!qf_decode_weight_ok(&l->qkv, &first->qkv, (a->num_heads + 2 * a->num_kv_heads) * a->head_dim,
+                                 a->hidden_size, true) ||
+            !qf_decode_weight_ok(&l->o, &first->o, a->hidden_size, a->num_heads * a->head_dim, false) ||
+            !qf_decode_weight_ok(&l->gate_up, &first->gate_up, 2 * act, a->hidden_size, false) ||
+            !qf_decode_weight_ok(&l->down, &first->down, a->hidden_size, (act + 127) / 128 * 128, false) ||
+            l->k == nullptr || l->v == nullptr || l->input_norm == nullptr || l->post_attention_norm == nullptr) {
+            return false;
+        }
+        if (l->sliding_window != first->sliding_window) { /* at most two different ones */
+            if (other != first->sliding_window && other != l->sliding_window) {
+                return false;
+            }
+            other = l->sliding_window;
+        }
+    }
+    return a->final_norm != nullptr && qf_decode_weight_ok(&a->head, &a->head, a->head.n, a->hidden_size, false);
+}
+
+/* Everything but the pointers, for num_seqs sequences. False if it cannot be done. */
+static bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_device *device, int num_seqs, int warps,
+                           int down_splits, qf_decode_params *p)
+{
+    *p = qf_decode_params{};
+    const qf_cuda_weight *weights[QF_DECODE_KINDS] = {&a->host_layers->qkv, &a->host_layers->o,
+                                                      &a->host_layers->gate_up, &a->host_layers->down, &a->head};
+    for (int i = 0; i < QF_DECODE_KINDS; i++) {
+        qf_decode_plan_weight(weights[i], &p->linear[i]);
+    }
+    qf_decode_linear *l = p->linear;
+    int grid = qf_decode_min(device->sm_count, qf_decode_min(l[QF_DECODE_GATE_UP].tiles, l[QF_DECODE_HEAD].tiles));
+    p->num_layers = a->num_layers;
+    p->hidden_size = a->hidden_size;
+    p->act_size = l[QF_DECODE_GATE_UP].n / 2;
+    p->num_heads = a->num_heads;
+    p->num_kv_heads = a->num_kv_heads;
+    p->head_dim = a->head_dim;
+    p->block_size = a->block_size;
+    p->num_seqs = num_seqs;
+    p->eps = a->eps;
+    p->scale_log2 = a->scale * 1.44269504f;
+    p->max_splits = qf_decode_max(1, qf_decode_min(96, grid / a->num_kv_heads));
+    /* Few k ranges make every CTA gather more of act, many make it gather more sums; and x has to fit. */
+    int splits = down_splits, kb = l[QF_DECODE_DOWN].kb, tokens = qf_cuda_tile_tokens(num_seqs);
+    if (splits == 0) {
+        splits = p->act_size > 3 * p->hidden_size ? 2 : 1;
+        while (splits < 4 && ((kb + splits - 1) / splits) * 256 * tokens > 80 * 1024) {
+            splits *= 2;
+        }
+    }
+    if (splits > grid || kb < 2 * splits || l[QF_DECODE_O].kb < 2) {
+        return false;
+    }
+    qf_decode_plan_parts(&l[QF_DECODE_QKV], 1, grid);
+    qf_decode_plan_parts(&l[QF_DECODE_O], 1, grid);
+    qf_decode_plan_parts(&l[QF_DECODE_DOWN], splits, grid);
+    l[QF_DECODE_GATE_UP].parts = l[QF_DECODE_HEAD].parts = grid;
+    l[QF_DECODE_GATE_UP].by_tile = l[QF_DECODE_HEAD].by_tile = 1;
+    l[QF_DECODE_O].rotation = l[QF_DECODE_QKV].parts % grid;
+    l[QF_DECODE_DOWN].rotation = (l[QF_DECODE_QKV].parts + l[QF_DECODE_O].parts) % grid;
+    p->qkv_slots = l[QF_DECODE_QKV].max_pieces;
+    p->o_slots = l[QF_DECODE_O].max_pieces;
+    p->down_slots = splits * l[QF_DECODE_DOWN].max_pieces;
+    if (p->qkv_slots > QF_DECODE_MAX_SLOTS || p->o_slots > QF_DECODE_MAX_SLOTS ||
+        p->down_slots > QF_DECODE_MAX_SLOTS) {
+        return false;
+    }
+    const int sizes[5] = {p->qkv_slots * l[QF_DECODE_QKV].n, a->num_heads * a->head_dim, p->o_slots * a->hidden_size,
+                          p->act_size, p->down_slots * a->hidden_size};
+    int32_t *at[5] = {&p->ll.qkv, &p->ll.attention, &p->ll.o, &p->ll.act, &p->ll.down};
+    for (int i = 0; i < 5; i++) {
+        *at[i] = p->ll.words;
+        p->ll.words += (sizes[i] * num_seqs + 31) / 32 * 32;
+    }
+    p->partials_ml = (int64_t)QF_DECODE_MAX_SEQS * a->num_heads * p->max_splits * a->head_dim;
+    p->partials_half = p->partials_ml + (int64_t)QF_DECODE_MAX_SEQS * a->num_heads * p->max_splits * 2;
+    return qf_decode_plan_shared(p, warps, device->max_shared_bytes, &p->map);
+}
+
+static int qf_decode_grid(const qf_decode_params *p) { return p->linear[QF_DECODE_HEAD].parts; }
+
+extern "C" bool qf_cuda_decode_supported(const qf_cuda_decode_args *args, const qf_cuda_device *device)
+{
+    qf_decode_params p;
+    return args != nullptr && device != nullptr && device->compute_capability >= 80 && qf_decode_shapes_ok(args) &&
+           qf_decode_plan(args, device, args->num_seqs, 16, 0, &p);
+}
+
+/* Header, attention's partials, then an exchange buffer for each num_seqs. */
+#define QF_DECODE_HEADER_BYTES 256
+
+static size_t qf_decode_exchange_offset(const qf_cuda_decode_args *args, const qf_cuda_device *device, int num_seqs,
+                                        int splits)
+{
+    qf_decode_params p;
+    size_t bytes = QF_DECODE_HEADER_BYTES;
+    for (int i = 1; i < num_seqs; i++) {
+        qf_decode_plan(args, device, i, 16, splits, &p);
+        bytes += (size_t)p.ll.words * 8;
+    }
+    qf_decode_plan(args, device, 1, 16, splits, &p);
+    return bytes + (size_t)p.partials_half * 16;
+}
+
+extern "C" size_t qf_cuda_decode_workspace_bytes(const qf_cuda_decode_args *args, const qf_cuda_device *device,
+                                                 int32_t max_model_len)
+{
+    (void)max_model_len; /* a sequence's splits are as many as there are CTAs, whatever its length */
+    size_t most = 0;
+    for (int splits = 0; splits <= 4; splits++) {
+        size_t bytes = qf_decode_exchange_offset(args, device, QF_DECODE_MAX_SEQS + 1, splits);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+static qf_status qf_decode_pointers(const qf_cuda_decode_args *args, const qf_cuda_device *device,
+                                    const qf_cuda_decode_options *options, qf_decode_params *p, qf_error *err)
+{
+    const struct {
+        const void *pointer;
+        const char *name;
+    } needed[] = {{args->residual, "residual"},   {args->logits, "logits"},
+                  {args->cos_sin, "cos_sin"},     {args->slot_mapping, "slot_mapping"},
+                  {args->seq_lens, "seq_lens"},   {args->block_tables, "block_tables"},
+                  {args->workspace, "workspace"}, {args->block_table_start, "block_table_start"}};
+    for (const auto &n : needed) {
+        if (n.pointer == nullptr) {
+            return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "decode: %s is NULL", n.name);
+        }
+    }
+    if (((uintptr_t)args->residual | (uintptr_t)args->cos_sin) % 16 != 0 || (uintptr_t)args->workspace % 256 != 0) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "decode: residual %p and cos_sin %p must be aligned to 16 bytes, workspace %p to 256",
+                       (void *)args->residual, (const void *)args->cos_sin, args->workspace);
+    }
+    p->layers = args->layers;
+    p->head_data = (const char *)args->head.data;
+    p->head_scales = (const char *)args->head.scales;
+    p->head_multiplier = args->head.scale_multiplier;
+    p->final_norm = args->final_norm;
+    p->residual = args->residual;
+    p->logits = args->logits;
+    p->cos_sin = args->cos_sin;
+    p->slot_mapping = args->slot_mapping;
+    p->seq_lens = args->seq_lens;
+    p->block_tables = args->block_tables;
+    p->block_table_start = args->block_table_start;
+    p->header = (uint32_t *)args->workspace;
+    p->partials = (uint2 *)((char *)args->workspace + QF_DECODE_HEADER_BYTES);
+    p->exchange = (uint32_t *)((char *)args->workspace +
+                               qf_decode_exchange_offset(args, device, args->num_seqs, options->splits));
+    p->bulk = device->hopper;
+    p->stamps = options->stamps;
+    int64_t layer_bytes = 0;
+    for (int i = 0; i < QF_DECODE_HEAD; i++) {
+        layer_bytes += (int64_t)p->linear[i].tiles * p->linear[i].kb * 256 * p->linear[i].bits;
+    }
+    /* Where memory is the bound and the ring hides the waiting, polls should leave L2 to the stream. */
+    bool large = layer_bytes / qf_decode_grid(p) > 256 * 1024;
+    p->backoff_ns = options->backoff_ns >= 0 ? (uint32_t)options->backoff_ns : large ? 32 : 0;
+    return QF_OK;
+}
+
+qf_status qf_cuda_decode_with(const qf_cuda_decode_args *args, const qf_cuda_decode_options *options,
+                              const qf_cuda_device *device, cudaStream_t stream, qf_error *err)
+{
+    if (args == nullptr || device == nullptr || args->num_seqs < 1 || args->num_seqs > QF_DECODE_MAX_SEQS) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "decode: num_seqs is %d, must be 1 to %d",
+                       args ? args->num_seqs : 0, QF_DECODE_MAX_SEQS);
+    }
+    int warps = options->warps == 8 ? 8 : 16;
+    qf_decode_params p;
+    if (!qf_decode_shapes_ok(args) || !qf_decode_plan(args, device, args->num_seqs, warps, options->splits, &p)) {
+        return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
+                       "decode: no plan for hidden size %d, %d heads of %d, %d sequences in %d bytes of shared memory",
+                       args->hidden_size, args->num_heads, args->head_dim, args->num_seqs, device->max_shared_bytes);
+    }
+    QF_TRY(qf_decode_pointers(args, device, options, &p, err));
+    if (options->max_stages >= 2 && options->max_stages < p.map.stages) {
+        p.map.total -= (p.map.stages - options->max_stages) * p.map.stage_bytes;
+        p.map.stages = options->max_stages;
+    }
+    qf_decode_kernel_fn kernel = qf_decode_kernel_of(qf_cuda_tile_tokens(args->num_seqs), warps);
+    if (kernel == nullptr) {
+        return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED, "decode: no kernel of %d warps for %d sequences", warps,
+                       args->num_seqs);
+    }
+    QF_TRY(qf_allow_shared("decode", kernel, (size_t)p.map.total, err));
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)qf_decode_grid(&p));
+    config.blockDim = dim3((unsigned)(warps + 1) * 32);
+    config.dynamicSmemBytes = (size_t)p.map.total;
+    config.stream = stream;
+    cudaLaunchAttribute attribute[1];
+    attribute[0].id = cudaLaunchAttributeCooperative; /* all CTAs are resident, or the launch fails */
+    attribute[0].val.cooperative = 1;
+    config.attrs = attribute;
+    config.numAttrs = 1;
+    QF_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, p));
+    return QF_OK;
+}
+
+extern "C" qf_status qf_cuda_decode(const qf_cuda_decode_args *args, const qf_cuda_device *device, cudaStream_t stream,
+                                    qf_error *err)
+{
+    const qf_cuda_decode_options options = {0, 0, -1, 0, nullptr};
+    return qf_cuda_decode_with(args, &options, device, stream, err);
+}
