@@ -15,6 +15,8 @@ struct attention_params {
     int32_t block_shift; /* block_size = 1 << block_shift */
     int32_t group;       /* query heads of a kv head */
     int32_t window;      /* sliding window, or more than any position */
+    int32_t num_tiles, tile_tokens;               /* of the tiled output */
+    int32_t unit_words, unit_sums, unit_counters; /* of a unit of the workspace: all, and where parts start */
 };
 
 static __device__ __forceinline__ float power_of_two(float x)
@@ -50,9 +52,8 @@ static __device__ __forceinline__ float merge_value(float acc, float x, merge_we
 /* Element (k, token) of the tiled output. */
 static __device__ __forceinline__ uint16_t *out_element(const attention_params &p, int32_t k, int32_t token)
 {
-    const int32_t num_tiles = qf_cuda_num_tiles(p.a.num_tokens), width = qf_cuda_tile_tokens(p.a.num_tokens);
-    const int64_t core = ((int64_t)(k >> 6) * num_tiles + (token >> 3)) * 8 + ((k >> 3) & 7);
-    return p.a.out + (core * width + (token & 7)) * 8 + (k & 7);
+    const int64_t core = ((int64_t)(k >> 6) * p.num_tiles + (token >> 3)) * 8 + ((k >> 3) & 7);
+    return p.a.out + (core * p.tile_tokens + (token & 7)) * 8 + (k & 7);
 }
 
 static __device__ __forceinline__ void store_out(const attention_params &p, int32_t k, int32_t token, float4 x,
@@ -84,14 +85,12 @@ static __device__ __forceinline__ void zero_padding(const attention_params &p, c
 static __device__ __forceinline__ float *unit_of(const attention_params &p, const qf_cuda_attention_item &item,
                                                  int32_t split, int32_t row)
 {
-    const int32_t words =
-        qf_attention_unit_words(p.a.shape.num_heads, p.a.shape.num_kv_heads, p.a.shape.head_dim);
-    return static_cast<float *>(p.a.workspace) + (int64_t)(item.partial + split * item.num_rows + row) * words;
+    return static_cast<float *>(p.a.workspace) + (int64_t)(item.partial + split * item.num_rows + row) * p.unit_words;
 }
 
 static __device__ __forceinline__ float *unit_values(const attention_params &p, float *unit, int32_t head)
 {
-    return unit + qf_attention_unit_sums(p.a.shape.num_heads) + head * p.a.shape.head_dim;
+    return unit + p.unit_sums + head * p.a.shape.head_dim;
 }
 
 /* Called by all threads when the CTA's partial results have been stored: true in the CTA that is the last of the item's
@@ -99,14 +98,11 @@ static __device__ __forceinline__ float *unit_values(const attention_params &p, 
 static __device__ bool last_to_arrive(const attention_params &p, const qf_cuda_attention_item &item, int32_t kv_head)
 {
     __shared__ uint32_t arrived;
-    const int32_t words =
-        qf_attention_unit_words(p.a.shape.num_heads, p.a.shape.num_kv_heads, p.a.shape.head_dim);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        uint32_t *counter = reinterpret_cast<uint32_t *>(static_cast<float *>(p.a.workspace) + (int64_t)item.counter * words +
-                                                         qf_attention_unit_counters(p.a.shape.num_heads, p.a.shape.head_dim)) +
-                            kv_head;
+        uint32_t *counter = static_cast<uint32_t *>(p.a.workspace) + (int64_t)item.counter * p.unit_words +
+                            p.unit_counters + kv_head;
         arrived = atomicAdd(counter, 1u);
         if (arrived + 1 == (uint32_t)item.num_splits) {
             *counter = 0;
@@ -122,9 +118,7 @@ static __device__ void merge_splits(const attention_params &p, const qf_cuda_att
 {
     const int batch = 4; /* splits in flight */
     const int32_t head_dim = p.a.shape.head_dim, vectors = head_dim / 4, per_row = p.group * vectors;
-    const int64_t stride =
-        (int64_t)item.num_rows *
-        qf_attention_unit_words(p.a.shape.num_heads, p.a.shape.num_kv_heads, p.a.shape.head_dim);
+    const int64_t stride = (int64_t)item.num_rows * p.unit_words;
     for (int32_t i = threadIdx.x; i < item.num_rows * per_row; i += ATTENTION_THREADS) {
         const int32_t row = i / per_row, head = kv_head * p.group + (i - row * per_row) / vectors;
         const int32_t d = (i % vectors) * 4;

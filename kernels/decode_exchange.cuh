@@ -183,7 +183,7 @@ struct qf_decode_cta {
     const qf_decode_layer_entry *layers;
     float *ssq;            /* (2, tiles of 128 of all tokens), then r (2, 8) */
     const uint8_t *masks;  /* qkv's, o's, down's slot masks by row tile */
-    float *saved[2];       /* residual of this CTA's rows of o and of down: (local tile, token, 16) */
+    float *saved_o, *saved_down; /* residual of this CTA's rows of o and of down: (local tile, token, 16) */
     float *red;
     char *x;
     qf_decode_watch watch;

@@ -18,7 +18,7 @@
 #define QF_DECODE_CHUNK_UNITS 32 /* units of 1,024 bytes a ring stage holds */
 #define QF_DECODE_MAX_STAGES 16
 #define QF_DECODE_MAX_SLOTS 8
-#define QF_DECODE_MAX_LOCAL_TILES 16 /* of o and down a part may touch */
+#define QF_DECODE_MAX_SPLITS 32 /* of a sequence's positions */
 
 enum { QF_DECODE_QKV, QF_DECODE_O, QF_DECODE_GATE_UP, QF_DECODE_DOWN, QF_DECODE_HEAD, QF_DECODE_KINDS };
 
@@ -46,8 +46,7 @@ struct qf_decode_layer_entry {
 
 struct qf_decode_shared_map { /* byte offsets into dynamic shared memory */
     int32_t layers, ssq, masks, saved_o, saved_down, red, x, ring, total;
-    int32_t stages, stage_bytes, half_tiles; /* half_tiles: row tiles a half of `red` holds */
-    int32_t saved_tiles[2];
+    int32_t stages, stage_bytes;
 };
 
 struct qf_decode_ll_map { /* word offsets into one of the two halves of the exchange buffer */
@@ -152,12 +151,22 @@ static inline void qf_decode_plan_parts(qf_decode_linear *l, int splits, int gri
     }
 }
 
+/* Row tiles that a half of `red` holds, and floats of a row tile there (16 more against bank conflicts). */
+static inline __host__ __device__ constexpr int qf_decode_half_tiles(int tokens)
+{
+    return tokens == 1 ? 8 : tokens == 2 ? 4 : 2;
+}
+static inline __host__ __device__ constexpr int qf_decode_tile_floats(int tokens, int warps)
+{
+    return warps * 8 * (tokens == 1 ? 2 : 2 * tokens) + 16;
+}
+
 static inline int qf_decode_align(int bytes) { return (bytes + 127) / 128 * 128; }
 
 /* Places everything in shared memory; false if fewer than two ring stages fit. */
 static inline bool qf_decode_plan_shared(const qf_decode_params *p, int warps, int max_shared, qf_decode_shared_map *m)
 {
-    int tokens = qf_cuda_tile_tokens(p->num_seqs), pairs = tokens == 1 ? 1 : tokens / 2, vec = tokens == 1 ? 2 : 4;
+    int tokens = qf_cuda_tile_tokens(p->num_seqs);
     const qf_decode_linear *l = p->linear;
     int at = 1024; /* barriers, phases, attention plans, flags */
     m->layers = at;
@@ -166,15 +175,12 @@ static inline bool qf_decode_plan_shared(const qf_decode_params *p, int warps, i
     at = qf_decode_align(at + 2 * (tokens * p->hidden_size / 128 + QF_DECODE_MAX_SEQS) * 4);
     m->masks = at;
     at = qf_decode_align(at + l[QF_DECODE_QKV].tiles + l[QF_DECODE_O].tiles + l[QF_DECODE_DOWN].tiles);
-    m->saved_tiles[0] = qf_decode_local_tiles(&l[QF_DECODE_O]);
-    m->saved_tiles[1] = qf_decode_local_tiles(&l[QF_DECODE_DOWN]);
     m->saved_o = at;
-    at += m->saved_tiles[0] * tokens * 64;
+    at += qf_decode_local_tiles(&l[QF_DECODE_O]) * tokens * 64;
     m->saved_down = at;
-    at = qf_decode_align(at + m->saved_tiles[1] * tokens * 64);
-    m->half_tiles = tokens == 1 ? 8 : tokens == 2 ? 4 : 2;
+    at = qf_decode_align(at + qf_decode_local_tiles(&l[QF_DECODE_DOWN]) * tokens * 64);
     m->red = at;
-    at = qf_decode_align(at + 2 * m->half_tiles * (warps * 8 * pairs * vec + 16) * 4);
+    at = qf_decode_align(at + 2 * qf_decode_half_tiles(tokens) * qf_decode_tile_floats(tokens, warps) * 4);
     m->x = at;
     int x_blocks = qf_decode_max(l[QF_DECODE_QKV].kb, l[QF_DECODE_O].kb);
     x_blocks = qf_decode_max(x_blocks, qf_decode_range_blocks(&l[QF_DECODE_DOWN]));

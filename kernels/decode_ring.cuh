@@ -44,15 +44,30 @@ struct qf_decode_fixed {
 };
 static_assert(sizeof(qf_decode_fixed) <= 1024, "see qf_decode_plan_shared");
 
+/* All of shared memory; what stands where: p.map. */
+extern __shared__ __align__(128) char qf_decode_shared[];
+
+__device__ __forceinline__ qf_decode_fixed &qf_fixed() { return *reinterpret_cast<qf_decode_fixed *>(qf_decode_shared); }
+
+__device__ __forceinline__ const qf_decode_layer_entry *qf_layer(const qf_decode_params &p, int layer)
+{
+    return reinterpret_cast<const qf_decode_layer_entry *>(qf_decode_shared + p.map.layers) + layer;
+}
+
+/* Where a warp stands in the ring. */
 struct qf_decode_ring {
-    uint32_t base, stage_bytes; /* shared address */
-    int32_t stages, stage;
+    int32_t stage;
     uint32_t parity;
 };
 
-__device__ __forceinline__ void qf_ring_advance(qf_decode_ring &r)
+__device__ __forceinline__ uint32_t qf_ring_address(const qf_decode_params &p, const qf_decode_ring &r)
 {
-    if (++r.stage == r.stages) {
+    return qf_shared_address(qf_decode_shared) + p.map.ring + r.stage * p.map.stage_bytes;
+}
+
+__device__ __forceinline__ void qf_ring_advance(const qf_decode_params &p, qf_decode_ring &r)
+{
+    if (++r.stage == p.map.stages) {
         r.stage = 0;
         r.parity ^= 1;
     }
@@ -158,23 +173,23 @@ __device__ __forceinline__ void qf_ring_arrive(bool bulk, uint64_t *barrier, int
 }
 
 /* Streams this CTA's part of one linear. Returns false once the step has failed. */
-static __device__ __forceinline__ bool qf_produce_linear(const qf_decode_params &p, qf_decode_fixed *fixed, int kind,
+static __device__ __forceinline__ bool qf_produce_linear(const qf_decode_params &p, int kind,
                                                          const qf_decode_layer_entry *layer, qf_decode_ring &ring,
                                                          int lane)
 {
     const qf_decode_linear &l = p.linear[kind];
-    const qf_decode_phase ph = fixed->phase[kind];
+    const qf_decode_phase ph = qf_fixed().phase[kind];
     const char *data = layer->data[kind == QF_DECODE_HEAD ? 0 : kind];
     const char *scales = layer->scales[kind == QF_DECODE_HEAD ? 0 : kind];
     int block_bytes = 256 * l.bits, scale_bytes = l.scale_bytes, chunk = QF_DECODE_CHUNK_UNITS * 4 / l.bits;
     int tile = ph.tile0, k = ph.offset;
     for (int v = 0; v < ph.blocks; v += chunk) {
         int left = min(chunk, ph.blocks - v), total = left * (block_bytes + scale_bytes);
-        uint64_t *full = &fixed->full[ring.stage];
-        if (!qf_ring_wait(&fixed->empty[ring.stage], ring.parity ^ 1, &fixed->failed)) {
+        uint64_t *full = &qf_fixed().full[ring.stage];
+        if (!qf_ring_wait(&qf_fixed().empty[ring.stage], ring.parity ^ 1, &qf_fixed().failed)) {
             return false;
         }
-        uint32_t to = ring.base + ring.stage * ring.stage_bytes, to_scales = to + QF_DECODE_CHUNK_UNITS * 1024;
+        uint32_t to = qf_ring_address(p, ring), to_scales = to + QF_DECODE_CHUNK_UNITS * 1024;
         if (p.bulk) { /* the bytes to come are announced before any can arrive */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
             qf_fence_async_shared(); /* what was read and written here before comes before the copy engine's writes */
@@ -200,7 +215,7 @@ static __device__ __forceinline__ bool qf_produce_linear(const qf_decode_params 
         if (!p.bulk) {
             qf_ring_arrive(false, full, total, lane);
         }
-        qf_ring_advance(ring);
+        qf_ring_advance(p, ring);
     }
     return true;
 }
@@ -240,7 +255,7 @@ __device__ __forceinline__ int qf_decode_first_item(const qf_decode_params &p)
  * pieces of row r exchanged by r & 7 so that ldmatrix meets no bank twice. Rows that are not seen, among them that of
  * the new token, become zeros. */
 template <int head_dim>
-static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p, qf_decode_fixed *fixed,
+static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p,
                                                        const qf_decode_layer_entry *layer, const qf_decode_items &items,
                                                        const qf_decode_item &item, qf_decode_ring &ring, int lane)
 {
@@ -255,10 +270,10 @@ static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p
         if (lane < blocks && first + lane * run < length) {
             id = table[(first + lane * run) / size];
         }
-        if (!qf_ring_wait(&fixed->empty[ring.stage], ring.parity ^ 1, &fixed->failed)) {
+        if (!qf_ring_wait(&qf_fixed().empty[ring.stage], ring.parity ^ 1, &qf_fixed().failed)) {
             return false;
         }
-        uint32_t to = ring.base + ring.stage * ring.stage_bytes;
+        uint32_t to = qf_ring_address(p, ring);
         if (whole) {
             for (int b = 0; b < blocks; b++) {
                 int64_t at = (((int64_t)__shfl_sync(~0u, id, b) * p.num_kv_heads + item.head) * size + first % size) *
@@ -285,45 +300,45 @@ static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p
                 qf_cp_async_at_or_zero(place + 16384, layer->v + at, valid);
             }
         }
-        qf_cp_async_arrive(&fixed->full[ring.stage]);
-        qf_ring_advance(ring);
+        qf_cp_async_arrive(&qf_fixed().full[ring.stage]);
+        qf_ring_advance(p, ring);
     }
     return true;
 }
 
 template <int head_dim>
-static __device__ __forceinline__ bool qf_produce_attention(const qf_decode_params &p, qf_decode_fixed *fixed,
+static __device__ __forceinline__ bool qf_produce_attention(const qf_decode_params &p,
                                                             const qf_decode_layer_entry *layer, qf_decode_ring &ring,
                                                             int lane)
 {
-    const qf_decode_items &items = fixed->items[layer->window == fixed->window[0] ? 0 : 1];
+    const qf_decode_items &items = qf_fixed().items[layer->window == qf_fixed().window[0] ? 0 : 1];
     int count = items.base[p.num_seqs];
     for (int j = qf_decode_first_item(p); j < count; j += (int)gridDim.x) {
         qf_decode_item item = qf_decode_find_item(p, items, j);
-        if (!qf_produce_item<head_dim>(p, fixed, layer, items, item, ring, lane)) {
+        if (!qf_produce_item<head_dim>(p, layer, items, item, ring, lane)) {
             return false;
         }
     }
     return true;
 }
 
-static __device__ void qf_decode_produce(const qf_decode_params &p, qf_decode_fixed *fixed,
-                                         const qf_decode_layer_entry *layers, qf_decode_ring ring)
+static __device__ __forceinline__ void qf_decode_produce(const qf_decode_params &p)
 {
+    qf_decode_ring ring = {0, 0};
     int lane = threadIdx.x & 31;
     for (int layer = 0; layer < p.num_layers; layer++) {
         for (int kind = QF_DECODE_QKV; kind <= QF_DECODE_DOWN; kind++) {
             bool going = true;
             if (kind == QF_DECODE_O) {
-                going = p.head_dim == 64 ? qf_produce_attention<64>(p, fixed, layers + layer, ring, lane)
-                                         : qf_produce_attention<128>(p, fixed, layers + layer, ring, lane);
+                going = p.head_dim == 64 ? qf_produce_attention<64>(p, qf_layer(p, layer), ring, lane)
+                                         : qf_produce_attention<128>(p, qf_layer(p, layer), ring, lane);
             }
-            if (!going || !qf_produce_linear(p, fixed, kind, layers + layer, ring, lane)) {
+            if (!going || !qf_produce_linear(p, kind, qf_layer(p, layer), ring, lane)) {
                 return;
             }
         }
     }
-    qf_produce_linear(p, fixed, QF_DECODE_HEAD, layers + p.num_layers, ring, lane);
+    qf_produce_linear(p, QF_DECODE_HEAD, qf_layer(p, p.num_layers), ring, lane);
 }
 
 #endif

@@ -207,8 +207,8 @@ static __device__ __forceinline__ void qf_decode_consume_all(const qf_decode_par
     cta.layers = reinterpret_cast<const qf_decode_layer_entry *>(shared + p.map.layers);
     cta.ssq = reinterpret_cast<float *>(shared + p.map.ssq);
     cta.masks = reinterpret_cast<const uint8_t *>(shared + p.map.masks);
-    cta.saved[0] = reinterpret_cast<float *>(shared + p.map.saved_o);
-    cta.saved[1] = reinterpret_cast<float *>(shared + p.map.saved_down);
+    cta.saved_o = reinterpret_cast<float *>(shared + p.map.saved_o);
+    cta.saved_down = reinterpret_cast<float *>(shared + p.map.saved_down);
     cta.red = reinterpret_cast<float *>(shared + p.map.red);
     cta.x = shared + p.map.x;
     cta.watch = {p.header, &fixed->failed, p.backoff_ns};
@@ -252,7 +252,7 @@ static __device__ __forceinline__ void qf_decode_consume_all(const qf_decode_par
             const qf_decode_phase *save = head ? nullptr : &fixed->phase[mid ? QF_DECODE_DOWN : QF_DECODE_O];
             qf_gather_residual<tokens, threads>(p, cta, words, mid ? o_masks : down_masks,
                                                 qf_sum_tag(mid ? epoch : epoch - 1), entry->norm[mid], ssq, save,
-                                                cta.saved[mid], part);
+                                                mid ? cta.saved_down : cta.saved_o, part);
         }
         qf_decode_stamp(p, step, 2);
         if (part) {
@@ -260,10 +260,12 @@ static __device__ __forceinline__ void qf_decode_consume_all(const qf_decode_par
             if (kind != QF_DECODE_O && kind != QF_DECODE_DOWN) {
                 qf_decode_make_r<tokens, warps>(p, ssq, r);
             }
-            const int32_t at[4] = {p.ll.qkv, p.ll.o, p.ll.act, p.ll.down};
-            out.words = exchange + (kind == QF_DECODE_HEAD ? 0 : at[kind & 3]);
+            out.words = exchange + (kind == QF_DECODE_QKV       ? p.ll.qkv
+                                    : kind == QF_DECODE_O       ? p.ll.o
+                                    : kind == QF_DECODE_GATE_UP ? p.ll.act
+                                                                : p.ll.down);
             out.bias = entry->bias;
-            out.saved = cta.saved[kind == QF_DECODE_DOWN];
+            out.saved = kind == QF_DECODE_DOWN ? cta.saved_down : cta.saved_o;
             out.multiplier = entry->multiplier[kind & 3];
             qf_decode_linear_part<tokens, warps>(p, cta, out, ring, half);
         }
@@ -298,7 +300,7 @@ typedef void (*qf_decode_kernel_fn)(const qf_decode_params);
 static qf_decode_kernel_fn qf_decode_kernel_of(int tokens, int warps)
 {
     if (warps == 8) {
-        return tokens == 1 ? qf_decode_kernel<1, 8> : nullptr;
+        return nullptr;
     }
     return tokens == 1   ? qf_decode_kernel<1, 16>
            : tokens == 2 ? qf_decode_kernel<2, 16>

@@ -23,11 +23,10 @@ struct qf_stream_cursor {
     int32_t index;          /* counts from the matrix's first piece */
     int32_t column, columns; /* piece of the row tile's share of k, and how many it has */
     int32_t jump;           /* from the end of that share to the next row tile's */
-    int32_t scale_shift;    /* 1 if two pieces share a scale group */
 };
 
 template <int bits, int groups>
-__device__ __forceinline__ void qf_stream_fetch(qf_stream_piece &piece, qf_stream_cursor &at)
+__device__ __forceinline__ void qf_stream_fetch(qf_stream_piece &piece, qf_stream_cursor &at, int group_size)
 {
     const uint8_t *data = at.data + (int64_t)at.index * QF_STREAM_PIECE_BYTES;
 #pragma unroll
@@ -39,7 +38,8 @@ __device__ __forceinline__ void qf_stream_fetch(qf_stream_piece &piece, qf_strea
         piece.words[4 * i + 3] = v.w;
     }
     if constexpr (bits != 16) {
-        const uint32_t *scales = at.scales + (int64_t)(bits == 8 ? at.index >> at.scale_shift : at.index) * (groups * 16);
+        int group = bits == 8 && group_size == 128 ? at.index >> 1 : at.index; /* 64 columns may be half a group */
+        const uint32_t *scales = at.scales + (int64_t)group * (groups * 16);
         piece.scales[0] = qf_load_stream_32(scales);
         piece.scales[1] = qf_load_stream_32(scales + 8);
     }
@@ -193,12 +193,11 @@ static __global__ void __launch_bounds__(QF_STREAM_MAX_WARPS * 32, 1)
     at.column = column;
     at.columns = columns;
     at.jump = (p.blocks - share_blocks) * block_pieces;
-    at.scale_shift = bits == 8 && p.group_size == 128 ? 1 : 0;
     qf_stream_piece ring[depth];
 #pragma unroll
     for (int i = 0; i < depth; i++) {
         if (begin + i < end) {
-            qf_stream_fetch<bits, groups>(ring[i], at);
+            qf_stream_fetch<bits, groups>(ring[i], at, p.group_size);
         }
     }
     /* x in shared memory as it is in global memory. Lanes of ldmatrix whose token is beyond the tile point at zeros. */
@@ -232,7 +231,7 @@ static __global__ void __launch_bounds__(QF_STREAM_MAX_WARPS * 32, 1)
             }
             qf_stream_multiply<bits, groups>(acc, ring[i], x_row, x_stride, lane);
             if (unit + depth < end) {
-                qf_stream_fetch<bits, groups>(ring[i], at);
+                qf_stream_fetch<bits, groups>(ring[i], at, p.group_size);
             }
             if (++column == columns || unit + 1 == end) {
                 qf_stream_put(slots + (row + warp) * slot_stride, acc, p.num_tokens, lane);

@@ -32,112 +32,40 @@
  * Measured: see PERF.md.
  * Not taken: a counter by which a row's last CTA finishes it (a fence and an atomic cost what a dependent launch does);
  * sums in double (atomics would have an order); a sort of the row (several passes where the histogram needs one). */
+#include "sample_edit.cuh"
 #include "sample_finish.cuh"
 #include "sample_greedy.cuh"
 
-/* --- masks, biases, penalties --------------------------------------------------------------------------------- */
-
-static __device__ __forceinline__ float qf_sample_finite(float x)
-{
-    return fminf(fmaxf(x, -FLT_MAX), FLT_MAX);
-}
-
-/* The host's operations, none fused. x is finite or -inf. */
-static __device__ __forceinline__ float qf_sample_penalise(const qf_cuda_sample_row *r, uint32_t count, float x)
-{
-    if (count == 0 || x == -INFINITY) {
-        return x;
-    }
-    uint32_t times = count & 0x7fffu;
-    x = qf_sample_finite(x > 0.0f ? __fdiv_rn(x, r->repetition_penalty) : __fmul_rn(x, r->repetition_penalty));
-    x = __fsub_rn(x, __fmul_rn(r->frequency_penalty, (float)times));
-    x = __fsub_rn(x, times > 0 ? r->presence_penalty : 0.0f);
-    return qf_sample_finite(x);
-}
-
-/* Masks four logits from id on (id % 4 == 0). */
-static __device__ __forceinline__ void qf_sample_mask(const qf_sample_work *work, const qf_cuda_sample_row *r,
-                                                      int32_t id, float (&x)[4])
-{
-    uint32_t bits = 0xffffffffu;
-    if (r->bitmask_offset >= 0 && id < r->real_vocab_size) {
-        bits = work->args.bitmasks[r->bitmask_offset + id / 32] >> id % 32;
-    }
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        x[e] = (bits >> e & 1u) != 0 && id + e < r->real_vocab_size ? x[e] : -INFINITY;
-    }
-}
-
-/* Masks the chunk into the edited copy and adds the biases there, each thread those of its own ids, in order. Ends
- * with the copy visible to the block. */
-static __device__ __forceinline__ void qf_sample_apply_biases(const qf_sample_work *work, const qf_cuda_sample_row *r,
-                                                           int32_t row, int32_t begin, int32_t end)
-{
-    const float *logits = work->args.logits + (int64_t)row * work->args.logits_stride;
-    float *edited = work->edited + (int64_t)row * work->stride;
-    int32_t thread = 4 * threadIdx.x;
-    for (int32_t id = begin + thread; id < end; id += 4 * QF_SAMPLE_CHUNK_THREADS) {
-        float x[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            x[e] = id + e < work->args.vocab_size ? logits[id + e] : -INFINITY;
-        }
-        qf_sample_mask(work, r, id, x);
-        *reinterpret_cast<float4 *>(edited + id) = make_float4(x[0], x[1], x[2], x[3]);
-    }
-    const qf_cuda_logit_bias *biases = work->args.biases + r->bias_offset;
-    int32_t num_bias = r->num_bias, limit = min(end, r->real_vocab_size);
-    for (int32_t i = 0; i < num_bias; i++) { /* its own writes are visible to a thread without a barrier */
-        int32_t id = biases[i].token_id;
-        if (id >= begin && id < limit && (id - begin) / 4 % QF_SAMPLE_CHUNK_THREADS == (int32_t)threadIdx.x) {
-            edited[id] = __fadd_rn(edited[id], biases[i].bias);
-        }
-    }
-    __syncthreads();
-}
-
-static __device__ __forceinline__ void qf_sample_load_counts(const qf_sample_work *work, const uint16_t *counts,
-                                                             int32_t id, uint32_t (&count)[4])
-{
-    if (work->count_vectors && id + 4 <= work->args.vocab_size) {
-        uint2 v = *reinterpret_cast<const uint2 *>(counts + id);
-        count[0] = v.x & 0xffffu;
-        count[1] = v.x >> 16;
-        count[2] = v.y & 0xffffu;
-        count[3] = v.y >> 16;
-    } else {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            count[e] = id + e < work->args.vocab_size ? counts[id + e] : 0;
-        }
-    }
-}
-
-/* Four logits from id on: raw in, edited out, and stored. */
-static __device__ __forceinline__ void qf_sample_edit(const qf_sample_work *work, const qf_cuda_sample_row *r,
-                                                      qf_sample_plan plan, int32_t row, int32_t id, float (&x)[4])
-{
-    float *edited = work->edited + (int64_t)row * work->stride + id;
-    if (r->num_bias > 0) {
-        qf_sample_unpack(*reinterpret_cast<const float4 *>(edited), x);
-    } else {
-        qf_sample_mask(work, r, id, x);
-    }
-    if (plan.penalises) {
-        uint32_t count[4];
-        qf_sample_load_counts(work, work->args.counts + (int64_t)r->slot * work->args.vocab_size, id, count);
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            x[e] = qf_sample_penalise(r, count[e], x[e]);
-        }
-    }
-    *reinterpret_cast<float4 *>(edited) = make_float4(x[0], x[1], x[2], x[3]);
-}
-
 /* --- first kernel --------------------------------------------------------------------------------------------- */
 
-/* One group's logits as they came: is any not finite; the keys of its blocks' maxima, block j's in lane j. */
+/* No NaN and no +inf among a lane's share of a group. */
+static __device__ __forceinline__ bool qf_sample_is_finite(const float4 (&v)[4])
+{
+    bool finite = true;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        finite = finite && v[j].x < INFINITY && v[j].y < INFINITY && v[j].z < INFINITY && v[j].w < INFINITY;
+    }
+    return finite;
+}
+
+/* The key of a lane's smallest logit above -inf. */
+static __device__ __forceinline__ uint32_t qf_sample_least_key(const float4 (&v)[4])
+{
+    float least = INFINITY;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float x[4];
+        qf_sample_unpack(v[j], x);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            least = x[e] > -INFINITY ? fminf(least, x[e]) : least;
+        }
+    }
+    return qf_sample_key(least);
+}
+
+/* The keys of a group's block maxima, block j's in lane j. */
 static __device__ __forceinline__ uint32_t qf_sample_block_maxima(const float4 (&v)[4])
 {
     uint32_t own = 0;
@@ -192,29 +120,13 @@ static __global__ void __launch_bounds__(QF_SAMPLE_CHUNK_THREADS, 8)
                 stats.z = max(stats.z, key);
             }
         }
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float x[4];
-            int32_t id = group * QF_SAMPLE_GROUP + j * QF_SAMPLE_BLOCK + 4 * lane;
-            qf_sample_unpack(v[j], x);
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                stats.w |= x[e] < INFINITY ? 0u : 1u;
-            }
-            if (plan.edits) {
-                qf_sample_edit(&work, r, plan, row, id, x);
-            } else {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    x[e] = id + e < r->real_vocab_size ? x[e] : -INFINITY;
-                }
-            }
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                stats.y = x[e] > -INFINITY ? min(stats.y, qf_sample_key(x[e])) : stats.y;
-            }
-            v[j] = make_float4(x[0], x[1], x[2], x[3]);
+        stats.w |= qf_sample_is_finite(v) ? 0u : 1u;
+        if (plan.edits) {
+            qf_sample_edit(&work, r, plan, row, group, v);
+        } else if ((group + 1) * QF_SAMPLE_GROUP > r->real_vocab_size) {
+            qf_sample_cut_off(r->real_vocab_size, group, v);
         }
+        stats.y = min(stats.y, qf_sample_least_key(v));
         uint32_t key = qf_sample_block_maxima(v);
         if (lane < 4) {
             work.block_max[blocks] = key;

@@ -9,7 +9,7 @@
 /* The largest logit's lowest id. */
 static __device__ __forceinline__ int32_t qf_sample_draw_greedy(uint32_t max_key)
 {
-    const qf_sample_view view = qf_sample_cta.view;
+    const qf_sample_view view = qf_sample_current_view();
     if (threadIdx.x == 0) {
         qf_sample_cta.size = 0xffffffffu;
     }
@@ -59,7 +59,7 @@ static __device__ __forceinline__ uint64_t qf_sample_sum_groups(const uint64_t *
 static __device__ __forceinline__ int32_t qf_sample_draw_by_id(const uint64_t *mass, int32_t num_groups,
                                                                const qf_cuda_sample_row *r)
 {
-    const qf_sample_view view = qf_sample_cta.view;
+    const qf_sample_view view = qf_sample_current_view();
     uint64_t total = qf_sample_sum_groups(mass, num_groups);
     uint64_t target = qf_sample_target(qf_sample_uniform(r), total);
     int32_t group = qf_sample_crossing(true, target);
@@ -176,7 +176,7 @@ static __device__ __forceinline__ void qf_sample_store(const qf_cuda_sample_args
 /* 1 + the places before id's. */
 static __device__ __noinline__ int32_t qf_sample_rank(int32_t own_id)
 {
-    const qf_sample_view view = qf_sample_cta.view;
+    const qf_sample_view view = qf_sample_current_view();
     uint32_t own = qf_sample_key(view.x[own_id]);
     uint32_t before = 0;
     qf_sample_walk walk = {0, 0};

@@ -34,6 +34,15 @@ typedef struct qf_sample_shared {
  * runs once, so that short code (the instruction cache) is worth more than inlining. */
 static __shared__ qf_sample_shared qf_sample_cta;
 
+/* Pointers that come out of shared memory would be loaded from as generic ones. */
+static __device__ __forceinline__ qf_sample_view qf_sample_current_view()
+{
+    qf_sample_view view = qf_sample_cta.view;
+    __builtin_assume(__isGlobal(view.x));
+    __builtin_assume(__isGlobal(view.block_max));
+    return view;
+}
+
 /* What the functions below look at from now on. */
 static __device__ __forceinline__ void qf_sample_look_at(qf_sample_view view, qf_sample_scale scale)
 {
@@ -155,7 +164,7 @@ static __device__ __forceinline__ bool qf_sample_next(qf_sample_walk *walk, qf_s
  * how many there are: more than QF_SAMPLE_LIST if they do not fit. */
 static __device__ __noinline__ uint32_t qf_sample_gather(uint32_t low, int32_t last_id, uint32_t high)
 {
-    const qf_sample_view view = qf_sample_cta.view;
+    const qf_sample_view view = qf_sample_current_view();
     __syncthreads();
     if (threadIdx.x == 0) {
         qf_sample_cta.size = 0;
@@ -258,7 +267,7 @@ typedef struct qf_sample_found {
 /* Running sums over 2,048 bins of the interval, in keys. */
 static __device__ __noinline__ void qf_sample_histogram(uint32_t low, uint32_t high, int shift)
 {
-    const qf_sample_view view = qf_sample_cta.view;
+    const qf_sample_view view = qf_sample_current_view();
     const qf_sample_scale scale = qf_sample_cta.scale;
     qf_sample_clear();
     qf_sample_walk walk = {0, 0};
@@ -308,7 +317,7 @@ static __device__ __forceinline__ void qf_sample_enter(qf_sample_interval *in, i
 /* Of the tokens with this key, the nth by id (1: the first). There are that many. */
 static __device__ __noinline__ int32_t qf_sample_nth_tied(uint32_t key, uint32_t nth)
 {
-    const qf_sample_view view = qf_sample_cta.view;
+    const qf_sample_view view = qf_sample_current_view();
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int32_t share = (view.num_blocks + QF_SAMPLE_WARPS - 1) / QF_SAMPLE_WARPS;
     int32_t begin = warp * share, end = min(begin + share, view.num_blocks);
@@ -392,7 +401,7 @@ static __device__ __forceinline__ qf_sample_found qf_sample_locate(qf_sample_int
  * `count` places, or all there are, are at or above it. */
 static __device__ __noinline__ uint32_t qf_sample_threshold(uint32_t max_key, uint32_t count)
 {
-    const qf_sample_view view = qf_sample_cta.view;
+    const qf_sample_view view = qf_sample_current_view();
     uint32_t *maxima = reinterpret_cast<uint32_t *>(qf_sample_cta.list); /* num_blocks <= 4,096: they fit */
     if (count > (uint32_t)view.num_blocks) {
         return QF_SAMPLE_LEAST;

@@ -39,6 +39,13 @@ typedef struct qf_memory_plan {
     size_t host_bytes;     /* of a device backend: pinned host memory, weights and staging */
 } qf_memory_plan;
 
+/* The memory of a device. */
+typedef struct qf_device_memory {
+    uint64_t available_bytes; /* that a new engine may use */
+    uint64_t total_bytes;
+    uint64_t overhead_bytes;  /* what this process holds there already: context and modules; 0: not known */
+} qf_device_memory;
+
 /* One row whose logits are needed. */
 typedef struct qf_logit_task {
     int32_t row;               /* index into the step's tokens */
@@ -77,9 +84,8 @@ typedef struct qf_backend qf_backend;
 typedef struct qf_backend_vtable {
     const char *name; /* "cpu", "cuda", "fake" */
     bool has_own_memory; /* a device: 16-bit activations, and steps worth overlapping with the host's turn */
-    /* Bytes that a new engine may use, and that there are in all. */
-    qf_status (*available_memory)(const qf_backend_options *options, uint64_t *available_bytes, uint64_t *total_bytes,
-                                  qf_error *err);
+    /* Of a device; NULL: the machine's memory is meant. */
+    qf_status (*device_memory)(const qf_backend_options *options, qf_device_memory *out, qf_error *err);
     /* Exact memory, nothing allocated. */
     qf_status (*plan_memory)(const qf_checkpoint *checkpoint, const qf_backend_options *options, qf_memory_plan *out,
                              qf_error *err);

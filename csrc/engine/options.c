@@ -324,14 +324,19 @@ qf_status qf_device_parse(const char *text, qf_device_choice *out, qf_error *err
 static qf_status find_memory(const qf_engine_options *o, const qf_backend_vtable *backend, qf_resolved_options *out,
                              qf_error *err)
 {
-    if (backend->available_memory == NULL) {
+    if (backend->device_memory == NULL) {
         out->available_bytes = qf_available_memory_bytes();
         return QF_OK;
     }
     qf_device_choice device;
     QF_TRY(qf_device_parse(o->device, &device, err));
     out->backend.device_ordinal = device.ordinal;
-    return backend->available_memory(&out->backend, &out->available_bytes, &out->device_total_bytes, err);
+    qf_device_memory memory;
+    QF_TRY(backend->device_memory(&out->backend, &memory, err));
+    out->available_bytes = memory.available_bytes;
+    out->device_total_bytes = memory.total_bytes;
+    out->device_overhead_bytes = memory.overhead_bytes;
+    return QF_OK;
 }
 
 static qf_status check_offload(const qf_engine_options *o, const qf_backend_vtable *backend, qf_error *err)

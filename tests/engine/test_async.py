@@ -64,14 +64,14 @@ def test_chat_streams_too(llm, expected):
         llm.chat([QUESTION, QUESTION], stream=True)
 
 
-def test_logits(llm, demo_dir):
+def test_logits(llm, demo_dir, device):
     numpy = pytest.importorskip("numpy")
 
     async def main():
         return await asyncio.gather(llm.logits("One morning in June,"), llm.logits([5, 6, 7, 8], 1, 3))
 
     whole, part = asyncio.run(main())
-    with LLM(str(demo_dir), kv_cache_tokens=4096) as model:
+    with LLM(str(demo_dir), device=device, batch_invariant=True, kv_cache_tokens=4096) as model:
         assert numpy.array_equal(whole, model.logits("One morning in June,"))
         assert numpy.array_equal(part, model.logits([5, 6, 7, 8], 1, 3)) and part.shape == (2, 8192)
     with pytest.raises(ValueError, match="no positions from 2 to 2 in 2 tokens"):

@@ -212,7 +212,8 @@ struct Folder {
     void write(const char *name, const void *a, size_t a_bytes, const void *b = nullptr, size_t b_bytes = 0)
     {
         FILE *file = fopen((std::string(path) + "/" + name).c_str(), "wb");
-        CHECK(file != nullptr && fwrite(a, 1, a_bytes, file) == a_bytes && fwrite(b, 1, b_bytes, file) == b_bytes);
+        CHECK(file != nullptr && fwrite(a, 1, a_bytes, file) == a_bytes);
+        CHECK(file == nullptr || b_bytes == 0 || fwrite(b, 1, b_bytes, file) == b_bytes);
         CHECK(file != nullptr && fclose(file) == 0);
     }
     void write_config(const Model &m)

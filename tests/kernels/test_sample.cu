@@ -1,4 +1,5 @@
-/* sources: base/status.c base/alloc.c sample/params.c sample/philox.c sample/state.c sample/select.c sample/sampler.c */
+/* sources: base/status.c base/alloc.c sample/params.c sample/philox.c sample/state.c sample/select.c
+ *          sample/sampler.c */
 /* The device's sampler against the host's: tokens, counts and logprobs of thousands of rows. A token may differ only
  * where, by a reference in double, the draw or the nucleus ends within 1e-7 of a threshold: such rows are counted. */
 #include "check_cuda.cuh"

@@ -46,7 +46,9 @@ def places():
 def place_pairs(values, long, left_out=lambda place, value: False):
     """PLACES by values, for two parameters. long(place, value): it takes too long for a default run."""
     return [
-        pytest.param(on, value, id=f"{place}-{value}", marks=place_marks(place) + [pytest.mark.long] * long(place, value))
+        pytest.param(
+            on, value, id=f"{place}-{value}", marks=place_marks(place) + [pytest.mark.long] * long(place, value)
+        )
         for place, on in PLACES.items()
         for value in values
         if not left_out(place, value)

@@ -355,7 +355,9 @@ def test_32k_context(tmp_path, options):
         again = log_softmax(logits(engine, whole, 32767, len(whole) - 1))
     check(reference, ours, options, 4 * DENSE)  # sums over 32,768 values
     decoded = [row[0][1] for row in output["logprobs"]]
-    np.testing.assert_allclose(decoded, again[np.arange(8), output["token_ids"]], atol=0.03 if options is FAST else 1e-4)
+    np.testing.assert_allclose(
+        decoded, again[np.arange(8), output["token_ids"]], atol=0.03 if options is FAST else 1e-4
+    )
 
 
 def test_large_activations_w4a8(tmp_path):

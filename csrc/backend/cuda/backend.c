@@ -233,7 +233,7 @@ const qf_backend_vtable *qf_cuda_backend_vtable(void)
 {
     static const qf_backend_vtable vtable = {.name = "cuda",
                                              .has_own_memory = true,
-                                             .available_memory = qf_cuda_available_memory,
+                                             .device_memory = qf_cuda_device_memory,
                                              .plan_memory = qf_cuda_plan_memory,
                                              .create = qf_cuda_create,
                                              .destroy = qf_cuda_destroy,

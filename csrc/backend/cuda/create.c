@@ -57,15 +57,15 @@ qf_status qf_cuda_plan_memory(const qf_checkpoint *checkpoint, const qf_backend_
     return status;
 }
 
-qf_status qf_cuda_available_memory(const qf_backend_options *options, uint64_t *available_bytes, uint64_t *total_bytes,
-                                   qf_error *err)
+qf_status qf_cuda_device_memory(const qf_backend_options *options, qf_device_memory *out, qf_error *err)
 {
     qf_cuda_device device;
     size_t available, total;
     QF_TRY(qf_cuda_device_get(options->device_ordinal, &device, err));
     QF_CUDA_CHECK(cudaMemGetInfo(&available, &total));
-    *available_bytes = available;
-    *total_bytes = total;
+    *out = (qf_device_memory){.available_bytes = available,
+                              .total_bytes = total,
+                              .overhead_bytes = qf_cuda_process_bytes(options->device_ordinal)};
     return QF_OK;
 }
 

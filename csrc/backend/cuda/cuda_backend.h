@@ -133,8 +133,7 @@ typedef struct qf_cuda_backend {
 /* create.c: see the functions of the same names in backend.h */
 qf_status qf_cuda_plan_memory(const qf_checkpoint *checkpoint, const qf_backend_options *options, qf_memory_plan *out,
                               qf_error *err);
-qf_status qf_cuda_available_memory(const qf_backend_options *options, uint64_t *available_bytes, uint64_t *total_bytes,
-                                   qf_error *err);
+qf_status qf_cuda_device_memory(const qf_backend_options *options, qf_device_memory *out, qf_error *err);
 qf_status qf_cuda_create(const qf_checkpoint *checkpoint, const qf_backend_options *options, int32_t num_blocks,
                          qf_progress_fn progress, void *progress_arg, qf_backend **out, qf_error *err);
 void qf_cuda_destroy(qf_backend *base);
@@ -192,6 +191,9 @@ qf_status qf_cuda_reference_logits(qf_cuda_backend *self, const qf_cuda_forward 
 qf_status qf_cuda_tap(qf_cuda_backend *self, qf_tap_fn tap, void *tap_arg, int32_t layer, qf_linear_id first,
                       int32_t num_ids, const void *x, bool tiled, int32_t width, int32_t k, int32_t num_tokens,
                       qf_error *err);
+
+/* nvml.c: bytes of device memory that this process holds; 0 where NVML is missing or cannot tell */
+uint64_t qf_cuda_process_bytes(int32_t ordinal);
 
 /* graph.c */
 /* The padded batch size that serves num_seqs; 0: none does. */

@@ -1,0 +1,180 @@
+/* Causal attention over the paged cache.
+ *
+ *   out[row][head] = sum over j of softmax_j(scale q[row][head] . k[j]) v[j],  j in (p - window, p],  p the row's position
+ *
+ * Shapes and layouts: q (num_tokens, num_heads, head_dim) bf16; caches (num_blocks, num_kv_heads, block_size, head_dim)
+ * bf16, found through block tables; out: tiled bf16 (num_heads * head_dim padded to 128, num_tokens). Heads h of a group of
+ * num_heads / num_kv_heads share a kv head. Softmax in float32, by powers of two; weights are rounded to bf16.
+ *
+ * Roofline. Decode: memory; a sequence of n positions reads 4 n num_kv_heads head_dim bytes: 256 sequences of 384 of the
+ * 7B model 201 MB, 46 us at 4.4 TB/s. Prefill: tensor cores; 2 n^2 num_heads head_dim FLOPs of causal work: 8,192 tokens of
+ * the 7B model 481 GFLOP; mma.sync reaches little more than half of the 990 TFLOP/s of wgmma. Target 350.
+ *
+ * Plan. The host cuts the batch into items (csrc/backend/cuda/attention_plan.c); a CTA of 4 warps takes an (item, kv head),
+ * long items first:
+ *
+ *     decode item:   1 row, a run of positions     -> attention_decode.cuh: warps take turns at tiles of 16 positions
+ *     prefill item:  128 (64) rows of the group,   -> attention_prefill.cuh: warps own 32 (16) rows and walk over tiles
+ *                    all or a run of positions        of 64 positions in shared memory
+ *
+ *     positions  | split 0 | split 1 | split 2 |..    items of one row tile: partial results (maximum, sum, values) in the
+ *                    |         |         |            workspace; the CTA that arrives last at the tile's counter merges
+ *                    +---------+---------+--> merge   all in order of split, so that timing does not show
+ *
+ * The decode grid is fixed (graphs), and its CTAs loop over the items that there are. Rows of a captured graph's padding
+ * have no items.
+ *
+ * batch_invariant: all rows go through the prefill kernel with 64 rows, which computes each QF_CUDA_SPLIT_TOKENS positions
+ * from scratch and merges them in order, in registers or by way of the workspace, with the same arithmetic; a
+ * row of the tensor cores' product depends on no other row.
+ *
+ * Measured: see PERF.md. */
+#include "attention_decode.cuh"
+#include "attention_prefill.cuh"
+
+#define LOG2_E 1.44269504088896341f
+#define INVARIANT_CTAS_PER_SM 8 /* a graph's bound is far above the true number */
+
+/* --- dispatch ----------------------------------------------------------------------------------------------- */
+
+typedef void (*attention_kernel)(attention_params);
+
+static attention_kernel decode_kernel(const attention_params *p)
+{
+    const bool wide = p->group > 8;
+    return p->a.shape.head_dim == 64 ? wide ? attention_decode_kernel<64, 2> : attention_decode_kernel<64, 1>
+           : wide                    ? attention_decode_kernel<128, 2>
+                                     : attention_decode_kernel<128, 1>;
+}
+
+static attention_kernel prefill_kernel(const attention_params *p)
+{
+    const bool invariant = p->a.batch_invariant;
+    return p->a.shape.head_dim == 64
+               ? invariant ? attention_prefill_kernel<64, 1, true> : attention_prefill_kernel<64, 2, false>
+           : invariant ? attention_prefill_kernel<128, 1, true>
+                       : attention_prefill_kernel<128, 2, false>;
+}
+
+/* --- launcher ----------------------------------------------------------------------------------------------- */
+
+static qf_status check_shape(const qf_cuda_attention_args *a, qf_error *err)
+{
+    const qf_cuda_attention_shape *s = &a->shape;
+    if (s->head_dim != 64 && s->head_dim != 128) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: head_dim %d is not 64 or 128", s->head_dim);
+    }
+    if (s->num_kv_heads <= 0 || s->num_heads <= 0 || s->num_heads % s->num_kv_heads != 0 ||
+        s->num_heads / s->num_kv_heads > QF_ATTENTION_MAX_GROUP) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: %d heads for %d kv heads (a multiple, up to %d times)",
+                       s->num_heads, s->num_kv_heads, QF_ATTENTION_MAX_GROUP);
+    }
+    if (s->block_size < 16 || (s->block_size & (s->block_size - 1)) != 0) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: block_size %d is not a power of two from 16",
+                       s->block_size);
+    }
+    if (s->sliding_window < 0) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: sliding_window %d is negative", s->sliding_window);
+    }
+    if (a->kv.float32 || a->kv.block_size != s->block_size || a->kv.num_kv_heads != s->num_kv_heads ||
+        a->kv.head_dim != s->head_dim) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "attention: the cache (blocks of %d, %d heads of %d%s) does not have the shape given (%d, %d, %d)",
+                       a->kv.block_size, a->kv.num_kv_heads, a->kv.head_dim, a->kv.float32 ? ", float32" : "",
+                       s->block_size, s->num_kv_heads, s->head_dim);
+    }
+    return QF_OK;
+}
+
+static qf_status check_args(const qf_cuda_attention_args *a, qf_error *err)
+{
+    if (a->kv.k == NULL || a->kv.v == NULL || a->q == NULL || a->out == NULL || a->items == NULL ||
+        a->num_items == NULL || a->block_tables == NULL || a->block_table_start == NULL || a->workspace == NULL) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: a null pointer");
+    }
+    const uintptr_t all = (uintptr_t)a->kv.k | (uintptr_t)a->kv.v | (uintptr_t)a->q | (uintptr_t)a->out |
+                          (uintptr_t)a->workspace;
+    if (all % 16 != 0) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: a pointer is not aligned to 16 bytes");
+    }
+    const int32_t width = a->shape.num_heads * a->shape.head_dim;
+    if (a->num_tokens <= 0 || a->out_k != (width + 127) / 128 * 128) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: %d tokens, out_k %d for %d columns", a->num_tokens,
+                       a->out_k, width);
+    }
+    if (a->max_decode_items < 0 || a->max_prefill_items < 0 || a->prefill_offset < 0 ||
+        (a->batch_invariant && a->max_decode_items > 0)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "attention: %d decode items (none if batch_invariant), %d prefill items from %d",
+                       a->max_decode_items, a->max_prefill_items, a->prefill_offset);
+    }
+    if (!(a->scale > 0.0f)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: scale %g is not positive", (double)a->scale);
+    }
+    return QF_OK;
+}
+
+static qf_status launch_decode(const attention_params *p, const qf_cuda_device *device, cudaStream_t stream,
+                               qf_error *err)
+{
+    const int64_t units = (int64_t)p->a.max_decode_items * p->a.shape.num_kv_heads;
+    const int64_t resident = (int64_t)device->sm_count * (p->group > 8 ? 2 : 3);
+    return qf_launch("attention (decode)", decode_kernel(p), dim3((unsigned)(units < resident ? units : resident)),
+                     dim3(ATTENTION_THREADS), 0, device->dependent_launch, stream, err, *p);
+}
+
+static qf_status launch_prefill(const attention_params *p, const qf_cuda_device *device, cudaStream_t stream,
+                                qf_error *err)
+{
+    const size_t bytes = prefill_shared_bytes(p->a.shape.head_dim, p->a.batch_invariant ? 1 : 2);
+    int64_t units = (int64_t)p->a.max_prefill_items * p->a.shape.num_kv_heads;
+    const int64_t most = (int64_t)device->sm_count * INVARIANT_CTAS_PER_SM;
+    if (p->a.batch_invariant && units > most) {
+        units = most;
+    }
+    qf_status status = qf_allow_shared("attention (prefill)", prefill_kernel(p), bytes, err);
+    if (status != QF_OK) {
+        return status;
+    }
+    return qf_launch("attention (prefill)", prefill_kernel(p), dim3((unsigned)units), dim3(ATTENTION_THREADS), bytes,
+                     device->dependent_launch, stream, err, *p);
+}
+
+static attention_params params_of(const qf_cuda_attention_args *args)
+{
+    const qf_cuda_attention_shape *s = &args->shape;
+    attention_params p = {};
+    p.a = *args;
+    p.scale_log2 = args->scale * LOG2_E;
+    while (1 << p.block_shift < s->block_size) {
+        p.block_shift++;
+    }
+    p.group = s->num_heads / s->num_kv_heads;
+    p.window = s->sliding_window > 0 ? s->sliding_window : INT32_MAX;
+    p.num_tiles = qf_cuda_num_tiles(args->num_tokens);
+    p.tile_tokens = qf_cuda_tile_tokens(args->num_tokens);
+    p.unit_words = qf_attention_unit_words(s->num_heads, s->num_kv_heads, s->head_dim);
+    p.unit_sums = qf_attention_unit_sums(s->num_heads);
+    p.unit_counters = qf_attention_unit_counters(s->num_heads, s->head_dim);
+    return p;
+}
+
+extern "C" qf_status qf_cuda_attention(const qf_cuda_attention_args *args, const qf_cuda_device *device,
+                                       cudaStream_t stream, qf_error *err)
+{
+    qf_status status = check_args(args, err);
+    if (status == QF_OK) {
+        status = check_shape(args, err);
+    }
+    if (status != QF_OK) {
+        return status;
+    }
+    const attention_params p = params_of(args);
+    if (args->max_decode_items > 0) {
+        status = launch_decode(&p, device, stream, err);
+    }
+    if (status == QF_OK && args->max_prefill_items > 0) {
+        status = launch_prefill(&p, device, stream, err);
+    }
+    return status;
+}
