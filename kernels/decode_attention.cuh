@@ -31,45 +31,49 @@ template <int head_dim> struct qf_decode_attention_shared {
 
 /* Gathers q of the item's heads and, if `newest`, the new key and value; rotates; rounds; stores to the cache. */
 template <int head_dim, int threads>
-static __device__ __forceinline__ void qf_attention_gather(const qf_decode_params &p, const qf_decode_cta &cta,
-                                                           const qf_decode_item &item, const uint32_t *qkv,
-                                                           uint32_t tag, const qf_decode_layer_entry *layer,
+static __device__ __forceinline__ void qf_attention_gather(const qf_decode_params &p, const qf_decode_item &item,
+                                                           uint32_t epoch, const qf_decode_layer_entry *layer,
                                                            bool newest, qf_decode_attention_shared<head_dim> &sh)
 {
     constexpr int half = head_dim / 2, quads = half / 4;
-    const int group = p.num_heads / p.num_kv_heads, n = p.linear[QF_DECODE_QKV].n, id = threadIdx.x;
-    const int64_t stride = (int64_t)p.num_seqs * n;
-    const uint32_t *row = qkv + (int64_t)item.seq * n;
-    const int slot = newest ? p.slot_mapping[item.seq] : -1;
-    const int64_t place = (((int64_t)(slot / p.block_size) * p.num_kv_heads + item.head) * p.block_size +
-                           slot % p.block_size) * (head_dim * 2);
-    const int rotated = (group + (newest ? 1 : 0)) * quads, plain = newest ? head_dim / 4 : 0;
     static_assert(9 * quads + head_dim / 4 <= threads, "one round");
-    if (id < rotated) {
-        int head = id / quads, j = id % quads * 4;
-        int from = head < group ? (item.head * group + head) * head_dim : (p.num_heads + item.head) * head_dim;
-        const float4 c = *reinterpret_cast<const float4 *>(p.cos_sin + item.seq * head_dim + j);
-        const float4 s = *reinterpret_cast<const float4 *>(p.cos_sin + item.seq * head_dim + half + j);
-        float4 a = qf_ll_sum(row + from + j, stride, cta.masks[(from + j) >> 4], tag, cta.watch);
-        float4 b = qf_ll_sum(row + from + j + half, stride, cta.masks[(from + j + half) >> 4], tag, cta.watch);
-        uint2 first = make_uint2(qf_pack_bf16(a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y),
-                                 qf_pack_bf16(a.z * c.z - b.z * s.z, a.w * c.w - b.w * s.w));
-        uint2 second = make_uint2(qf_pack_bf16(b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y),
-                                  qf_pack_bf16(b.z * c.z + a.z * s.z, b.w * c.w + a.w * s.w));
-        __nv_bfloat16 *to = head < group ? sh.q + head * sh.q_stride : sh.newest[0];
-        *reinterpret_cast<uint2 *>(to + j) = first;
-        *reinterpret_cast<uint2 *>(to + half + j) = second;
-        if (head == group && slot >= 0) {
-            *reinterpret_cast<uint2 *>(layer->k + place + j * 2) = first;
-            *reinterpret_cast<uint2 *>(layer->k + place + (half + j) * 2) = second;
+    const int group = p.num_heads / p.num_kv_heads, n = p.linear[QF_DECODE_QKV].n, id = threadIdx.x;
+    const int rotated = (group + (newest ? 1 : 0)) * quads, plain = newest ? head_dim / 4 : 0;
+    if (id < rotated + plain) {
+        const uint8_t *masks = reinterpret_cast<const uint8_t *>(qf_decode_shared + p.map.masks);
+        const int slot = newest ? p.slot_mapping[item.seq] : -1;
+        const int64_t place = (((int64_t)(slot / p.block_size) * p.num_kv_heads + item.head) * p.block_size +
+                               slot % p.block_size) * (head_dim * 2);
+        const bool rotate = id < rotated; /* else v: two quads of it are summed, both are the same */
+        const int head = id / quads, j = rotate ? id % quads * 4 : (id - rotated) * 4;
+        const int row = !rotate        ? (p.num_heads + p.num_kv_heads + item.head) * head_dim
+                        : head < group ? (item.head * group + head) * head_dim
+                                       : (p.num_heads + item.head) * head_dim;
+        const int other = rotate ? half : 0;
+        const int32_t at[2] = {item.seq * n + row + j, item.seq * n + row + j + other};
+        uint32_t slots[2] = {masks[(row + j) >> 4], rotate ? masks[(row + j + other) >> 4] : 0u};
+        float4 c = make_float4(1.0f, 1.0f, 1.0f, 1.0f), s = make_float4(0.0f, 0.0f, 0.0f, 0.0f), sums[2];
+        if (rotate) {
+            c = *reinterpret_cast<const float4 *>(p.cos_sin + item.seq * head_dim + j);
+            s = *reinterpret_cast<const float4 *>(p.cos_sin + item.seq * head_dim + half + j);
         }
-    } else if (id < rotated + plain) {
-        int j = (id - rotated) * 4, from = (p.num_heads + p.num_kv_heads + item.head) * head_dim + j;
-        float4 a = qf_ll_sum(row + from, stride, cta.masks[from >> 4], tag, cta.watch);
-        uint2 v = make_uint2(qf_pack_bf16(a.x, a.y), qf_pack_bf16(a.z, a.w));
-        *reinterpret_cast<uint2 *>(sh.newest[1] + j) = v;
-        if (slot >= 0) {
-            *reinterpret_cast<uint2 *>(layer->v + place + j * 2) = v;
+        qf_ll_sum<2>(p, sums, qf_exchange(p, epoch) + p.ll.qkv, at, slots, p.num_seqs * n, qf_sum_tag(epoch));
+        const float4 a = sums[0], b = sums[1];
+        uint2 low = make_uint2(qf_pack_bf16(a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y),
+                               qf_pack_bf16(a.z * c.z - b.z * s.z, a.w * c.w - b.w * s.w));
+        uint2 high = make_uint2(qf_pack_bf16(b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y),
+                                qf_pack_bf16(b.z * c.z + a.z * s.z, b.w * c.w + a.w * s.w));
+        __nv_bfloat16 *to = !rotate ? sh.newest[1] : head < group ? sh.q + head * sh.q_stride : sh.newest[0];
+        *reinterpret_cast<uint2 *>(to + j) = low;
+        if (rotate) {
+            *reinterpret_cast<uint2 *>(to + half + j) = high;
+        }
+        if (slot >= 0 && !(rotate && head < group)) {
+            char *cache = (rotate ? layer->k : layer->v) + place;
+            *reinterpret_cast<uint2 *>(cache + j * 2) = low;
+            if (rotate) {
+                *reinterpret_cast<uint2 *>(cache + (half + j) * 2) = high;
+            }
         }
     }
 }
@@ -188,8 +192,8 @@ __device__ __forceinline__ void qf_attention_values(qf_decode_attention_shared<h
 template <int head_dim, int warps>
 __device__ __forceinline__ void qf_attention_publish(const qf_decode_params &p, const qf_decode_item &item,
                                                      qf_decode_attention_shared<head_dim> &sh,
-                                                     qf_attention_state<head_dim, warps> &state, uint32_t *out,
-                                                     uint2 *partials, uint32_t epoch, uint32_t partial_tag)
+                                                     qf_attention_state<head_dim, warps> &state, uint32_t epoch,
+                                                     uint32_t partial_tag)
 {
     typedef qf_attention_state<head_dim, warps> shape;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -222,12 +226,13 @@ __device__ __forceinline__ void qf_attention_publish(const qf_decode_params &p, 
         for (int column = 0; column < shape::columns; column++) {
             int d = head * head_dim + (slice + column) * 8 + 2 * t;
             uint32_t pair = qf_pack_bf16(state.acc[column][0] * factor, state.acc[column][1] * factor);
-            qf_ll_store(out + (int64_t)item.seq * (p.num_heads * head_dim) + d, pair << 16 | (epoch & 0xffffu),
-                        (pair & 0xffff0000u) | (epoch & 0xffffu));
+            qf_ll_store(qf_exchange(p, epoch) + p.ll.attention + (int64_t)item.seq * (p.num_heads * head_dim) + d,
+                        pair << 16 | (epoch & 0xffffu), (pair & 0xffff0000u) | (epoch & 0xffffu));
         }
         return;
     }
-    int64_t index = ((int64_t)item.seq * p.num_heads + head) * p.max_splits + item.split;
+    const int64_t index = ((int64_t)item.seq * p.num_heads + head) * p.max_splits + item.split;
+    uint2 *partials = p.partials + (epoch & 1) * p.partials_half;
 #pragma unroll
     for (int column = 0; column < shape::columns; column++) {
         uint2 *to = partials + index * head_dim + (slice + column) * 8 + 2 * t;
@@ -241,78 +246,83 @@ __device__ __forceinline__ void qf_attention_publish(const qf_decode_params &p, 
     }
 }
 
-/* Waits for pairs of one tag. */
-__device__ __forceinline__ float qf_pair_wait(const uint2 *from, uint2 v, uint32_t tag, const qf_decode_watch &watch)
+/* Polls `count` pairs at once, those with from[i] not NULL, until all bear the tag; the others give 0. */
+template <int count>
+__device__ __forceinline__ void qf_pair_get(const qf_decode_params &p, float (&values)[count],
+                                            const uint2 *const (&from)[count], uint32_t tag)
 {
-    for (uint32_t n = 1; v.y != tag; n++) {
-        if (qf_ll_give_up(watch, n)) {
+    uint2 v[count];
+#pragma unroll
+    for (int i = 0; i < count; i++) {
+        v[i] = from[i] ? qf_ll_load_pair(from[i]) : make_uint2(0, tag);
+    }
+    for (uint32_t n = 1;; n++) {
+        uint32_t differs = 0;
+#pragma unroll
+        for (int i = 0; i < count; i++) {
+            differs |= v[i].y ^ tag;
+        }
+        if (differs == 0 || qf_ll_give_up(p, n)) {
             break;
         }
-        v = qf_ll_load_pair(from);
+#pragma unroll
+        for (int i = 0; i < count; i++) {
+            if (v[i].y != tag) {
+                v[i] = qf_ll_load_pair(from[i]);
+            }
+        }
     }
-    return __uint_as_float(v.x);
+#pragma unroll
+    for (int i = 0; i < count; i++) {
+        values[i] = __uint_as_float(v[i].x);
+    }
 }
 
-/* Merges the splits of the sequences that have several: a warp takes 32 columns of one head of one sequence. */
+/* Merges the splits of the sequences that have several: a warp takes 32 columns of one head of one sequence; lane i
+ * weighs split i. */
 template <int head_dim, int warps>
-static __device__ __forceinline__ void qf_attention_merge(const qf_decode_params &p, const qf_decode_cta &cta,
-                                                          const qf_decode_items &items, uint32_t *out,
-                                                          const uint2 *partials, uint32_t epoch, uint32_t tag)
+static __device__ __forceinline__ void qf_attention_merge(const qf_decode_params &p, const qf_decode_items &items,
+                                                          uint32_t epoch, uint32_t tag)
 {
-    constexpr int slices = head_dim / 32, most = 3; /* 32 splits a register */
+    static_assert(QF_DECODE_MAX_SPLITS == 32, "a lane for each");
+    constexpr int slices = head_dim / 32, ahead = 8;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, count = p.num_seqs * p.num_heads * slices;
+    const uint2 *partials = p.partials + (epoch & 1) * p.partials_half;
     for (int u = qf_decode_first_item(p) + warp * (int)gridDim.x; u < count; u += warps * (int)gridDim.x) {
         int slice = u % slices, row = u / slices, seq = row / p.num_heads;
         int splits = (items.base[seq + 1] - items.base[seq]) / p.num_kv_heads;
         if (splits == 1) {
             continue;
         }
-        const uint2 *ml = partials + p.partials_ml + (int64_t)row * p.max_splits * 2;
+        const uint2 *ml = partials + p.partials_ml + ((int64_t)row * p.max_splits + lane) * 2;
         const uint2 *from = partials + (int64_t)row * p.max_splits * head_dim + slice * 32 + lane;
-        float m[most], l[most], largest = -INFINITY, sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < most; i++) {
-            int split = i * 32 + lane;
-            m[i] = -INFINITY;
-            l[i] = 0.0f;
-            if (split < splits) {
-                m[i] = qf_pair_wait(ml + split * 2, qf_ll_load_pair(ml + split * 2), tag, cta.watch);
-                l[i] = qf_pair_wait(ml + split * 2 + 1, qf_ll_load_pair(ml + split * 2 + 1), tag, cta.watch);
-            }
-            largest = fmaxf(largest, m[i]);
-        }
+        const uint2 *const both[2] = {lane < splits ? ml : nullptr, lane < splits ? ml + 1 : nullptr};
+        float pair[2], acc = 0.0f;
+        qf_pair_get(p, pair, both, tag);
+        float m = lane < splits ? pair[0] : -INFINITY, largest = m;
 #pragma unroll
         for (int mask = 16; mask != 0; mask >>= 1) {
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, mask));
         }
-#pragma unroll
-        for (int i = 0; i < most; i++) {
-            m[i] = exp2f(m[i] - largest); /* the weight */
-            sum += l[i] * m[i];
-        }
+        float weight = exp2f(m - largest), sum = pair[1] * weight;
 #pragma unroll
         for (int mask = 16; mask != 0; mask >>= 1) {
             sum += __shfl_xor_sync(~0u, sum, mask);
         }
-        float acc = 0.0f;
+        for (int first = 0; first < splits; first += ahead) {
+            const uint2 *places[ahead];
+            float values[ahead];
 #pragma unroll
-        for (int i = 0; i < most; i++) {
-            for (int first = i * 32; first < min(splits, i * 32 + 32); first += 8) {
-                uint2 v[8];
+            for (int j = 0; j < ahead; j++) {
+                places[j] = first + j < splits ? from + (int64_t)(first + j) * head_dim : nullptr;
+            }
+            qf_pair_get(p, values, places, tag);
 #pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    v[j] = first + j < splits ? qf_ll_load_pair(from + (int64_t)(first + j) * head_dim)
-                                              : make_uint2(0, tag);
-                }
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    float weight = __shfl_sync(~0u, m[i], first + j - i * 32);
-                    acc += qf_pair_wait(from + (int64_t)(first + j) * head_dim, v[j], tag, cta.watch) *
-                           (first + j < splits ? weight : 0.0f);
-                }
+            for (int j = 0; j < ahead; j++) {
+                acc += values[j] * __shfl_sync(~0u, weight, (first + j) & 31);
             }
         }
-        qf_ll_store(out + (int64_t)row * head_dim + slice * 32 + lane,
+        qf_ll_store(qf_exchange(p, epoch) + p.ll.attention + (int64_t)row * head_dim + slice * 32 + lane,
                     (qf_pack_bf16(0.0f, acc / sum) & 0xffff0000u) | (epoch & 0xffffu));
     }
 }
@@ -320,56 +330,54 @@ static __device__ __forceinline__ void qf_attention_merge(const qf_decode_params
 /* The attention of this CTA in one layer. Barriers of all consumer warps, per item with tiles: one when q is there, one
  * a tile, one in publish where halves are merged, one at the end (behind which q, newest and x may be written again). */
 template <int head_dim, int warps>
-static __device__ __forceinline__ void qf_decode_attention(const qf_decode_params &p, const qf_decode_cta &cta,
-                                                           const qf_decode_layer_entry *layer, uint32_t *exchange,
-                                                           uint32_t epoch, uint32_t partial_tag, qf_decode_ring &ring)
+static __device__ __forceinline__ void qf_decode_attention(const qf_decode_params &p, int layer_index, uint32_t epoch,
+                                                           qf_decode_ring &ring)
 {
     typedef qf_decode_attention_shared<head_dim> shape;
-    shape &sh = *reinterpret_cast<shape *>(cta.x);
-    const qf_decode_items &items = cta.fixed->items[layer->window == cta.fixed->window[0] ? 0 : 1];
+    shape &sh = *reinterpret_cast<shape *>(qf_decode_shared + p.map.x);
+    const qf_decode_layer_entry *layer = qf_layer(p, layer_index);
+    const qf_decode_items &items = qf_fixed().items[layer->window == qf_fixed().window[0] ? 0 : 1];
+    const uint32_t partial_tag = (qf_fixed().epoch + layer_index) | 0x80000000u;
     const int count = items.base[p.num_seqs];
-    uint32_t *out = exchange + p.ll.attention;
-    uint2 *partials = p.partials + (epoch & 1) * p.partials_half;
-    bool several = false;
-    for (int s = 0; s < p.num_seqs; s++) {
-        several |= items.base[s + 1] - items.base[s] > p.num_kv_heads;
-    }
     for (int j = qf_decode_first_item(p); j < count; j += (int)gridDim.x) {
         const qf_decode_item item = qf_decode_find_item(p, items, j);
         const int length = p.seq_lens[item.seq], start = items.start[item.seq];
         if (item.tile_begin == item.tile_end) { /* padding: a row of zeros */
             int width = p.num_heads / p.num_kv_heads * head_dim;
+            uint32_t *out = qf_exchange(p, epoch) + p.ll.attention + (int64_t)item.seq * (p.num_heads * head_dim);
             for (int i = threadIdx.x; i < width; i += warps * 32) {
-                qf_ll_store(out + (int64_t)item.seq * (p.num_heads * head_dim) + item.head * width + i,
-                            epoch & 0xffffu);
+                qf_ll_store(out + item.head * width + i, epoch & 0xffffu);
             }
             continue;
         }
         const bool newest = item.split == item.num_splits - 1;
-        qf_attention_gather<head_dim, warps * 32>(p, cta, item, exchange + p.ll.qkv, qf_sum_tag(epoch), layer, newest,
-                                                  sh);
+        qf_attention_gather<head_dim, warps * 32>(p, item, epoch, layer, newest, sh);
         qf_consumer_barrier<warps * 32>();
         qf_attention_state<head_dim, warps> state = {};
         state.m = -INFINITY;
         int buffer = 0;
         for (int tile = item.tile_begin; tile < item.tile_end; tile++, buffer ^= 1) {
             const int first = tile * shape::rows, fresh = newest ? length - 1 - first : -1; /* beyond: another tile's */
-            const uint32_t keys = ring.base + ring.stage * ring.stage_bytes;
-            qf_ring_wait(&cta.fixed->full[ring.stage], ring.parity, &cta.fixed->failed);
+            const uint32_t keys = qf_ring_address(p, ring);
+            qf_ring_wait(&qf_fixed().full[ring.stage], ring.parity, &qf_fixed().failed);
             qf_attention_scores<head_dim, warps>(p, sh, keys, buffer, first, start, length, fresh);
             qf_consumer_barrier<warps * 32>();
             qf_attention_values<head_dim, warps>(sh, keys + 16384, buffer, fresh, state);
             __syncwarp();
             if ((threadIdx.x & 31) == 0) {
-                qf_mbarrier_arrive(&cta.fixed->empty[ring.stage]);
+                qf_mbarrier_arrive(&qf_fixed().empty[ring.stage]);
             }
-            qf_ring_advance(ring);
+            qf_ring_advance(p, ring);
         }
-        qf_attention_publish<head_dim, warps>(p, item, sh, state, out, partials, epoch, partial_tag);
+        qf_attention_publish<head_dim, warps>(p, item, sh, state, epoch, partial_tag);
         qf_consumer_barrier<warps * 32>();
     }
+    bool several = false;
+    for (int s = 0; s < p.num_seqs; s++) {
+        several |= items.base[s + 1] - items.base[s] > p.num_kv_heads;
+    }
     if (several) {
-        qf_attention_merge<head_dim, warps>(p, cta, items, out, partials, epoch, partial_tag);
+        qf_attention_merge<head_dim, warps>(p, items, epoch, partial_tag);
     }
 }
 

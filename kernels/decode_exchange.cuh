@@ -84,11 +84,6 @@ __device__ __forceinline__ uint32_t qf_ll_encode(float value, uint32_t tag)
 
 __device__ __forceinline__ float qf_ll_decode(uint32_t word) { return __uint_as_float(word & ~3u); }
 
-__device__ __forceinline__ bool qf_ll_differs(const uint4 &v, uint32_t tag, uint32_t mask)
-{
-    return (((v.x ^ tag) | (v.y ^ tag) | (v.z ^ tag) | (v.w ^ tag)) & mask) != 0;
-}
-
 /* The consumers' barrier: all their warps and nobody else. */
 template <int threads> __device__ __forceinline__ void qf_consumer_barrier()
 {
@@ -96,148 +91,187 @@ template <int threads> __device__ __forceinline__ void qf_consumer_barrier()
     qf_named_barrier(1, threads);
 }
 
-struct qf_decode_watch {
-    uint32_t *header;
-    volatile int32_t *failed;
-    uint32_t backoff_ns;
-};
-
 /* True once it is time to give up; n counts this wait's polls. */
-__device__ __forceinline__ bool qf_ll_give_up(const qf_decode_watch &watch, uint32_t n)
+__device__ __forceinline__ bool qf_ll_give_up(const qf_decode_params &p, uint32_t n)
 {
-    if (watch.backoff_ns != 0) {
-        __nanosleep(watch.backoff_ns);
+    if (p.backoff_ns != 0) {
+        __nanosleep(p.backoff_ns);
     }
     if ((n & 63u) != 0) {
         return false;
     }
-    if (*watch.failed) {
+    volatile int32_t *failed = &qf_fixed().failed;
+    if (*failed) {
         return true;
     }
     if ((n & 4095u) == 0) {
-        volatile uint32_t *error = watch.header + QF_DECODE_ERROR;
+        volatile uint32_t *error = p.header + QF_DECODE_ERROR;
         if (*error != 0 || n >= QF_DECODE_PATIENCE_POLLS) {
             *error = 1;
-            *watch.failed = 1;
+            *failed = 1;
             return true;
         }
     }
     return false;
 }
 
-/* Loads again until all four words bear the tag. */
-__device__ __forceinline__ void qf_ll_wait(uint4 &v, const void *p, uint32_t tag, uint32_t mask,
-                                           const qf_decode_watch &watch)
+/* Polls `count` places of four words, those with from[i] not NULL, all at once, until all bear the tag. */
+template <int count>
+__device__ __forceinline__ void qf_ll_get(const qf_decode_params &p, uint4 (&v)[count],
+                                          const uint32_t *const (&from)[count], uint32_t tag, uint32_t mask)
 {
-    for (uint32_t n = 1; qf_ll_differs(v, tag, mask); n++) {
-        if (qf_ll_give_up(watch, n)) {
+#pragma unroll
+    for (int i = 0; i < count; i++) {
+        v[i] = from[i] ? qf_ll_load(from[i]) : make_uint4(tag, tag, tag, tag);
+    }
+    for (uint32_t n = 1;; n++) {
+        uint32_t differs = 0;
+#pragma unroll
+        for (int i = 0; i < count; i++) {
+            differs |= ((v[i].x ^ tag) | (v[i].y ^ tag) | (v[i].z ^ tag) | (v[i].w ^ tag)) & mask;
+        }
+        if (differs == 0 || qf_ll_give_up(p, n)) {
             break;
         }
-        v = qf_ll_load(p);
-    }
-}
-
-/* Four neighbouring sums of up to four pieces, bit s of `slots` for piece s: loads of all, */
-__device__ __forceinline__ void qf_ll_load_slots(uint4 (&v)[4], const uint32_t *words, int64_t stride, uint32_t slots)
-{
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
-        if (slots >> s & 1) {
-            v[s] = qf_ll_load(words + s * stride);
+        for (int i = 0; i < count; i++) {
+            if ((((v[i].x ^ tag) | (v[i].y ^ tag) | (v[i].z ^ tag) | (v[i].w ^ tag)) & mask) != 0) {
+                v[i] = qf_ll_load(from[i]);
+            }
         }
     }
 }
 
-/* then their addition in order of slot. */
-__device__ __forceinline__ void qf_ll_add_slots(float4 &sum, uint4 (&v)[4], const uint32_t *words, int64_t stride,
-                                                uint32_t slots, uint32_t tag, const qf_decode_watch &watch)
+__device__ __forceinline__ uint32_t qf_ll_differs(const uint4 &v, uint32_t tag)
+{
+    return (v.x ^ tag) | (v.y ^ tag) | (v.z ^ tag) | (v.w ^ tag);
+}
+
+/* sums[i] = four neighbouring sums at words + at[i] over the slots in slots[i], in order of slot. All are polled at
+ * once, `width` slots of each a time. */
+template <int width, int count>
+__device__ __forceinline__ void qf_ll_sum(const qf_decode_params &p, float4 (&sums)[count], const uint32_t *words,
+                                          const int32_t (&at)[count], uint32_t (&slots)[count], int32_t stride,
+                                          uint32_t tag)
 {
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
-        if (slots >> s & 1) {
-            qf_ll_wait(v[s], words + s * stride, tag, 3u, watch);
-            sum.x += qf_ll_decode(v[s].x);
-            sum.y += qf_ll_decode(v[s].y);
-            sum.z += qf_ll_decode(v[s].z);
-            sum.w += qf_ll_decode(v[s].w);
+    for (int i = 0; i < count; i++) {
+        sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    for (;;) { /* again only where there are more than `width` slots */
+        uint4 v[count][width];
+        uint32_t more = 0;
+#pragma unroll
+        for (int i = 0; i < width * count; i++) {
+            v[i / width][i % width] = make_uint4(~tag, tag, tag, tag); /* differs: is loaded */
         }
+        for (uint32_t n = 1;; n++) {
+            uint32_t differs = 0;
+#pragma unroll
+            for (int i = 0; i < width * count; i++) {
+                if ((slots[i / width] >> (i % width) & 1) != 0 && (qf_ll_differs(v[i / width][i % width], tag) & 3u) != 0) {
+                    v[i / width][i % width] = qf_ll_load(words + at[i / width] + (i % width) * stride);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < width * count; i++) {
+                differs |= (slots[i / width] >> (i % width) & 1) != 0 ? qf_ll_differs(v[i / width][i % width], tag) & 3u : 0u;
+            }
+            if (differs == 0 || qf_ll_give_up(p, n)) {
+                break;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < width * count; i++) {
+            if ((slots[i / width] >> (i % width) & 1) != 0) {
+                sums[i / width].x += qf_ll_decode(v[i / width][i % width].x);
+                sums[i / width].y += qf_ll_decode(v[i / width][i % width].y);
+                sums[i / width].z += qf_ll_decode(v[i / width][i % width].z);
+                sums[i / width].w += qf_ll_decode(v[i / width][i % width].w);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < count; i++) {
+            slots[i] >>= width;
+            more |= slots[i];
+        }
+        if (more == 0) {
+            break;
+        }
+        words += width * (int64_t)stride;
     }
 }
-
-/* The sum over all slots. */
-__device__ __forceinline__ float4 qf_ll_sum(const uint32_t *words, int64_t stride, uint32_t slots, uint32_t tag,
-                                            const qf_decode_watch &watch)
-{
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (; slots != 0; slots >>= 4, words += 4 * stride) {
-        uint4 v[4];
-        qf_ll_load_slots(v, words, stride, slots);
-        qf_ll_add_slots(sum, v, words, stride, slots, tag, watch);
-    }
-    return sum;
-}
-
-/* What a CTA knows throughout. */
-struct qf_decode_cta {
-    qf_decode_fixed *fixed;
-    const qf_decode_layer_entry *layers;
-    float *ssq;            /* (2, tiles of 128 of all tokens), then r (2, 8) */
-    const uint8_t *masks;  /* qkv's, o's, down's slot masks by row tile */
-    float *saved_o, *saved_down; /* residual of this CTA's rows of o and of down: (local tile, token, 16) */
-    float *red;
-    char *x;
-    qf_decode_watch watch;
-};
 
 __device__ __forceinline__ uint32_t qf_sum_tag(uint32_t epoch) { return epoch >> 1 & 3u; }
 
-/* The residual stream's next state h = the sum of the pieces (which hold the last state: see qf_decode_finish), of all
- * tokens; x = bf16(h * norm weight), not yet divided by the root mean square, whose sums of squares go to `ssq`; and
- * h of the rows to which this CTA will add (`save`). With `all` false only those rows are wanted. */
-template <int tokens, int threads>
-static __device__ __forceinline__ void qf_gather_residual(const qf_decode_params &p, const qf_decode_cta &cta,
-                                                          const uint32_t *words, const uint8_t *masks, uint32_t tag,
-                                                          const float *norm, float *ssq, const qf_decode_phase *save,
-                                                          float *saved, bool all)
+/* The half of the exchange buffer of an epoch. */
+__device__ __forceinline__ uint32_t *qf_exchange(const qf_decode_params &p, uint32_t epoch)
 {
-    int save_begin = save ? save->tile0 : 0, save_end = save ? save_begin + save->local_tiles : 0;
-    int begin = all ? 0 : save_begin * 4, vectors = all ? p.hidden_size / 4 : (save_end - save_begin) * 4;
-    int total = vectors * p.num_seqs;
-    int64_t stride = (int64_t)p.num_seqs * p.hidden_size;
+    return p.exchange + (epoch & 1) * (int64_t)p.ll.words;
+}
+
+/* Sums of squares of 128 k of one token (token, hidden_size / 128), and behind them 1 / root mean square of the tokens;
+ * gate_up has its own. */
+template <int tokens> __device__ __forceinline__ float *qf_norm_sums(const qf_decode_params &p, int kind)
+{
+    return reinterpret_cast<float *>(qf_decode_shared + p.map.ssq) +
+           (kind == QF_DECODE_GATE_UP ? tokens * p.hidden_size / 128 + QF_DECODE_MAX_SEQS : 0);
+}
+template <int tokens> __device__ __forceinline__ float *qf_norm_factors(const qf_decode_params &p, int kind)
+{
+    return qf_norm_sums<tokens>(p, kind) + tokens * p.hidden_size / 128;
+}
+
+/* The residual of this CTA's rows of o or of down: (local tile, token, 16). */
+__device__ __forceinline__ float *qf_saved(const qf_decode_params &p, int kind)
+{
+    return reinterpret_cast<float *>(qf_decode_shared + (kind == QF_DECODE_O ? p.map.saved_o : p.map.saved_down));
+}
+
+/* For qkv, gate_up and the head. The residual stream's next state h = the sum of the pieces (which hold the last state:
+ * see qf_decode_store), of all tokens; x = bf16(h * norm weight), not yet divided by the root mean square, whose sums of
+ * squares are left aside; and h of the rows to which this CTA will add. Without a part here only those are wanted. */
+template <int tokens, int threads>
+static __device__ __forceinline__ void qf_gather_residual(const qf_decode_params &p, int kind, int layer,
+                                                          uint32_t epoch)
+{
+    const bool mid = kind == QF_DECODE_GATE_UP, all = qf_fixed().phase[kind].blocks > 0;
+    const int save_kind = mid ? QF_DECODE_DOWN : QF_DECODE_O;
+    const int save_begin = qf_fixed().phase[save_kind].tile0;
+    const int save_end = save_begin + (kind == QF_DECODE_HEAD ? 0 : qf_fixed().phase[save_kind].local_tiles);
+    const int begin = all ? 0 : save_begin * 4, vectors = all ? p.hidden_size / 4 : (save_end - save_begin) * 4;
+    const int total = vectors * p.num_seqs;
+    const bool first_layer = !mid && layer == 0;
+    const uint32_t from_epoch = mid ? epoch : epoch - 1, tag = qf_sum_tag(from_epoch);
+    const uint32_t *words = qf_exchange(p, from_epoch) + (mid ? p.ll.o : p.ll.down);
+    const uint8_t *masks = reinterpret_cast<const uint8_t *>(qf_decode_shared + p.map.masks) +
+                           p.linear[QF_DECODE_QKV].tiles + (mid ? 0 : p.linear[QF_DECODE_O].tiles);
+    const float4 *norm = reinterpret_cast<const float4 *>(qf_layer(p, layer)->norm[mid]);
+    float *sums = qf_norm_sums<tokens>(p, kind), *saved = qf_saved(p, save_kind);
     constexpr int ahead = 2;
     for (int q0 = threadIdx.x; q0 < total; q0 += ahead * threads) { /* whole warps where `all`: 32 divides vectors */
-        uint4 v[ahead][4];
         float4 w[ahead], h[ahead];
-        int token[ahead], i[ahead];
+        int token[ahead], i[ahead], at[ahead];
         uint32_t slots[ahead];
-        const uint32_t *from[ahead];
 #pragma unroll
         for (int j = 0; j < ahead; j++) {
             int q = q0 + j * threads;
             token[j] = tokens == 1 ? 0 : q / vectors;
             i[j] = begin + q - token[j] * vectors;
-            slots[j] = q < total && words != nullptr ? masks[i[j] >> 2] : 0;
-            from[j] = words + (int64_t)token[j] * p.hidden_size + 4 * i[j];
-            h[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (q < total && words == nullptr) {
-                h[j] = *(reinterpret_cast<const float4 *>(p.residual + (int64_t)token[j] * p.hidden_size) + i[j]);
-            }
-            w[j] = all && q < total ? __ldg(reinterpret_cast<const float4 *>(norm) + i[j]) : make_float4(0, 0, 0, 0);
-            qf_ll_load_slots(v[j], from[j], stride, slots[j]);
+            slots[j] = q < total && !first_layer ? masks[i[j] >> 2] : 0;
+            at[j] = token[j] * p.hidden_size + 4 * i[j];
+            w[j] = all && q < total ? __ldg(norm + i[j]) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
+        qf_ll_sum<4>(p, h, words, at, slots, p.num_seqs * p.hidden_size, tag);
 #pragma unroll
         for (int j = 0; j < ahead; j++) {
-            int q = q0 + j * threads;
+            int q = q0 + j * threads, tile = i[j] >> 2;
             if (q >= total) {
                 break;
             }
-            qf_ll_add_slots(h[j], v[j], from[j], stride, slots[j], tag, cta.watch);
-            if (uint32_t more = slots[j] >> 4) {
-                from[j] += 4 * stride;
-                qf_ll_load_slots(v[j], from[j], stride, more);
-                qf_ll_add_slots(h[j], v[j], from[j], stride, more, tag, cta.watch);
+            if (first_layer) {
+                h[j] = *reinterpret_cast<const float4 *>(p.residual + at[j]);
             }
-            int tile = i[j] >> 2;
             if (tile >= save_begin && tile < save_end) {
                 *reinterpret_cast<float4 *>(saved + ((tile - save_begin) * tokens + token[j]) * 16 + (i[j] & 3) * 4) =
                     h[j];
@@ -245,44 +279,46 @@ static __device__ __forceinline__ void qf_gather_residual(const qf_decode_params
             if (all) {
                 uint2 x = make_uint2(qf_pack_bf16(h[j].x * w[j].x, h[j].y * w[j].y),
                                      qf_pack_bf16(h[j].z * w[j].z, h[j].w * w[j].w));
-                *reinterpret_cast<uint2 *>(cta.x + ((i[j] >> 1) * tokens + token[j]) * 16 + (i[j] & 1) * 8) = x;
+                *reinterpret_cast<uint2 *>(qf_decode_shared + p.map.x + ((i[j] >> 1) * tokens + token[j]) * 16 +
+                                           (i[j] & 1) * 8) = x;
                 float square = h[j].x * h[j].x + h[j].y * h[j].y + h[j].z * h[j].z + h[j].w * h[j].w;
 #pragma unroll
                 for (int mask = 16; mask != 0; mask >>= 1) {
                     square += __shfl_xor_sync(~0u, square, mask);
                 }
                 if ((threadIdx.x & 31) == 0) {
-                    ssq[q >> 5] = square;
+                    sums[q >> 5] = square;
                 }
             }
         }
     }
 }
 
-/* x = `blocks` k blocks of a matrix of bf16 words (num_seqs, width) from element first on; zeros beyond width. */
+/* For o and down. x = this part's range of k of a matrix of bf16 words (num_seqs, width); zeros beyond width. */
 template <int tokens, int threads>
-static __device__ __forceinline__ void qf_gather_words(const qf_decode_params &p, const qf_decode_cta &cta,
-                                                       const uint32_t *words, int width, int first, int blocks,
-                                                       uint32_t tag)
+static __device__ __forceinline__ void qf_gather_words(const qf_decode_params &p, int kind, uint32_t epoch)
 {
     constexpr int ahead = 4;
-    int vectors = blocks * 32, total = vectors * p.num_seqs;
+    const bool o = kind == QF_DECODE_O;
+    const uint32_t *words = qf_exchange(p, epoch) + (o ? p.ll.attention : p.ll.act);
+    const int width = o ? p.num_heads * p.head_dim : p.act_size, first = qf_fixed().phase[kind].ks0 * 128;
+    const int vectors = qf_fixed().phase[kind].kbs * 32, total = vectors * p.num_seqs;
     for (int q0 = threadIdx.x; q0 < total; q0 += ahead * threads) {
         uint4 v[ahead];
         const uint32_t *from[ahead];
-#pragma unroll
-        for (int j = 0; j < ahead; j++) {
-            int q = q0 + j * threads, token = tokens == 1 ? 0 : q / vectors, k = first + (q - token * vectors) * 4;
-            from[j] = q < total && k < width ? words + (int64_t)token * width + k : nullptr;
-            v[j] = from[j] ? qf_ll_load(from[j]) : make_uint4(tag, tag, tag, tag);
-        }
+        char *to[ahead];
 #pragma unroll
         for (int j = 0; j < ahead; j++) {
             int q = q0 + j * threads, token = tokens == 1 ? 0 : q / vectors, i = q - token * vectors;
-            if (q < total) {
-                qf_ll_wait(v[j], from[j], tag, 0xffffu, cta.watch);
+            from[j] = q < total && first + 4 * i < width ? words + (int64_t)token * width + first + 4 * i : nullptr;
+            to[j] = qf_decode_shared + p.map.x + ((i >> 1) * tokens + token) * 16 + (i & 1) * 8;
+        }
+        qf_ll_get(p, v, from, epoch & 0xffffu, 0xffffu);
+#pragma unroll
+        for (int j = 0; j < ahead; j++) {
+            if (q0 + j * threads < total) {
                 uint2 x = make_uint2(__byte_perm(v[j].x, v[j].y, 0x7632), __byte_perm(v[j].z, v[j].w, 0x7632));
-                *reinterpret_cast<uint2 *>(cta.x + ((i >> 1) * tokens + token) * 16 + (i & 1) * 8) = x;
+                *reinterpret_cast<uint2 *>(to[j]) = x;
             }
         }
     }

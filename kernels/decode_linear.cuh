@@ -3,7 +3,7 @@
  * and 8 or more threads a tile add the warps' sums in order of warp and store the results, while the others go on with
  * the other half.
  *
- * `red` is (2 halves, half_tiles, warps, 8 row pairs, token pairs, 2 or 4 floats) and all zeros whenever a half is
+ * `red` is (2 halves, row tiles, warps, 8 row pairs, token pairs, 2 or 4 floats) and all zeros whenever a half is
  * begun: who adds up a place also clears it. So a warp without a unit in a tile adds nothing. A half is used again only
  * behind the next barrier, which every adder joins after clearing. */
 #ifndef QF_DECODE_LINEAR_CUH
@@ -118,20 +118,29 @@ __device__ __forceinline__ void qf_decode_unit(uint32_t data, uint32_t scales, u
 
 /* Where a warp stands in its part. */
 struct qf_decode_walk {
-    int32_t chunk, chunks; /* chunks begun, of all */
+    int32_t chunk;         /* the chunk that is next or open */
     int32_t unit, end;     /* of the current chunk; */
     bool open;             /* which has been awaited and not yet handed back */
     int32_t tile, group;   /* local row tile whose sums are in acc (-1: none); half of red in turn */
     float acc[4];
 };
 
+/* A half of `red`. */
+template <int tokens, int warps> __device__ __forceinline__ float *qf_red(const qf_decode_params &p, int half)
+{
+    return reinterpret_cast<float *>(qf_decode_shared + p.map.red) +
+           half * qf_decode_half_tiles(tokens) * qf_decode_tile_floats(tokens, warps);
+}
+
+/* Leaves the sums of the walk's row tile for the adders. */
 template <int tokens, int warps>
-__device__ __forceinline__ void qf_decode_leave(const qf_decode_params &p, float *half, qf_decode_walk &walk)
+__device__ __forceinline__ void qf_decode_leave(const qf_decode_params &p, int half, qf_decode_walk &walk)
 {
     constexpr int pairs = tokens == 1 ? 1 : tokens / 2, vec = tokens == 1 ? 2 : 4;
     if (walk.tile >= 0) {
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-        float *to = half + (walk.tile - walk.group * p.map.half_tiles) * (warps * 8 * pairs * vec + 16) +
+        float *to = qf_red<tokens, warps>(p, half) +
+                    (walk.tile - walk.group * qf_decode_half_tiles(tokens)) * qf_decode_tile_floats(tokens, warps) +
                     ((warp * 8 + g) * pairs + t) * vec;
         if (tokens == 1 && t == 0) {
             *reinterpret_cast<float2 *>(to) = make_float2(walk.acc[0], walk.acc[2]);
@@ -144,36 +153,38 @@ __device__ __forceinline__ void qf_decode_leave(const qf_decode_params &p, float
 
 /* Takes this warp's units up to the end of the current group of row tiles, or of the part. */
 template <int format, int tokens, int warps>
-__device__ __forceinline__ void qf_decode_consume(const qf_decode_params &p, const qf_decode_cta &cta,
-                                                  const qf_decode_phase &ph, int shift, float *half,
-                                                  qf_decode_ring &ring, qf_decode_walk &walk)
+__device__ __forceinline__ void qf_decode_consume(const qf_decode_params &p, int kind, int half, qf_decode_ring &ring,
+                                                  qf_decode_walk &walk)
 {
     constexpr int unit_shift = format == QF_FORMAT_16 ? 2 : format == QF_FORMAT_8 ? 1 : 0; /* units of a block */
     constexpr int chunk_blocks = QF_DECODE_CHUNK_UNITS >> unit_shift;
+    const qf_decode_phase &ph = qf_fixed().phase[kind];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int limit = (walk.group + 1) * p.map.half_tiles * ph.kbs;
-    const uint32_t x = qf_shared_address(cta.x) + ((lane >> 3) * tokens + (lane & 7) % tokens) * 16;
-    const int scale_bytes = 64 << shift;
+    const int blocks = ph.blocks, offset = ph.offset, kbs = ph.kbs, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
+    const uint32_t reciprocal = ph.reciprocal;
+    const int limit = (walk.group + 1) * qf_decode_half_tiles(tokens) * kbs;
+    const uint32_t x = qf_shared_address(qf_decode_shared) + p.map.x + ((lane >> 3) * tokens + (lane & 7) % tokens) * 16;
+    const int shift = format == QF_FORMAT_4_128 ? 0 : p.linear[kind].group_shift;
     for (;;) {
         if (!walk.open) {
-            if (walk.chunk == walk.chunks) {
+            if (walk.chunk == chunks) {
                 return;
             }
-            int units = min(chunk_blocks, ph.blocks - walk.chunk * chunk_blocks) << unit_shift;
+            int units = min(chunk_blocks, blocks - walk.chunk * chunk_blocks) << unit_shift;
             int per = (units + warps - 1) / warps;
             walk.unit = warp * per;
             walk.end = min(walk.unit + per, units);
             walk.open = true;
-            qf_ring_wait(&cta.fixed->full[ring.stage], ring.parity, &cta.fixed->failed);
+            qf_ring_wait(&qf_fixed().full[ring.stage], ring.parity, &qf_fixed().failed);
         }
-        const uint32_t stage = ring.base + ring.stage * ring.stage_bytes;
+        const uint32_t stage = qf_ring_address(p, ring);
         for (; walk.unit < walk.end; walk.unit++) {
             int block = walk.unit >> unit_shift, part = walk.unit & ((1 << unit_shift) - 1);
-            int at = ph.offset + walk.chunk * chunk_blocks + block;
+            int at = offset + walk.chunk * chunk_blocks + block;
             if (at >= limit) {
                 return;
             }
-            int tile = (int)__umulhi((uint32_t)at, ph.reciprocal), k = at - tile * ph.kbs;
+            int tile = (int)__umulhi((uint32_t)at, reciprocal), k = at - tile * kbs;
             if (tile != walk.tile) {
                 qf_decode_leave<tokens, warps>(p, half, walk);
                 walk.tile = tile;
@@ -184,70 +195,56 @@ __device__ __forceinline__ void qf_decode_consume(const qf_decode_params &p, con
             }
             int first_32 = part << (2 - unit_shift);
             qf_decode_unit<format, tokens>(stage + walk.unit * 1024,
-                                           stage + QF_DECODE_CHUNK_UNITS * 1024 + block * scale_bytes,
+                                           stage + QF_DECODE_CHUNK_UNITS * 1024 + block * (64 << shift),
                                            x + (k * 4 + first_32) * tokens * 64, first_32, shift, walk.acc);
         }
         walk.open = false;
         walk.chunk++;
         __syncwarp();
         if (lane == 0) {
-            qf_mbarrier_arrive(&cta.fixed->empty[ring.stage]);
+            qf_mbarrier_arrive(&qf_fixed().empty[ring.stage]);
         }
-        qf_ring_advance(ring);
+        qf_ring_advance(p, ring);
     }
 }
 
-/* What becomes of the sums of a part. */
-struct qf_decode_output {
-    int kind;
-    uint32_t *words;    /* (slot, token, n), or act (token, act_size) */
-    const float *bias;  /* qkv */
-    const float *saved; /* o, down: the residual's rows, (local tile, token, 16) */
-    const float *r;     /* 1 / root mean square by token, or NULL */
-    float multiplier;
-    uint32_t epoch;
-};
-
-/* Stores one row's result of one token. */
+/* Stores one row's result of one token; tile: local. */
 template <int tokens>
-__device__ __forceinline__ void qf_decode_store(const qf_decode_params &p, const qf_decode_cta &cta,
-                                                const qf_decode_phase &ph, const qf_decode_output &out, int tile,
-                                                int row, int token, float sum)
+__device__ __forceinline__ void qf_decode_store(const qf_decode_params &p, int kind, int layer, uint32_t epoch,
+                                                int tile, int row, int token, float value)
 {
-    const int n = p.linear[out.kind].n;
-    int slot = tile == 0 ? ph.first_slot : ph.slot, row_of_n = (ph.tile0 + tile) * 16 + row;
-    float value = sum * out.multiplier;
-    if (out.kind == QF_DECODE_HEAD) {
-        value *= out.r[token];
-        p.logits[(int64_t)token * n + row_of_n] = *cta.watch.failed ? __uint_as_float(0x7fc00000u) : value;
+    const qf_decode_phase &ph = qf_fixed().phase[kind];
+    const int n = p.linear[kind].n, slot = tile == 0 ? ph.first_slot : ph.slot, at = (ph.tile0 + tile) * 16 + row;
+    if (kind == QF_DECODE_HEAD) {
+        const volatile int32_t *failed = &qf_fixed().failed;
+        p.logits[(int64_t)token * n + at] = *failed ? __uint_as_float(0x7fc00000u) : value;
         return;
     }
-    if (out.kind == QF_DECODE_QKV) {
-        value *= out.r[token];
-    }
     if (slot == 0) { /* the first piece of the first range carries what is added once */
-        if (out.kind == QF_DECODE_QKV) {
-            value += out.bias ? __ldg(out.bias + row_of_n) : 0.0f;
+        if (kind == QF_DECODE_QKV) {
+            const float *bias = qf_layer(p, layer)->bias;
+            value += bias ? __ldg(bias + at) : 0.0f;
         } else {
-            value += out.saved[(tile * tokens + token) * 16 + row];
+            value += qf_saved(p, kind)[(tile * tokens + token) * 16 + row];
         }
     }
-    qf_ll_store(out.words + ((int64_t)slot * p.num_seqs + token) * n + row_of_n,
-                qf_ll_encode(value, qf_sum_tag(out.epoch)));
+    uint32_t *words = qf_exchange(p, epoch) +
+                      (kind == QF_DECODE_QKV ? p.ll.qkv : kind == QF_DECODE_O ? p.ll.o : p.ll.down);
+    qf_ll_store(words + ((int64_t)slot * p.num_seqs + token) * n + at, qf_ll_encode(value, qf_sum_tag(epoch)));
 }
 
 /* Adds up the warps' sums of one group of row tiles, clears them and stores the results. */
 template <int tokens, int warps>
-__device__ __forceinline__ void qf_decode_finish(const qf_decode_params &p, const qf_decode_cta &cta,
-                                                 const qf_decode_phase &ph, const qf_decode_output &out, float *half,
-                                                 int group)
+__device__ __forceinline__ void qf_decode_finish(const qf_decode_params &p, int kind, int layer, uint32_t epoch,
+                                                 int half, int group)
 {
     constexpr int pairs = tokens == 1 ? 1 : tokens / 2, vec = tokens == 1 ? 2 : 4, places = 8 * pairs;
-    const int place = threadIdx.x % places, local = threadIdx.x / places, tile = group * p.map.half_tiles + local;
-    if (local >= p.map.half_tiles || tile >= ph.local_tiles) {
+    constexpr int half_tiles = qf_decode_half_tiles(tokens);
+    const int place = threadIdx.x % places, local = threadIdx.x / places, tile = group * half_tiles + local;
+    if (local >= half_tiles || tile >= qf_fixed().phase[kind].local_tiles) {
         return;
     }
-    float *from = half + local * (warps * places * vec + 16) + place * vec;
+    float *from = qf_red<tokens, warps>(p, half) + local * qf_decode_tile_floats(tokens, warps) + place * vec;
     float sum[4] = {};
 #pragma unroll
     for (int w = 0; w < warps; w++) {
@@ -264,20 +261,24 @@ __device__ __forceinline__ void qf_decode_finish(const qf_decode_params &p, cons
         }
     }
     const int g = place / pairs, first_token = tokens == 1 ? 0 : 2 * (place % pairs);
+    const bool normed = kind != QF_DECODE_O && kind != QF_DECODE_DOWN;
+    const float multiplier = qf_layer(p, layer)->multiplier[kind & 3];
 #pragma unroll
     for (int i = 0; i < (tokens == 1 ? 1 : 2); i++) {
         int token = first_token + i;
         if (token >= p.num_seqs) {
             break;
         }
-        if (out.kind == QF_DECODE_GATE_UP) { /* row g is gate's, row g + 8 up's */
-            float scale = out.multiplier * out.r[token], gate = sum[i] * scale, up = sum[i + 2] * scale;
-            float value = gate / (1.0f + __expf(-gate)) * up;
-            qf_ll_store(out.words + (int64_t)token * p.act_size + (ph.tile0 + tile) * 8 + g,
-                        (qf_pack_bf16(0.0f, value) & 0xffff0000u) | (out.epoch & 0xffffu));
+        float scale = normed ? multiplier * qf_norm_factors<tokens>(p, kind)[token] : multiplier;
+        float low = sum[i] * scale, high = sum[i + 2] * scale; /* rows g and g + 8 */
+        if (kind == QF_DECODE_GATE_UP) { /* of gate and of up */
+            float value = low / (1.0f + __expf(-low)) * high;
+            qf_ll_store(qf_exchange(p, epoch) + p.ll.act + (int64_t)token * p.act_size +
+                            (qf_fixed().phase[kind].tile0 + tile) * 8 + g,
+                        (qf_pack_bf16(0.0f, value) & 0xffff0000u) | (epoch & 0xffffu));
         } else {
-            qf_decode_store<tokens>(p, cta, ph, out, tile, g, token, sum[i]);
-            qf_decode_store<tokens>(p, cta, ph, out, tile, g + 8, token, sum[i + 2]);
+            qf_decode_store<tokens>(p, kind, layer, epoch, tile, g, token, low);
+            qf_decode_store<tokens>(p, kind, layer, epoch, tile, g + 8, token, high);
         }
     }
 #pragma unroll
@@ -290,40 +291,34 @@ __device__ __forceinline__ void qf_decode_finish(const qf_decode_params &p, cons
     }
 }
 
-/* The whole part. One barrier of all consumer warps for each group of row tiles: (local_tiles + half_tiles - 1) /
- * half_tiles of them, the same number for each warp whatever units it has. `half` alternates over all linears. */
+/* The whole part. One barrier of all consumer warps for each group of row tiles, the same number for each warp whatever
+ * units it has. `half` alternates over all linears. */
 template <int tokens, int warps>
-static __device__ __forceinline__ void qf_decode_linear_part(const qf_decode_params &p, const qf_decode_cta &cta,
-                                                             const qf_decode_output &out, qf_decode_ring &ring,
-                                                             int &half)
+static __device__ __forceinline__ void qf_decode_linear_part(const qf_decode_params &p, int kind, int layer,
+                                                             uint32_t epoch, qf_decode_ring &ring, int &half)
 {
-    constexpr int pairs = tokens == 1 ? 1 : tokens / 2, vec = tokens == 1 ? 2 : 4;
-    const qf_decode_phase ph = cta.fixed->phase[out.kind];
-    const int bits = p.linear[out.kind].bits, shift = p.linear[out.kind].group_shift;
-    const int chunk_blocks = QF_DECODE_CHUNK_UNITS * 4 / bits;
+    const int bits = p.linear[kind].bits, shift = p.linear[kind].group_shift;
     const int format = bits == 16 ? QF_FORMAT_16 : bits == 8 ? QF_FORMAT_8 : shift == 0 ? QF_FORMAT_4_128 : QF_FORMAT_4;
-    const int groups = (ph.local_tiles + p.map.half_tiles - 1) / p.map.half_tiles;
+    constexpr int half_tiles = qf_decode_half_tiles(tokens);
     qf_decode_walk walk = {};
-    walk.chunks = (ph.blocks + chunk_blocks - 1) / chunk_blocks;
     walk.tile = -1;
-    for (; walk.group < groups; walk.group++) {
-        float *red = cta.red + half * p.map.half_tiles * (warps * 8 * pairs * vec + 16);
+    for (; walk.group * half_tiles < qf_fixed().phase[kind].local_tiles; walk.group++) {
         switch (format) {
         case QF_FORMAT_4_128:
-            qf_decode_consume<QF_FORMAT_4_128, tokens, warps>(p, cta, ph, shift, red, ring, walk);
+            qf_decode_consume<QF_FORMAT_4_128, tokens, warps>(p, kind, half, ring, walk);
             break;
         case QF_FORMAT_4:
-            qf_decode_consume<QF_FORMAT_4, tokens, warps>(p, cta, ph, shift, red, ring, walk);
+            qf_decode_consume<QF_FORMAT_4, tokens, warps>(p, kind, half, ring, walk);
             break;
         case QF_FORMAT_8:
-            qf_decode_consume<QF_FORMAT_8, tokens, warps>(p, cta, ph, shift, red, ring, walk);
+            qf_decode_consume<QF_FORMAT_8, tokens, warps>(p, kind, half, ring, walk);
             break;
         default:
-            qf_decode_consume<QF_FORMAT_16, tokens, warps>(p, cta, ph, shift, red, ring, walk);
+            qf_decode_consume<QF_FORMAT_16, tokens, warps>(p, kind, half, ring, walk);
         }
-        qf_decode_leave<tokens, warps>(p, red, walk);
+        qf_decode_leave<tokens, warps>(p, half, walk);
         qf_consumer_barrier<warps * 32>();
-        qf_decode_finish<tokens, warps>(p, cta, ph, out, red, walk.group);
+        qf_decode_finish<tokens, warps>(p, kind, layer, epoch, half, walk.group);
         half ^= 1;
     }
 }

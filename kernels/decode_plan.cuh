@@ -89,6 +89,9 @@ static inline __host__ __device__ int qf_decode_part_of(int v, int parts, int bl
 static inline __host__ __device__ uint32_t qf_decode_slot_mask(const qf_decode_linear &l, int tile)
 {
     uint32_t mask = 0;
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
     for (int s = 0; s < l.splits; s++) {
         int kbs = qf_decode_range_begin(l, s + 1) - qf_decode_range_begin(l, s), blocks = l.tiles * kbs;
         int first = qf_decode_part_of(tile * kbs, l.parts, blocks);

@@ -288,6 +288,7 @@ static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p
                 }
             }
         } else {
+#pragma unroll 1
             for (int r = row0; r < tile_rows; r += rows_a_step) {
                 int position = first + r;
                 bool valid = position >= start && position < length - 1;

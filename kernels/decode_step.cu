@@ -32,7 +32,7 @@
 
 /* ---- set up ---------------------------------------------------------------------------------------------------- */
 
-static __device__ void qf_decode_make_phase(const qf_decode_linear &l, qf_decode_phase *ph)
+static __device__ __forceinline__ void qf_decode_make_phase(const qf_decode_linear &l, qf_decode_phase *ph)
 {
     *ph = qf_decode_phase{};
     int index = (int)blockIdx.x - l.rotation;
@@ -68,9 +68,10 @@ static __device__ void qf_decode_make_phase(const qf_decode_linear &l, qf_decode
 }
 
 /* Attention's items for one sliding window: at least 256 positions each, and at most max_splits a sequence. */
-static __device__ void qf_decode_make_items(const qf_decode_params &p, int window, qf_decode_items *items)
+static __device__ __forceinline__ void qf_decode_make_items(const qf_decode_params &p, int window, qf_decode_items *items)
 {
     int rows = 8192 / p.head_dim, least = 256 / rows, base = 0;
+#pragma unroll 1
     for (int s = 0; s < p.num_seqs; s++) {
         int length = p.seq_lens[s], start = window > 0 ? max(0, length - window) : 0, splits = 1;
         items->base[s] = base;
@@ -86,7 +87,7 @@ static __device__ void qf_decode_make_items(const qf_decode_params &p, int windo
     items->base[p.num_seqs] = base;
 }
 
-static __device__ void qf_decode_make_entry(const qf_decode_params &p, int layer, qf_decode_layer_entry *e)
+static __device__ __forceinline__ void qf_decode_make_entry(const qf_decode_params &p, int layer, qf_decode_layer_entry *e)
 {
     *e = qf_decode_layer_entry{};
     if (layer == p.num_layers) {
@@ -113,11 +114,11 @@ static __device__ void qf_decode_make_entry(const qf_decode_params &p, int layer
 }
 
 /* All threads; ends with a barrier of the block. */
-static __device__ void qf_decode_set_up(const qf_decode_params &p, char *shared, int consumer_warps, int red_floats)
+static __device__ __forceinline__ void qf_decode_set_up(const qf_decode_params &p, int consumer_warps, int red_floats)
 {
-    qf_decode_fixed *fixed = reinterpret_cast<qf_decode_fixed *>(shared);
-    qf_decode_layer_entry *layers = reinterpret_cast<qf_decode_layer_entry *>(shared + p.map.layers);
-    uint8_t *masks = reinterpret_cast<uint8_t *>(shared + p.map.masks);
+    qf_decode_fixed *fixed = &qf_fixed();
+    qf_decode_layer_entry *layers = reinterpret_cast<qf_decode_layer_entry *>(qf_decode_shared + p.map.layers);
+    uint8_t *masks = reinterpret_cast<uint8_t *>(qf_decode_shared + p.map.masks);
     const int id = threadIdx.x, threads = blockDim.x;
     if (id == 0) {
         for (int i = 0; i < p.map.stages; i++) {
@@ -145,16 +146,18 @@ static __device__ void qf_decode_set_up(const qf_decode_params &p, char *shared,
     } else if (id >= 128 && id < 128 + 32 * QF_DECODE_KINDS && id % 32 == 0) {
         qf_decode_make_phase(p.linear[id / 32 - 4], &fixed->phase[id / 32 - 4]);
     }
+#pragma unroll 1
     for (int i = id; i <= p.num_layers; i += threads) {
         qf_decode_make_entry(p, i, layers + i);
     }
     const int n0 = p.linear[QF_DECODE_QKV].tiles, n1 = n0 + p.linear[QF_DECODE_O].tiles;
+#pragma unroll 1
     for (int i = id; i < n1 + p.linear[QF_DECODE_DOWN].tiles; i += threads) {
         masks[i] = (uint8_t)(i < n0   ? qf_decode_slot_mask(p.linear[QF_DECODE_QKV], i)
                              : i < n1 ? qf_decode_slot_mask(p.linear[QF_DECODE_O], i - n0)
                                       : qf_decode_slot_mask(p.linear[QF_DECODE_DOWN], i - n1));
     }
-    float *red = reinterpret_cast<float *>(shared + p.map.red);
+    float *red = reinterpret_cast<float *>(qf_decode_shared + p.map.red);
     for (int i = id; i < red_floats; i += threads) {
         red[i] = 0.0f;
     }
@@ -166,22 +169,23 @@ static __device__ void qf_decode_set_up(const qf_decode_params &p, char *shared,
 /* r = 1 / root mean square of each token: warp w's token is warps - 1 - w, so that the warps with the fewest units do
  * it. Read behind the next barrier. */
 template <int tokens, int warps>
-__device__ __forceinline__ void qf_decode_make_r(const qf_decode_params &p, const float *ssq, float *r)
+__device__ __forceinline__ void qf_decode_make_r(const qf_decode_params &p, int kind)
 {
+    const float *sums = qf_norm_sums<tokens>(p, kind);
     const int lane = threadIdx.x & 31, token = warps - 1 - (int)(threadIdx.x >> 5), blocks = p.hidden_size / 128;
     if (token >= tokens || token >= p.num_seqs) {
         return;
     }
     float sum = 0.0f;
     for (int i = lane; i < blocks; i += 32) {
-        sum += ssq[token * blocks + i];
+        sum += sums[token * blocks + i];
     }
 #pragma unroll
     for (int mask = 16; mask != 0; mask >>= 1) {
         sum += __shfl_xor_sync(~0u, sum, mask);
     }
     if (lane == 0) {
-        r[token] = 1.0f / sqrtf(sum / (float)p.hidden_size + p.eps);
+        qf_norm_factors<tokens>(p, kind)[token] = 1.0f / sqrtf(sum / (float)p.hidden_size + p.eps);
     }
 }
 
@@ -198,81 +202,42 @@ __device__ __forceinline__ void qf_decode_stamp(const qf_decode_params &p, int s
  * adding threads still read behind it (r, kept rows) is not written again before the words that they then store have
  * come back as complete results of later phases. */
 template <int tokens, int warps>
-static __device__ __forceinline__ void qf_decode_consume_all(const qf_decode_params &p, char *shared)
+static __device__ __forceinline__ void qf_decode_consume_all(const qf_decode_params &p)
 {
     constexpr int threads = warps * 32;
-    qf_decode_fixed *fixed = reinterpret_cast<qf_decode_fixed *>(shared);
-    qf_decode_cta cta;
-    cta.fixed = fixed;
-    cta.layers = reinterpret_cast<const qf_decode_layer_entry *>(shared + p.map.layers);
-    cta.ssq = reinterpret_cast<float *>(shared + p.map.ssq);
-    cta.masks = reinterpret_cast<const uint8_t *>(shared + p.map.masks);
-    cta.saved_o = reinterpret_cast<float *>(shared + p.map.saved_o);
-    cta.saved_down = reinterpret_cast<float *>(shared + p.map.saved_down);
-    cta.red = reinterpret_cast<float *>(shared + p.map.red);
-    cta.x = shared + p.map.x;
-    cta.watch = {p.header, &fixed->failed, p.backoff_ns};
-    qf_decode_ring ring = {qf_shared_address(shared + p.map.ring), (uint32_t)p.map.stage_bytes, p.map.stages, 0, 0};
-    const uint8_t *o_masks = cta.masks + p.linear[QF_DECODE_QKV].tiles;
-    const uint8_t *down_masks = o_masks + p.linear[QF_DECODE_O].tiles;
-    const int ssq_size = tokens * p.hidden_size / 128;
-    const uint32_t first_epoch = fixed->region_epoch;
+    qf_decode_ring ring = {0, 0};
+    const uint32_t first_epoch = qf_fixed().region_epoch;
     int half = 0;
     for (int step = 0; step <= 4 * p.num_layers; step++) {
         const int layer = step >> 2, kind = layer == p.num_layers ? (int)QF_DECODE_HEAD : step & 3;
         const uint32_t epoch = first_epoch + layer;
-        const qf_decode_layer_entry *entry = cta.layers + layer;
-        uint32_t *exchange = p.exchange + (epoch & 1) * (int64_t)p.ll.words;
-        const uint32_t *before = p.exchange + (epoch & 1 ^ 1) * (int64_t)p.ll.words;
-        const qf_decode_phase *ph = &fixed->phase[kind];
-        const bool part = ph->blocks > 0;
-        const int set = kind == QF_DECODE_GATE_UP;
-        float *ssq = cta.ssq + set * (ssq_size + QF_DECODE_MAX_SEQS), *r = ssq + ssq_size;
-        qf_decode_output out = {kind, nullptr, nullptr, nullptr, r, 1.0f, epoch};
+        const bool part = qf_fixed().phase[kind].blocks > 0, normed = kind != QF_DECODE_O && kind != QF_DECODE_DOWN;
         qf_decode_stamp(p, step, 0);
         if (kind == QF_DECODE_O) {
-            const uint32_t tag = (fixed->epoch + layer) | 0x80000000u;
             if (p.head_dim == 64) {
-                qf_decode_attention<64, warps>(p, cta, entry, exchange, epoch, tag, ring);
+                qf_decode_attention<64, warps>(p, layer, epoch, ring);
             } else {
-                qf_decode_attention<128, warps>(p, cta, entry, exchange, epoch, tag, ring);
+                qf_decode_attention<128, warps>(p, layer, epoch, ring);
             }
             qf_decode_stamp(p, step, 1);
         }
-        if (kind == QF_DECODE_O || kind == QF_DECODE_DOWN) {
-            if (part) {
-                bool o = kind == QF_DECODE_O;
-                qf_gather_words<tokens, threads>(p, cta, exchange + (o ? p.ll.attention : p.ll.act),
-                                                 o ? p.num_heads * p.head_dim : p.act_size, ph->ks0 * 128, ph->kbs,
-                                                 epoch & 0xffffu);
-            }
-        } else {
-            bool mid = kind == QF_DECODE_GATE_UP, head = kind == QF_DECODE_HEAD;
-            const uint32_t *words = mid ? exchange + p.ll.o : layer == 0 ? nullptr : before + p.ll.down;
-            const qf_decode_phase *save = head ? nullptr : &fixed->phase[mid ? QF_DECODE_DOWN : QF_DECODE_O];
-            qf_gather_residual<tokens, threads>(p, cta, words, mid ? o_masks : down_masks,
-                                                qf_sum_tag(mid ? epoch : epoch - 1), entry->norm[mid], ssq, save,
-                                                mid ? cta.saved_down : cta.saved_o, part);
+        if (normed) {
+            qf_gather_residual<tokens, threads>(p, kind, layer, epoch);
+        } else if (part) {
+            qf_gather_words<tokens, threads>(p, kind, epoch);
         }
         qf_decode_stamp(p, step, 2);
         if (part) {
             qf_consumer_barrier<threads>();
-            if (kind != QF_DECODE_O && kind != QF_DECODE_DOWN) {
-                qf_decode_make_r<tokens, warps>(p, ssq, r);
+            if (normed) {
+                qf_decode_make_r<tokens, warps>(p, kind);
             }
-            out.words = exchange + (kind == QF_DECODE_QKV       ? p.ll.qkv
-                                    : kind == QF_DECODE_O       ? p.ll.o
-                                    : kind == QF_DECODE_GATE_UP ? p.ll.act
-                                                                : p.ll.down);
-            out.bias = entry->bias;
-            out.saved = kind == QF_DECODE_DOWN ? cta.saved_down : cta.saved_o;
-            out.multiplier = entry->multiplier[kind & 3];
-            qf_decode_linear_part<tokens, warps>(p, cta, out, ring, half);
+            qf_decode_linear_part<tokens, warps>(p, kind, layer, epoch, ring, half);
         }
         qf_decode_stamp(p, step, 3);
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) { /* everybody has read these: see decode_exchange.cuh */
-        p.header[QF_DECODE_EPOCH] = fixed->epoch + p.num_layers;
+        p.header[QF_DECODE_EPOCH] = qf_fixed().epoch + p.num_layers;
         p.header[QF_DECODE_REGION_EPOCH + p.num_seqs] = first_epoch - 2 + p.num_layers;
     }
 }
@@ -280,16 +245,11 @@ static __device__ __forceinline__ void qf_decode_consume_all(const qf_decode_par
 template <int tokens, int warps>
 __global__ void __launch_bounds__((warps + 1) * 32, 1) qf_decode_kernel(const __grid_constant__ qf_decode_params p)
 {
-    extern __shared__ __align__(128) char shared[];
-    constexpr int pairs = tokens == 1 ? 1 : tokens / 2, vec = tokens == 1 ? 2 : 4;
-    qf_decode_set_up(p, shared, warps, 2 * p.map.half_tiles * (warps * 8 * pairs * vec + 16));
+    qf_decode_set_up(p, warps, 2 * qf_decode_half_tiles(tokens) * qf_decode_tile_floats(tokens, warps));
     if (threadIdx.x < warps * 32) {
-        qf_decode_consume_all<tokens, warps>(p, shared);
+        qf_decode_consume_all<tokens, warps>(p);
     } else {
-        qf_decode_ring ring = {qf_shared_address(shared + p.map.ring), (uint32_t)p.map.stage_bytes, p.map.stages, 0,
-                               0};
-        qf_decode_produce(p, reinterpret_cast<qf_decode_fixed *>(shared),
-                          reinterpret_cast<const qf_decode_layer_entry *>(shared + p.map.layers), ring);
+        qf_decode_produce(p);
     }
 }
 
@@ -300,7 +260,7 @@ typedef void (*qf_decode_kernel_fn)(const qf_decode_params);
 static qf_decode_kernel_fn qf_decode_kernel_of(int tokens, int warps)
 {
     if (warps == 8) {
-        return nullptr;
+        return tokens == 1 ? qf_decode_kernel<1, 8> : nullptr;
     }
     return tokens == 1   ? qf_decode_kernel<1, 16>
            : tokens == 2 ? qf_decode_kernel<2, 16>
@@ -374,7 +334,7 @@ static bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_device *d
     p->num_seqs = num_seqs;
     p->eps = a->eps;
     p->scale_log2 = a->scale * 1.44269504f;
-    p->max_splits = qf_decode_max(1, qf_decode_min(96, grid / a->num_kv_heads));
+    p->max_splits = qf_decode_max(1, qf_decode_min(QF_DECODE_MAX_SPLITS, grid / a->num_kv_heads));
     /* Few k ranges make every CTA gather more of act, many make it gather more sums; and x has to fit. */
     int splits = down_splits, kb = l[QF_DECODE_DOWN].kb, tokens = qf_cuda_tile_tokens(num_seqs);
     if (splits == 0) {

@@ -5,11 +5,11 @@
  * the A operand of mma.m16n8k16, so a lane reads its fragments from global memory in 16-byte loads and nothing moves
  * between lanes; x is the B operand, and a core matrix of the tiled layout is what ldmatrix gives.
  *
- * Roofline: n k bits / 8 bytes of weights, 2 n k num_tokens operations. Up to about 16 tokens the weights' bytes are the
- * bound (H200: 4.4 TB/s; 7B gate_up of 4 bits: 16 us); from 64 tokens on the tensor cores (mma.sync reaches about 0.6 of
- * Hopper's peak). At 4 bits a block of 16 x 128 costs about 130 issue slots of the 216 that an SM of an H200 has while
- * the block's 1,024 bytes arrive: integer work on the weights must stay small. Targets: 0.85 of the bandwidth for
- * matrices over 30 MB, under 3 us for those below 4 MB; half of mma.sync's peak at 512 tokens.
+ * Roofline: n k bits / 8 bytes of weights, 2 n k num_tokens operations. Up to about 16 tokens the weights' bytes are
+ * the bound (H200: 4.4 TB/s; 7B gate_up of 4 bits: 16 us); from 64 tokens on the tensor cores (mma.sync reaches about
+ * 0.6 of Hopper's peak). At 4 bits a block of 16 x 128 costs about 150 issue slots of the 216 that an SM of an
+ * H200 has while the block's 1,024 bytes arrive: integer work on the weights must stay small. Targets: 0.85 of the
+ * bandwidth for matrices over 30 MB, under 3 us for those below 4 MB; half of mma.sync's peak at 512 tokens.
  *
  * stream (1 to 8 tokens; linear_mma_stream.cuh). Grid (row_groups, num_splits), a CTA or two per SM.
  *
@@ -28,7 +28,8 @@
  *   80 registers a thread, so that with 12 warps the next kernel's CTA fits beside this one and its first weights
  *   arrive while this one ends.
  *
- * tile (any number of tokens; linear_mma_tile.cuh). Grid (token passes, row groups, num_splits); 8 warps.
+ * tile (any number of tokens; linear_mma_tile.cuh). Grid (token passes, row groups, num_splits); 8 warps, or 4
+ * where that leaves fewer SMs idle at the end.
  *
  *     token tiles of 8 a warp:   1, 2 (1 row tile)    4, 8 (2 row tiles)    above 64 tokens
  *     CTA tile, rows x tokens:   128 x 8, 16          256 x 32, 64          128 x 128 (4 x 2 warps)
@@ -44,8 +45,8 @@
  *
  * Measured: see PERF.md.
  *
- * Tried and lost: bulk copies of 2 KB of weights per warp into shared memory for the GEMV (a sketch ran at half the speed
- * of loads into registers). */
+ * Tried and lost: bulk copies of 2 KB of weights per warp into shared memory for the GEMV (a sketch ran at half the
+ * speed of loads into registers). */
 #include "linear_mma_stream.cuh"
 #include "linear_mma_tile.cuh"
 
@@ -90,33 +91,53 @@ static bool qf_stream_plan_make(const qf_cuda_device *device, int32_t row_tiles,
     return false;
 }
 
+/* Estimates a tile plan whose cut is set. False if it does not fit shared memory. */
+static bool qf_tile_plan_cost(const qf_cuda_device *device, int32_t row_tiles, int32_t blocks, int32_t bits,
+                              int32_t num_tokens, int32_t num_splits, qf_tile_plan *plan)
+{
+    const int32_t rows = plan->row_warps * qf_tile_warp_rows(plan->tokens), tokens = plan->tokens * plan->token_warps;
+    plan->row_groups = qf_ceil_div(row_tiles, rows);
+    plan->passes = qf_ceil_div(qf_cuda_num_tiles(num_tokens), tokens);
+    plan->shared_bytes =
+        qf_tile_stages(plan->tokens) * qf_tile_stage_bytes(bits, rows, tokens) + QF_TILE_ZERO_BYTES;
+    if (plan->shared_bytes > device->max_shared_bytes) {
+        return false;
+    }
+    const int32_t fit = device->max_shared_bytes / (plan->shared_bytes + 1024);
+    const int32_t most = qf_tile_resident(plan->tokens) * 8 / (plan->row_warps * plan->token_warps);
+    const int32_t resident = fit < 1 ? 1 : fit < most ? fit : most;
+    /* An SM's time for one CTA: bytes at 33 GB/s, or MMA at one in 1.1 ns. The CTAs of an SM share it; those left after
+     * the full waves have it to themselves. A CTA's ring of stages turns round in 0.8 us at best. */
+    const double bytes_us = rows * 0.25 * bits / 33.0, mma_us = rows * tokens * 8 * 0.0011;
+    const int32_t share = qf_ceil_div(blocks, num_splits);
+    const double cta_us = share * ((bytes_us > mma_us ? bytes_us : mma_us) + 0.015);
+    const int32_t ctas = plan->row_groups * plan->passes * num_splits, slots = device->sm_count * resident;
+    const int32_t turns = ctas / slots * resident + qf_ceil_div(ctas % slots, device->sm_count);
+    const double busy_us = turns * cta_us;
+    const double latency_us = qf_ceil_div(ctas, slots) * share * 2 * 0.8 / (qf_tile_stages(plan->tokens) - 1);
+    plan->cost_us = (busy_us > latency_us ? busy_us : latency_us) +
+                    num_splits * (0.06 + 2.0 * num_tokens * row_tiles * 64 / 3e6);
+    return true;
+}
+
 /* False if it does not fit shared memory. */
 static bool qf_tile_plan_make(const qf_cuda_device *device, int32_t row_tiles, int32_t blocks, int32_t bits,
                               int32_t num_tokens, int32_t num_splits, qf_tile_plan *plan)
 {
     const int32_t tiles = qf_cuda_num_tiles(num_tokens);
-    plan->tokens = tiles > 4 ? 8 : tiles > 2 ? 4 : tiles;
-    plan->token_warps = tiles > 8 ? 2 : 1;
-    plan->passes = qf_ceil_div(tiles, plan->tokens * plan->token_warps);
-    for (plan->row_warps = 8 / plan->token_warps; plan->row_warps >= 2; plan->row_warps /= 2) {
-        int32_t cta_rows = plan->row_warps * qf_tile_warp_rows(plan->tokens);
-        int32_t cta_tokens = plan->tokens * plan->token_warps;
-        plan->row_groups = qf_ceil_div(row_tiles, cta_rows);
-        plan->shared_bytes =
-            qf_tile_stages(plan->tokens) * qf_tile_stage_bytes(bits, cta_rows, cta_tokens) + QF_TILE_ZERO_BYTES;
-        /* Of a CTA's k block: bytes at 33 GB/s per SM and MMA at one in 1.1 ns, shared by the CTAs of an SM. */
-        int32_t resident = device->max_shared_bytes / (plan->shared_bytes + 1024);
-        resident = resident < 1 ? 1 : resident > qf_tile_resident(plan->tokens) ? qf_tile_resident(plan->tokens) : resident;
-        double bytes_us = cta_rows * 0.25 * bits / 33.0, mma_us = cta_rows * cta_tokens * 8 * 0.0011;
-        double block_us = resident * (bytes_us > mma_us ? bytes_us : mma_us) + 0.03;
-        double waves = ceil((double)plan->row_groups * plan->passes * num_splits / (device->sm_count * resident));
-        plan->cost_us = waves * (qf_ceil_div(blocks, num_splits) * block_us + 1.0) +
-                        num_splits * (0.06 + 2.0 * num_tokens * row_tiles * 64 / 3e6);
-        if (plan->shared_bytes <= device->max_shared_bytes) {
-            return true;
+    bool found = false;
+    for (int32_t warps = 8; warps >= 4; warps /= 2) {
+        qf_tile_plan cut = {};
+        cut.tokens = tiles > 4 ? 8 : tiles > 2 ? 4 : tiles;
+        cut.token_warps = tiles > 8 ? 2 : 1;
+        cut.row_warps = warps / cut.token_warps;
+        if (qf_tile_plan_cost(device, row_tiles, blocks, bits, num_tokens, num_splits, &cut) &&
+            (!found || cut.cost_us < 0.9 * plan->cost_us)) {
+            *plan = cut;
+            found = true;
         }
     }
-    return false;
+    return found;
 }
 
 extern "C" int32_t qf_cuda_linear_mma_splits(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits,
@@ -135,7 +156,8 @@ extern "C" int32_t qf_cuda_linear_mma_splits(const qf_cuda_device *device, int32
         if (!batch_invariant && num_tokens <= 8 &&
             qf_stream_plan_make(device, row_tiles, blocks, bits, num_tokens, splits, &stream)) {
             cost_us = stream.cost_us;
-        } else if (qf_tile_plan_make(device, row_tiles, blocks, bits, batch_invariant ? 8 : num_tokens, splits, &tile)) {
+        } else if (qf_tile_plan_make(device, row_tiles, blocks, bits, batch_invariant ? 8 : num_tokens, splits,
+                                     &tile)) {
             cost_us = tile.cost_us;
         } else {
             continue;
@@ -201,8 +223,9 @@ static qf_status qf_linear_mma_check(const qf_cuda_linear_args *args, qf_error *
     int32_t max_splits = args->epilogue == QF_CUDA_SILU_MUL ? 1 : QF_CUDA_MAX_SPLITS;
     max_splits = max_splits < w->k / 128 ? max_splits : w->k / 128;
     if (args->num_splits < 1 || args->num_splits > max_splits) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: num_splits %d; 1 to %d for k = %d and this epilogue",
-                       args->num_splits, max_splits, w->k);
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "linear_mma: num_splits %d; 1 to %d for k = %d and this epilogue", args->num_splits, max_splits,
+                       w->k);
     }
     if (args->epilogue != QF_CUDA_STORE && args->epilogue != QF_CUDA_SILU_MUL) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: unknown epilogue %d", (int)args->epilogue);
@@ -248,6 +271,16 @@ static qf_linear_mma_params qf_linear_mma_params_of(const qf_cuda_linear_args *a
     return p;
 }
 
+/* The same settings for every launch of a kernel, so that a captured one stays valid: as much shared memory as there
+ * is, and an SM set up for it, because an SM has to run empty before it changes its share of L1 and two kernels that
+ * want different shares never overlap. */
+static qf_status qf_linear_mma_prepare(qf_linear_mma_kernel kernel, const qf_cuda_device *device, qf_error *err)
+{
+    QF_CUDA_TRY(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     cudaSharedmemCarveoutMaxShared));
+    return qf_allow_shared("linear_mma", kernel, (size_t)device->max_shared_bytes, err);
+}
+
 extern "C" qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const qf_cuda_device *device,
                                         cudaStream_t stream, qf_error *err)
 {
@@ -276,10 +309,11 @@ extern "C" qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const q
         warps = tile.row_warps * tile.token_warps;
         shared_bytes = tile.shared_bytes;
     } else {
-        return QF_FAIL(err, QF_ERROR_BACKEND, "linear_mma: n = %d, k = %d, %d bits, %d tokens: %d bytes of shared memory "
-                       "are too few", args->weight.n, args->weight.k, bits, p.num_tokens, device->max_shared_bytes);
+        return QF_FAIL(err, QF_ERROR_BACKEND,
+                       "linear_mma: n = %d, k = %d, %d bits, %d tokens: %d bytes of shared memory are too few",
+                       args->weight.n, args->weight.k, bits, p.num_tokens, device->max_shared_bytes);
     }
-    QF_TRY(qf_allow_shared("linear_mma", kernel, (size_t)shared_bytes, err));
+    QF_TRY(qf_linear_mma_prepare(kernel, device, err));
     return qf_launch("linear_mma", kernel, grid, dim3(32 * warps), (size_t)shared_bytes, device->dependent_launch,
                      stream, err, p);
 }

@@ -8,8 +8,15 @@
 #define QF_STREAM_PIECE_BYTES 1024
 #define QF_STREAM_TOKEN_STRIDE 20 /* floats a token of 16 rows takes in a slot: a warp's writes meet no bank twice */
 
-/* Pieces in flight a warp, what 80 registers hold. */
-__host__ __device__ constexpr int qf_stream_depth(int bits, int groups) { return bits == 4 && groups > 1 ? 3 : 4; }
+/* Pieces in flight a warp: what 80 registers hold. */
+__device__ constexpr int qf_stream_depth(int bits, int groups)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    return groups > 1 || bits == 8 ? 3 : 4;
+#else
+    return groups > 1 && bits == 4 ? 3 : 4;
+#endif
+}
 
 struct qf_stream_piece {
     uint32_t words[8];  /* two 16-byte loads */
@@ -117,7 +124,8 @@ __device__ __forceinline__ void qf_stream_put(float *slot, float (&acc)[4], int 
 __device__ __forceinline__ float qf_stream_sum(const float *slots, int slot_stride, const qf_stream_split &split, int r,
                                                int element)
 {
-    int first = qf_stream_warp_of(split, r * split.columns), last = qf_stream_warp_of(split, (r + 1) * split.columns - 1);
+    int first = qf_stream_warp_of(split, r * split.columns);
+    int last = qf_stream_warp_of(split, (r + 1) * split.columns - 1);
     float sum = 0.0f;
     for (int w = first; w <= last; w++) {
         sum += slots[(r + w) * slot_stride + element];

@@ -7,9 +7,15 @@
 #define QF_TILE_SCALE_BYTES 128 /* of a row tile in a stage: 64 columns of at least 32 a group, 16 words a group */
 #define QF_TILE_ZERO_BYTES 128  /* zeros for lanes without a token, at the end of shared memory */
 
-__host__ __device__ constexpr int qf_tile_stages(int warp_tokens) { return warp_tokens <= 2 ? 6 : warp_tokens <= 4 ? 4 : 3; }
+__host__ __device__ constexpr int qf_tile_stages(int warp_tokens)
+{
+    return warp_tokens <= 2 ? 6 : warp_tokens <= 4 ? 4 : 3;
+}
 /* CTAs of an SM that the registers allow. */
-__host__ __device__ constexpr int qf_tile_resident(int warp_tokens) { return warp_tokens <= 2 ? 3 : warp_tokens <= 4 ? 2 : 1; }
+__host__ __device__ constexpr int qf_tile_resident(int warp_tokens)
+{
+    return warp_tokens <= 2 ? 3 : warp_tokens <= 4 ? 2 : 1;
+}
 /* Row tiles of a warp: more where x would otherwise be read too often. */
 __host__ __device__ constexpr int qf_tile_warp_rows(int warp_tokens) { return warp_tokens <= 2 ? 1 : 2; }
 __host__ __device__ constexpr int qf_tile_weight_bytes(int bits) { return 128 * bits; } /* of a row tile in a stage */

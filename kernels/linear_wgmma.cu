@@ -69,13 +69,23 @@ static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, token
         }
     } else {
         qf_take_registers<shape::consumer_registers>();
+        qf_wg_feed<bits, tokens> feed;
+        feed.set(p, first_unit, rank);
+#pragma unroll 1
+        for (int i = 0; i < shape::stages; i++) {
+            feed.fetch(p, shared + i * shape::stage_bytes);
+        }
         qf_grid_dependency_wait();
+        if (shape::turns && threadIdx.x >= 128) {
+            qf_named_barrier_arrive(QF_WG_TURN, 256); /* warpgroup 0 begins */
+        }
         int stage = 0;
         uint32_t phase = 0;
         for (int unit = first_unit; unit < p.units; unit += unit_step) {
             float d[tokens / 2];
+            feed.set_next(p, unit + unit_step, rank);
             qf_wg_unit u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
-            qf_wg_sum<bits, tokens>(d, shared, full, empty, stage, phase, (u.k_end - u.k_begin) / 128, p.group_shift);
+            qf_wg_sum<bits, tokens>(d, p, feed, shared, full, empty, stage, phase, (u.k_end - u.k_begin) / 128);
             asm volatile("" : "+r"(unit)); /* the unit is worked out again rather than kept in registers */
             u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
             if (p.silu_mul) {
@@ -83,6 +93,9 @@ static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, token
             } else {
                 qf_wg_store<tokens>(p, u, d);
             }
+        }
+        if (shape::turns && threadIdx.x < 128) {
+            qf_named_barrier(QF_WG_TURN, 256); /* takes warpgroup 1's last arrival */
         }
     }
     if (shape::cluster > 1) {
@@ -108,7 +121,9 @@ static qf_status qf_wg_launch(qf_wg_params *p, const qf_cuda_device *device, cud
     p->token_groups = (p->num_tokens + tokens - 1) / tokens;
     p->units = p->row_groups * p->token_groups * p->num_splits;
     int clusters = p->units;
-    if (shape::blocks_per_sm == 1 && clusters > device->sm_count / shape::cluster) {
+    /* Blocks that take several units know where the next one's weights are, not the one's after it. */
+    const bool long_units = p->k / 128 / p->num_splits * (128 / shape::stage_k) >= shape::stages;
+    if (shape::persistent && long_units && clusters > device->sm_count / shape::cluster) {
         clusters = device->sm_count / shape::cluster;
     }
     qf_status status = qf_allow_shared("linear_wgmma", qf_linear_wgmma_kernel<bits, tokens>, shape::shared_bytes, err);
@@ -130,22 +145,38 @@ static qf_wg_launcher *const qf_wg_launchers[3][QF_WG_WIDTHS] = {QF_WG_ROW(4), Q
 
 /* --- choices ------------------------------------------------------------------------------------------------------ */
 
-/* Cycles that the whole takes with tiles of `tokens` tokens, roughly: rounds of tiles over the SMs, times the slowest
- * of tensor cores, L2 and unpacking for 16 k of a tile; the ends of a tile; and partial sums written and read. */
+/* Nanoseconds, on an H200: 64 k of a block that has an SM to itself (waits between its steps), its share when the SM is
+ * full (issue slots, tensor cores, L2), and the ends of a block (first copies, epilogue). */
+typedef struct qf_wg_times {
+    float alone[QF_WG_WIDTHS], share[QF_WG_WIDTHS];
+} qf_wg_times;
+static const qf_wg_times qf_wg_step_ns[3] = {
+    {{330, 330, 350, 380, 400, 480, 620}, {140, 145, 160, 210, 370, 480, 610}},  /* 4 bits */
+    {{360, 360, 380, 420, 440, 500, 640}, {180, 185, 200, 260, 400, 500, 630}},  /* 8 bits */
+    {{500, 500, 520, 540, 520, 590, 660}, {200, 200, 250, 330, 520, 590, 660}}}; /* 16 bits */
+static const float qf_wg_end_ns[QF_WG_WIDTHS] = {650, 700, 1000, 1300, 1600, 2800, 3600};
+
+/* Nanoseconds that the whole takes with tiles of `tokens` tokens: full rounds of blocks over the SMs and the rest, not
+ * less than reading the weights, and the partial sums written here and read by the next kernel. */
 static double qf_wg_cost(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits, int32_t num_tokens,
-                         int32_t num_splits, int32_t tokens)
+                         int32_t num_splits, int width)
 {
-    const double l2_bytes_per_cycle = 32, memory_bytes_per_cycle = 19, unpack_cycles = bits == 16 ? 24 : 48;
-    const int cluster = tokens >= 32 ? 2 : 1, group_rows = 128 * cluster;
-    double blocks = (double)((n + group_rows - 1) / group_rows) * cluster * ((num_tokens + tokens - 1) / tokens) *
-                    num_splits;
-    double l2 = (128.0 * bits / 8 + 2.0 * tokens / cluster) * 16 / l2_bytes_per_cycle;
-    double step = tokens > l2 ? tokens : l2;
-    step = step > unpack_cycles ? step : unpack_cycles;
-    double ends = tokens >= 192 ? 1500 + 12.0 * tokens : 600 + 6.0 * tokens;
-    double rounds = ceil(blocks / device->sm_count);
-    double sums = num_splits > 1 ? 8.0 * num_splits * num_tokens * n / (memory_bytes_per_cycle * device->sm_count) : 0;
-    return rounds * (step * k / (16.0 * num_splits) + ends) + sums;
+    const double memory_bytes_per_ns = 3800, sums_bytes_per_ns = 3000;
+    const int32_t tokens = qf_wg_tokens[width], cluster = tokens >= 32 ? 2 : 1;
+    const int32_t per_sm = tokens <= 32 ? 3 : tokens <= 64 ? 2 : 1, group_rows = 128 * cluster;
+    const qf_wg_times *times = &qf_wg_step_ns[bits == 4 ? 0 : bits == 8 ? 1 : 2];
+    const double alone = times->alone[width], share = times->share[width], end = qf_wg_end_ns[width];
+    const int64_t blocks = (int64_t)((n + group_rows - 1) / group_rows) * cluster *
+                           ((num_tokens + tokens - 1) / tokens) * num_splits;
+    const int64_t slots = (int64_t)device->sm_count * per_sm, rest = blocks % slots;
+    const double steps = 2.0 * ((k / 128 + num_splits - 1) / num_splits);
+    double ns = (double)(blocks / slots) * (steps * fmax(alone, share * per_sm) + end * per_sm);
+    if (rest > 0) {
+        double side_by_side = (double)((rest + device->sm_count - 1) / device->sm_count);
+        ns += steps * fmax(alone, share * side_by_side) + end * side_by_side;
+    }
+    ns = fmax(ns, (double)n * k * bits / 8 / memory_bytes_per_ns);
+    return num_splits > 1 ? ns + 4.0 * num_splits * num_tokens * n / sums_bytes_per_ns : ns;
 }
 
 /* The width of the tiles: its index. Tokens up to 8 take the narrowest, whose copies alone know thinner tiles. */
@@ -155,7 +186,7 @@ static int qf_wg_width(const qf_cuda_device *device, int32_t n, int32_t k, int32
     int best = 0;
     double best_cost = 0;
     for (int i = 0; i < QF_WG_WIDTHS; i++) {
-        double c = qf_wg_cost(device, n, k, bits, num_tokens, num_splits, qf_wg_tokens[i]);
+        double c = qf_wg_cost(device, n, k, bits, num_tokens, num_splits, i);
         if (i == 0 || c < best_cost) {
             best = i;
             best_cost = c;
@@ -179,8 +210,9 @@ extern "C" int32_t qf_cuda_linear_wgmma_splits(const qf_cuda_device *device, int
     }
     if (batch_invariant) {
         /* By shape alone: enough blocks for the SMs when tokens are few, partial sums small enough when many. */
-        int32_t rows = (n + 127) / 128, splits = 1;
-        while (splits < 4 && rows * splits < device->sm_count && blocks >= 4 * splits) {
+        const int32_t rows = (n + 127) / 128, most = n <= 1024 ? 4 : 2;
+        int32_t splits = 1;
+        while (splits < most && rows * splits < device->sm_count && blocks >= 4 * splits) {
             splits *= 2;
         }
         return splits;

@@ -7,7 +7,13 @@
 #include "common/wgmma.cuh"
 
 #define QF_WG_ROW_TILES 8 /* of 16 rows, a block: one per consumer warp */
-#define QF_WG_THREADS (32 * QF_WG_ROW_TILES + 128) /* and a warpgroup whose first warp copies */
+#define QF_WG_THREADS (32 * QF_WG_ROW_TILES + 128) /* and a warpgroup whose first warp copies x */
+#define QF_WG_TURN 1 /* number of the named barrier on which warpgroup 0 waits for its turn; the next is 1's */
+
+/* Up to how many bits the two warpgroups take turns at the tensor cores. */
+#ifndef QF_WG_TURNS_BITS
+#define QF_WG_TURNS_BITS 0
+#endif
 
 /* What follows from bits and tokens of a tile. */
 template <int bits, int tokens> struct qf_wg_shape {
@@ -15,19 +21,22 @@ template <int bits, int tokens> struct qf_wg_shape {
     /* Blocks that share one tile of x, each fetching a part for all. */
     static constexpr int cluster = tokens >= 32 ? 2 : 1;
     static constexpr int blocks_per_sm = tokens <= 32 ? 3 : tokens <= 64 ? 2 : 1;
+    static constexpr bool persistent = blocks_per_sm == 1; /* a block takes units in turn */
+    static constexpr bool turns = blocks_per_sm == 1 && bits <= QF_WG_TURNS_BITS;
     /* k of a stage: a block of the weights, or half a one where x would leave too few stages. */
     static constexpr int stage_k = tokens <= 64 && bits < 16 ? 128 : 64;
     static constexpr int slices = stage_k / 64;
     /* Steps of 16 k in a batch: the A registers of two batches must fit beside the results. */
-    static constexpr int steps = tokens <= 32 || (tokens == 64 && bits == 8) ? 2 : 4;
+    static constexpr int steps = (tokens <= 32 && bits > 4) || tokens == 16 || tokens == 32 || (tokens == 64 && bits == 8) ? 2 : 4;
     /* Registers of a thread, as setmaxnreg shares them out: 2 consumers + producer = 3 x those at the launch. */
-    static constexpr int consumer_registers = blocks_per_sm == 1 ? 224 : blocks_per_sm == 2 ? 96 : 64;
-    static constexpr int producer_registers = blocks_per_sm <= 2 ? 48 : 40;
+    static constexpr int consumer_registers = blocks_per_sm == 1 ? 232 : blocks_per_sm == 2 ? 96 : 64;
+    static constexpr int producer_registers = blocks_per_sm == 2 ? 48 : 40;
     static constexpr int slice_bytes = token_tiles * 1024;
     static constexpr int x_bytes = slices * slice_bytes;
-    static constexpr int weight_bytes = stage_k * 2 * bits;           /* of a row tile */
-    static constexpr int scale_bytes = bits == 16 ? 0 : stage_k * 2;  /* of a row tile, groups of 32 */
-    static constexpr int stage_bytes = x_bytes + QF_WG_ROW_TILES * (weight_bytes + scale_bytes);
+    static constexpr int weight_bytes = stage_k * 2 * bits;          /* of a row tile */
+    static constexpr int scale_bytes = bits == 16 ? 0 : stage_k * 2; /* of a row tile, groups of 32 */
+    static constexpr int slot_bytes = weight_bytes + scale_bytes;    /* a warp's part of a stage */
+    static constexpr int stage_bytes = x_bytes + QF_WG_ROW_TILES * slot_bytes;
     /* An SM has 228 KB; a block takes 1 KB for itself, and 256 bytes of barriers. */
     static constexpr int room = (blocks_per_sm == 1 ? 227 * 1024 : 228 * 1024 / blocks_per_sm - 1024) - 256;
     static constexpr int stages = room / stage_bytes > 8 ? 8 : room / stage_bytes;
@@ -82,66 +91,59 @@ __device__ __forceinline__ qf_wg_unit qf_wg_unit_get(const qf_wg_params &p, int 
     return u;
 }
 
-/* --- producer: one warp --------------------------------------------------------------------------------------- */
+/* --- producer: one warp, the activations ---------------------------------------------------------------------- */
 
-/* What a lane copies of a stage. Lanes 0..7 fetch the weights of a row tile, 8..15 its scales, 16.. pieces of x. */
+/* Copies of a stage. A bulk copy takes its operands from uniform registers, so lanes that copy different things take
+ * turns: one lane copies whole slices; only tiles of fewer than 8 tokens take a lane for each core matrix. */
 template <int bits, int tokens> struct qf_wg_copier {
     typedef qf_wg_shape<bits, tokens> shape;
-    const uint8_t *source; /* at k = 0 */
-    uint32_t target;       /* offset in the stage */
-    uint32_t bytes;        /* 0: none */
-    uint32_t shift, per_unit; /* bytes of source for 2^shift k */
-    uint32_t stage_bytes;  /* of all lanes, and of the other block of the cluster */
+    const uint8_t *source;    /* at k = 0 */
+    uint32_t target;          /* offset in the stage */
+    uint32_t bytes;           /* of a copy; 0: none */
+    uint32_t k_bytes;         /* of source for one k */
+    uint32_t stage_bytes;     /* that arrive in a stage, from both blocks of a cluster */
+    bool spread;              /* rows of 8 k are spread to whole core matrices */
 
     __device__ __forceinline__ void set(const qf_wg_params &p, const qf_wg_unit &u, int rank, int lane)
     {
-        const int row_tiles = p.n / 16, tiles = (p.num_tokens + 7) / 8;
+        const int tiles = (p.num_tokens + 7) / 8;
         const int width = p.num_tokens > 4 ? 8 : p.num_tokens > 2 ? 4 : p.num_tokens; /* of a token tile */
-        const int scale_bytes = bits == 16 ? 0 : max(shape::stage_k >> p.group_shift, 1) * 64;
-        const int mine = max(0, min(QF_WG_ROW_TILES, row_tiles - u.row_tile));
         const int there = min(shape::token_tiles, tiles - u.token_tile);
-        stage_bytes = mine * (shape::weight_bytes + scale_bytes) + shape::slices * there * width * 128;
-        shift = 0;
-        if (lane < QF_WG_ROW_TILES) {
-            source = p.weights + (int64_t)(u.row_tile + lane) * p.k * (2 * bits);
-            target = shape::x_bytes + lane * shape::weight_bytes;
-            bytes = lane < mine ? shape::weight_bytes : 0;
-            per_unit = 2 * bits;
-        } else if (lane < 2 * QF_WG_ROW_TILES) {
-            int row_tile = lane - QF_WG_ROW_TILES;
-            source = p.scales + (int64_t)(u.row_tile + row_tile) * (p.k >> p.group_shift) * 64;
-            target = shape::x_bytes + QF_WG_ROW_TILES * shape::weight_bytes + row_tile * shape::scale_bytes;
-            bytes = row_tile < mine ? scale_bytes : 0;
-            shift = p.group_shift;
-            per_unit = 64;
-        } else if (tokens == 8 && width < 8) {
-            /* Rows of 8 k are spread to whole core matrices. */
-            int core = lane - 2 * QF_WG_ROW_TILES;
-            source = p.x + core * width * 16;
-            target = core * 128;
-            bytes = core < 8 * shape::slices ? width * 16 : 0;
-            per_unit = width * 2;
+        stage_bytes = shape::slices * there * width * 128;
+        spread = tokens == 8 && width < 8;
+        if (spread) {
+            source = p.x + lane * width * 16;
+            target = lane * 128;
+            bytes = lane < 8 * shape::slices ? width * 16 : 0;
+            k_bytes = width * 2;
         } else {
-            int slice = lane - 2 * QF_WG_ROW_TILES;
             const int share = shape::token_tiles / shape::cluster;
-            int first = rank * share;
-            source = p.x + ((int64_t)slice * tiles + u.token_tile + first) * 1024;
-            target = slice * shape::slice_bytes + first * 1024;
-            bytes = slice < shape::slices ? max(0, min(share, there - first)) * 1024 : 0;
-            per_unit = tiles * 16;
+            const int first = rank * share;
+            source = p.x + (int64_t)(u.token_tile + first) * 1024;
+            target = first * 1024;
+            bytes = lane == 0 ? max(0, min(share, there - first)) * 1024 : 0;
+            k_bytes = tiles * 16;
         }
     }
 
-    __device__ __forceinline__ void copy(uint8_t *stage, uint64_t *full, int k, bool activations)
+    __device__ __forceinline__ void copy(uint8_t *stage, uint64_t *full, int k)
     {
-        const uint8_t *from = source + ((uint32_t)k >> shift) * per_unit; /* below 2^32, as the launcher checks */
+        const uint8_t *from = source + (uint32_t)k * k_bytes; /* below 2^32, as the launcher checks */
         if (bytes == 0) {
             return;
         }
-        if (activations && shape::cluster > 1) {
-            qf_bulk_copy_multicast(stage + target, from, bytes, full, (1 << shape::cluster) - 1);
-        } else {
+        if (spread) {
             qf_bulk_copy(stage + target, from, bytes, full);
+            return;
+        }
+#pragma unroll
+        for (int slice = 0; slice < shape::slices; slice++) {
+            uint8_t *to = stage + target + slice * shape::slice_bytes;
+            if (shape::cluster > 1) {
+                qf_bulk_copy_multicast(to, from + slice * 64 * k_bytes, bytes, full, (1 << shape::cluster) - 1);
+            } else {
+                qf_bulk_copy(to, from + slice * 64 * k_bytes, bytes, full);
+            }
         }
     }
 };
@@ -152,49 +154,21 @@ __device__ __forceinline__ void qf_wg_produce(const qf_wg_params &p, uint8_t *sh
 {
     typedef qf_wg_shape<bits, tokens> shape;
     const int lane = threadIdx.x % 32;
-    const bool activations = lane >= 2 * QF_WG_ROW_TILES;
     int stage = 0;
     uint32_t phase = 0;
-    bool waited = false;
+    qf_grid_dependency_wait();
     for (int unit = first_unit; unit < p.units; unit += unit_step) {
         const qf_wg_unit u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
         qf_wg_copier<bits, tokens> copier;
         copier.set(p, u, rank, lane);
-        int k = u.k_begin;
-        if (!waited) {
-            /* All stages are free: the weights of the first ones come before the wait for x. */
-            const int end = min(u.k_end, u.k_begin + shape::stages * shape::stage_k);
 #pragma unroll 1
-            for (int i = 0; k + i * shape::stage_k < end; i++) {
-                if (lane == 0) {
-                    qf_mbarrier_arrive_expect(&full[i], copier.stage_bytes);
-                }
-                __syncwarp();
-                if (!activations) {
-                    copier.copy(shared + i * shape::stage_bytes, &full[i], k + i * shape::stage_k, false);
-                }
-            }
-            qf_grid_dependency_wait();
-            waited = true;
-#pragma unroll 1
-            for (; k < end; k += shape::stage_k) {
-                if (activations) {
-                    copier.copy(shared + stage * shape::stage_bytes, &full[stage], k, true);
-                }
-                if (++stage == shape::stages) {
-                    stage = 0;
-                    phase ^= 1;
-                }
-            }
-        }
-#pragma unroll 1
-        for (; k < u.k_end; k += shape::stage_k) {
+        for (int k = u.k_begin; k < u.k_end; k += shape::stage_k) {
             qf_mbarrier_wait_bounded(&empty[stage], phase ^ 1);
             if (lane == 0) {
                 qf_mbarrier_arrive_expect(&full[stage], copier.stage_bytes);
             }
             __syncwarp();
-            copier.copy(shared + stage * shape::stage_bytes, &full[stage], k, activations);
+            copier.copy(shared + stage * shape::stage_bytes, &full[stage], k);
             if (++stage == shape::stages) {
                 stage = 0;
                 phase ^= 1;
@@ -202,6 +176,69 @@ __device__ __forceinline__ void qf_wg_produce(const qf_wg_params &p, uint8_t *sh
         }
     }
 }
+
+/* --- weights: each consumer warp fetches its own ---------------------------------------------------------------- */
+
+/* Where a warp's copies stand, a ring of stages ahead of its sums: `at` counts stages of its row tiles' k from the start
+ * of the matrix. A lane copies the words of weights that it reads itself; a row tile beyond the last is the last, and
+ * its sums are dropped. */
+template <int bits, int tokens> struct qf_wg_feed {
+    typedef qf_wg_shape<bits, tokens> shape;
+    uint32_t at, end;        /* of the unit being fetched */
+    uint32_t next, next_end; /* of the one after it, which has a ring of stages at least, or none */
+
+    static __device__ __forceinline__ void range(const qf_wg_params &p, int unit, int rank, uint32_t &from, uint32_t &to)
+    {
+        const qf_wg_unit u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
+        const int row_tile = min(u.row_tile + (int)threadIdx.x / 32, p.n / 16 - 1);
+        from = (row_tile * p.k + u.k_begin) / shape::stage_k;
+        to = (row_tile * p.k + u.k_end) / shape::stage_k;
+    }
+    __device__ __forceinline__ void set(const qf_wg_params &p, int unit, int rank)
+    {
+        range(p, unit, rank, at, end);
+        next = next_end = 0;
+    }
+    __device__ __forceinline__ void set_next(const qf_wg_params &p, int unit, int rank)
+    {
+        next = next_end = 0;
+        if (shape::persistent && unit < p.units) {
+            range(p, unit, rank, next, next_end);
+        }
+    }
+
+    /* Fills this warp's part of a stage, which it has read, if anything is left to fetch. */
+    __device__ __forceinline__ void fetch(const qf_wg_params &p, uint8_t *stage)
+    {
+        const int lane = threadIdx.x % 32;
+        uint8_t *slot = stage + shape::x_bytes + threadIdx.x / 32 * shape::slot_bytes + lane * 16;
+        if (shape::persistent && at == end) {
+            at = next, end = next_end;
+            next = next_end;
+        }
+        __syncwarp();
+        if (at < end) {
+            const uint8_t *weights = p.weights + (uint64_t)at * shape::weight_bytes + lane * 16;
+#pragma unroll
+            for (int i = 0; i < shape::weight_bytes; i += 512) {
+                qf_cp_async_16_stream(slot + i, weights + i);
+            }
+            if (bits < 16 && lane < max(shape::stage_k >> p.group_shift, 1) * 4) {
+                const uint32_t group = at * shape::stage_k >> p.group_shift;
+                qf_cp_async_16_stream(slot + shape::weight_bytes, p.scales + (uint64_t)group * 64 + lane * 16);
+            }
+            at++;
+        }
+        qf_cp_async_commit();
+    }
+
+    /* Waits for the oldest stage of the ring. */
+    __device__ __forceinline__ void wait()
+    {
+        qf_cp_async_wait<shape::stages - 1>();
+        __syncwarp();
+    }
+};
 
 /* --- consumers: two warpgroups -------------------------------------------------------------------------------- */
 
@@ -211,7 +248,7 @@ __device__ __forceinline__ void qf_wg_load(uint32_t (&a)[steps][4], const uint8_
 {
     typedef qf_wg_shape<bits, tokens> shape;
     const int lane = threadIdx.x % 32, row_tile = threadIdx.x / 32;
-    const uint8_t *weights = stage + shape::x_bytes + row_tile * shape::weight_bytes;
+    const uint8_t *weights = stage + shape::x_bytes + row_tile * shape::slot_bytes;
     if constexpr (bits == 16) {
 #pragma unroll
         for (int s = 0; s < steps; s++) {
@@ -231,10 +268,8 @@ __device__ __forceinline__ void qf_wg_load(uint32_t (&a)[steps][4], const uint8_
                 word[4 * i] = w.x, word[4 * i + 1] = w.y, word[4 * i + 2] = w.z, word[4 * i + 3] = w.w;
             }
         }
-        const uint32_t *scales =
-            reinterpret_cast<const uint32_t *>(stage + shape::x_bytes + QF_WG_ROW_TILES * shape::weight_bytes +
-                                               row_tile * shape::scale_bytes) +
-            (k >> group_shift) * 16 + lane / 4;
+        const uint32_t *scales = reinterpret_cast<const uint32_t *>(weights + shape::weight_bytes) +
+                                 (k >> group_shift) * 16 + lane / 4;
         qf_row_scales r = qf_unpack_scales<bits>(scales[0], scales[8]);
         uint32_t scale[2] = {qf_pack_bf16(r.scale[0], r.scale[0]), qf_pack_bf16(r.scale[1], r.scale[1])};
 #pragma unroll
@@ -257,16 +292,23 @@ __device__ __forceinline__ void qf_wg_load(uint32_t (&a)[steps][4], const uint8_
     }
 }
 
-/* d += a batch: starts its steps as one group, and waits for the group before it. */
-template <int tokens, int steps>
+/* d += a batch: starts its steps as one group, and waits for the group before it. With turns the other warpgroup's
+ * batch comes between, so that one warpgroup unpacks while the other's products run. */
+template <int tokens, int steps, bool turns>
 __device__ __forceinline__ void qf_wg_multiply(float (&d)[tokens / 2], const uint32_t (&a)[steps][4], uint32_t x)
 {
+    if (turns) {
+        qf_named_barrier(QF_WG_TURN + threadIdx.x / 128, 256);
+    }
     qf_wgmma_fence();
 #pragma unroll
     for (int s = 0; s < steps; s++) {
         qf_wgmma<tokens>::add(d, a[s], qf_wgmma_descriptor(x, s));
     }
     qf_wgmma_commit();
+    if (turns) {
+        qf_named_barrier_arrive(QF_WG_TURN + 1 - threadIdx.x / 128, 256);
+    }
     qf_wgmma_wait<1>();
 }
 
@@ -287,8 +329,9 @@ template <int cluster> __device__ __forceinline__ void qf_wg_release(uint64_t *e
 /* d = the products of `blocks` blocks of 128 k, from the stages on from `stage`. While one batch is multiplied the next
  * is unpacked into the other set of A registers. */
 template <int bits, int tokens>
-__device__ __forceinline__ void qf_wg_sum(float (&d)[tokens / 2], const uint8_t *shared, uint64_t *full,
-                                          uint64_t *empty, int &stage, uint32_t &phase, int blocks, int group_shift)
+__device__ __forceinline__ void qf_wg_sum(float (&d)[tokens / 2], const qf_wg_params &p, qf_wg_feed<bits, tokens> &feed,
+                                          uint8_t *shared, uint64_t *full, uint64_t *empty, int &stage,
+                                          uint32_t &phase, int blocks)
 {
     typedef qf_wg_shape<bits, tokens> shape;
     constexpr int steps = shape::steps, batches = 8 / steps;
@@ -302,28 +345,35 @@ __device__ __forceinline__ void qf_wg_sum(float (&d)[tokens / 2], const uint8_t 
     if (blocks == 0) {
         return;
     }
+    feed.wait();
+    qf_wg_load<bits, tokens, steps>(a[0], shared + stage * shape::stage_bytes, 0, p.group_shift);
     qf_mbarrier_wait_bounded(&full[stage], phase);
-    qf_wg_load<bits, tokens, steps>(a[0], shared + stage * shape::stage_bytes, 0, group_shift);
     for (int block = 0; block < blocks; block++) {
 #pragma unroll
         for (int i = 0; i < batches; i++) {
             const int k = i * 16 * steps % shape::stage_k, next_k = (k + 16 * steps) % shape::stage_k;
-            qf_wg_multiply<tokens, steps>(d, a[i & 1],
-                                          x + stage * shape::stage_bytes + k / 64 * shape::slice_bytes + k % 64 * 16);
+            qf_wg_multiply<tokens, steps, shape::turns>(
+                d, a[i & 1], x + stage * shape::stage_bytes + k / 64 * shape::slice_bytes + k % 64 * 16);
             if (k == 0 && (i > 0 || block > 0)) {
                 qf_wg_release<shape::cluster>(&empty[previous]);
             }
             previous = stage;
-            if (next_k == 0 && ++stage == shape::stages) {
-                stage = 0;
-                phase ^= 1;
+            if (next_k == 0) {
+                feed.fetch(p, shared + stage * shape::stage_bytes);
+                if (++stage == shape::stages) {
+                    stage = 0;
+                    phase ^= 1;
+                }
             }
             if (i + 1 < batches || block + 1 < blocks) {
                 if (next_k == 0) {
-                    qf_mbarrier_wait_bounded(&full[stage], phase);
+                    feed.wait();
                 }
                 qf_wg_load<bits, tokens, steps>(a[(i + 1) & 1], shared + stage * shape::stage_bytes, next_k,
-                                                group_shift);
+                                                p.group_shift);
+                if (next_k == 0) {
+                    qf_mbarrier_wait_bounded(&full[stage], phase);
+                }
             }
         }
     }

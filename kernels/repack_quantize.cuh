@@ -30,7 +30,10 @@ __device__ __forceinline__ float qf_quantize_clamp(float x, float low, float hig
 }
 
 /* To an integer, nearest even. */
-__device__ __forceinline__ float qf_quantize_round(float x) { return __fsub_rn(__fadd_rn(x, 12582912.0f), 12582912.0f); }
+__device__ __forceinline__ float qf_quantize_round(float x)
+{
+    return __fsub_rn(__fadd_rn(x, 12582912.0f), 12582912.0f);
+}
 
 __device__ __forceinline__ float qf_quantize_f16(float scale)
 {

@@ -25,7 +25,7 @@ class MemoryReport(TypedDict):
     block_size: int
     max_model_len: int
     available_bytes: int
-    device_overhead_bytes: int  # of a device with memory of its own: context, modules, graphs, as measured; else 0
+    device_overhead_bytes: int  # what this process held there before: context, modules; 0: not known, or the CPU
     device_total_bytes: int  # such a device's memory; else 0
 
 @type_check_only

@@ -79,9 +79,9 @@ class BaseLLM:
         dtype: "auto" (as in the checkpoint), "bfloat16", "float16" / "half", "float32".
         quantization: None / "auto" (as the checkpoint is), "none", "w4" (to 4 bits while loading), "awq", "gptq",
             "compressed-tensors". quantization_group_size: 32, 64 or 128, for "w4".
-        activation_dtype: "auto" (on the CPU int8 beside 4- and 8-bit weights), "int8", "float32".
+        activation_dtype: "auto" (on the CPU int8 beside 4- and 8-bit weights, on a GPU bfloat16), "int8", "float32".
         kv_cache_dtype: "auto" (dtype), "bfloat16", "float32".
-        lm_head_dtype: "auto" (int8 where the layers are quantised), "model", "int8", "int4".
+        lm_head_dtype: "auto" (on the CPU int8 where the layers are quantised, on a GPU "model"), "model", "int8", "int4".
         block_size: tokens in a KV cache block: 16, 32, 64, 128.
         max_model_len: prompt and output together; None: the checkpoint's, or what the KV cache can hold.
         max_num_seqs, max_num_batched_tokens: sequences and tokens in one step.
@@ -89,13 +89,14 @@ class BaseLLM:
             program run again gives the same outputs. None: fresh seeds.
         kv_cache_memory: bytes, or a text such as "6GiB". kv_cache_tokens: the same in tokens.
         memory_utilization: without a size above, weights and KV cache take this share of the memory that is free: the
-            cache what the weights leave, at most max_num_seqs sequences of max_model_len. None: 0.5, and the cache
-            then holds at most 65,536 tokens or two sequences of max_model_len. gpu_memory_utilization is an alias.
+            cache what the weights leave, at most max_num_seqs sequences of max_model_len. None: 0.5 (of a GPU's memory
+            0.9), and the cache then holds at most 65,536 tokens or two sequences of max_model_len.
+            gpu_memory_utilization is an alias.
         memory: weights, workspace and KV cache together take at most this, in bytes or as "6GiB": the cache gets what
             the others leave.
         cpu_offload: "embeddings" keeps the embedding in the host's memory (a tied one only beside a quantised head, which
             needs no 16-bit copy). cpu_offload_gb: so many GiB of layers too, whole layers; each step then reads them
-            over the bus. Neither changes a token; on the CPU neither has an effect.
+            over the bus. Neither changes a token; the CPU refuses both.
         batch_invariant: the same bits for a request whatever runs beside it. On the CPU always so; on a GPU it costs
             speed, and without it only runs with the same neighbours repeat bit for bit.
         enforce_eager: kernels are launched one by one, no graphs are captured.

@@ -87,11 +87,12 @@ def memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
     if not memory["device_total_bytes"]:
         return [*rows, ("available", format_bytes(memory["available_bytes"]))]
     taken = sum(memory[f"{name}_bytes"] for name in ("embedding", "layers", "head", "workspace", "kv_cache"))
-    left = memory["available_bytes"] - taken - memory["device_overhead_bytes"]
+    left = memory["available_bytes"] - taken
+    overhead = memory["device_overhead_bytes"]  # what is available is less by it already
     total = format_bytes(memory["device_total_bytes"])
     return [
         *rows,
-        ("graphs and context", format_bytes(memory["device_overhead_bytes"])),
+        ("context, modules", format_bytes(overhead) if overhead else "not known"),
         ("available", f"{format_bytes(memory['available_bytes'])} of the GPU's {total}"),
         ("remains", format_bytes(left) if left >= 0 else f"nothing: {format_bytes(-left)} are missing"),
     ]

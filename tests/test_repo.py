@@ -46,7 +46,7 @@ MAY_INCLUDE = {
     "python": {"include"},
 }
 # Of the kernels only these are for others to include.
-KERNEL_INTERFACES = {"qf_kernels.h", "qf_repack.h"}
+KERNEL_INTERFACES = {"qf_kernels.h", "qf_repack.h", "attention_limits.h"}
 # Headers of a folder that only one file may include: the engine's device choice alone knows a backend by name.
 ONLY_FROM = {"backend/cpu/cpu.h": "csrc/engine/devices.c", "backend/cuda/cuda.h": "csrc/engine/devices.c"}
 CUDA_HEADERS = re.compile(
@@ -63,7 +63,7 @@ SIDE_EFFECTS = (
 )
 ALLOCATIONS = r"\b(malloc|calloc|realloc|reallocarray|free|strdup|strndup|aligned_alloc|posix_memalign|alloca)\s*\("
 # What a kernel's file may not have besides: state on the device or the host, and memory of its own.
-KERNEL_STATE = r"\b(?:static|__device__|__constant__|__managed__)\b(?:(?!\bconst\b|\bconstexpr\b)[^;{}()=])*[;=\[]"
+KERNEL_STATE = r"\b(?:static|__device__|__constant__|__managed__)\b(?:(?!\bconst\b|\bconstexpr\b|\b__shared__\b)[^;{}()=])*[;=\[]"
 KERNEL_ALLOCATIONS = (
     r"\bcuda(Malloc|Free|HostAlloc|HostRegister|MemPool)\w*\s*\(|\bnew\s+\w|\bstd::|\bthrow\b|\btry\s*\{"
 )
@@ -334,11 +334,12 @@ def test_the_checks_of_kernels_see_what_they_look_for(tmp_path):
         "static constexpr int Stages = 4;\n"
         "__device__ const float half = 0.5f;\n"
         "static __device__ int add(int a, int b) { return a + b; }\n"
+        "static __shared__ float staged[128];\n"
         "template <int N> __device__ __forceinline__ void run(float (&x)[N]) { x[0] = 0.0f; }\n"
         "static qf_status launch(void) { static int calls = 0; cudaMalloc(0, calls); return QF_OK; }\n"
     )
-    assert lines_of(planted, KERNEL_STATE) == [1, 2, 3, 4, 10]
-    assert lines_of(planted, KERNEL_ALLOCATIONS) == [10]
+    assert lines_of(planted, KERNEL_STATE) == [1, 2, 3, 4, 11]
+    assert lines_of(planted, KERNEL_ALLOCATIONS) == [11]
 
 
 def test_no_fast_math():

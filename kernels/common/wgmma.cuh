@@ -87,6 +87,19 @@ template <int number> __device__ __forceinline__ void qf_take_registers()
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(number));
 }
 
+/* Arrives at a named barrier that other threads wait on by qf_named_barrier; `threads` counts both. */
+__device__ __forceinline__ void qf_named_barrier_arrive(int number, int threads)
+{
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+/* Copies 16 bytes of weights, bringing what stands beside them into L2. */
+__device__ __forceinline__ void qf_cp_async_16_stream(void *shared, const void *global)
+{
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(qf_shared_address(shared)), "l"(global)
+                 : "memory");
+}
+
 /* --- clusters ---------------------------------------------------------------------------------------------- */
 
 __device__ __forceinline__ uint32_t qf_cluster_rank()

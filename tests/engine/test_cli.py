@@ -201,9 +201,10 @@ def test_memory_rows():
     assert rows["KV cache"] == "16.0 GiB: 100 blocks of 32 tokens" and rows["available"] == "64.0 GiB"
     report |= {"device_overhead_bytes": 3 << 29, "device_total_bytes": 80 << 30}
     rows = dict(memory_rows(report))
-    assert rows["graphs and context"] == "1.5 GiB" and rows["remains"] == "31.5 GiB"
+    assert rows["context, modules"] == "1.5 GiB" and rows["remains"] == "33.0 GiB"
     assert rows["available"] == "64.0 GiB of the GPU's 80.0 GiB"
-    assert dict(memory_rows({**report, "available_bytes": 32 << 30}))["remains"] == "nothing: 512.0 MiB are missing"
+    assert dict(memory_rows({**report, "available_bytes": 30 << 30}))["remains"] == "nothing: 1.0 GiB are missing"
+    assert dict(memory_rows({**report, "device_overhead_bytes": 0}))["context, modules"] == "not known"
     assert dict(memory_rows({**report, "head_bytes": 0}))["head"] == "shares the embedding"
 
 

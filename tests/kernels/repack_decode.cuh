@@ -165,7 +165,7 @@ static inline long compare_linear(const char *name, const qf_cuda_fused &fused, 
     int total = 0;
     for (int part = 0; part < fused.num_parts; part++) {
         const qf_linear_source *source = fused.parts[part];
-        int step = (size_t)source->n * source->k > (1u << 21) ? source->n / 37 * 2 + 1 : 1;
+        int step = (size_t)source->n * source->k > (1u << 21) ? source->n / 100 | 1 : 1;
         total += source->n;
         for (int row = 0; row < source->n; row++) {
             int at = packed_row(fused, part, row);

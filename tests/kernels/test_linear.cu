@@ -114,8 +114,9 @@ static void check_store(const char *name, const PackedWeight &w, const Reference
     }
     double error = relative_error(got, expected, got.size());
     if (!finite || !(error < 2e-5) || !(worst < 1e-4 * scale)) {
-        fprintf(stderr, "%s n %d k %d bits %d group %d tokens %d splits %d: error %.3g, worst %.3g of %.3g%s\n", name, w.n,
-                w.k, w.bits, w.group_size, num_tokens, num_splits, error, worst, scale, finite ? "" : ", not finite");
+        fprintf(stderr, "%s n %d k %d bits %d group %d tokens %d splits %d: error %.3g, worst %.3g of %.3g%s\n", name,
+                w.n, w.k, w.bits, w.group_size, num_tokens, num_splits, error, worst, scale,
+                finite ? "" : ", not finite");
         CHECK(!"linear_mma, STORE");
     }
 }

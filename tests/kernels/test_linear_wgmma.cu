@@ -171,7 +171,9 @@ static void check_silu(Linear linear, const qf_cuda_device &device, const Packed
         }
     }
     double tight = relative_error(got, tight_want, got.size()), loose = relative_error(got, loose_want, got.size());
-    bool good = tight < 4e-3 && loose < 1e-2;
+    /* The output is rounded to bf16: 2^-9 at most, 1.7e-3 of the norm on average. Against the exact weights come their
+     * roundings, 2^-9 each for scale and product, of gate and of up: 4e-3 to 6e-3 where few k average them. */
+    bool good = tight < 3e-3 && loose < 9e-3;
     CHECK(good);
     if (!good) {
         report("silu", w, num_tokens, 1, tight, loose);
@@ -487,7 +489,7 @@ int main(int argc, char **argv)
         compare_with_mma(options.device);
     }
     check_choice(options.device);
-    if (options.bench && options.device.hopper && check_failures == 0) {
+    if (options.bench && options.device.hopper) {
         bench(options.device);
     }
     return check_report(options.device.hopper ? "linear_wgmma" : "linear_wgmma --sm80");

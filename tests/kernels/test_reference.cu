@@ -1,7 +1,7 @@
 /* sources: base/status.c base/alloc.c base/dtype.c base/threads.c model/quantize.c */
 /* sources: backend/cpu/isa.c backend/cpu/context.c backend/cpu/elementwise.c backend/cpu/attention.c */
-/* sources: backend/cpu/linear.c backend/cpu/linear_pack.c backend/cpu/kernels_scalar.c backend/cpu/kernels_avx2.c backend/cpu/kernels_avx512.c */
-/* sources: backend/cpu/kernels_avx512_vnni.c */
+/* sources: backend/cpu/linear.c backend/cpu/linear_pack.c backend/cpu/kernels_scalar.c */
+/* sources: backend/cpu/kernels_avx2.c backend/cpu/kernels_avx512.c backend/cpu/kernels_avx512_vnni.c */
 /* The float32 reference kernels against float64 on the host, and against the CPU backend's scalar reference. */
 #include "check_cuda.cuh"
 

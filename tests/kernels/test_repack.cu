@@ -424,10 +424,10 @@ static void bench(const qf_cuda_device &gpu, qf_thread_pool *pool)
     Model big = {"72B, a layer, awq", 8192, 29568, 64, 8, 128, 2048, 1, false, QF_DTYPE_BF16, AWQ, 4, 128, false,
                  false, false, false, QF_DTYPE_F16, "", false};
     bench_load(big.name, big, 0, options_of(0, 128, 16), gpu, pool);
-    Model seven = {"7B, 2 layers, bf16", 3584, 18944, 28, 4, 128, 8192, 2, true, QF_DTYPE_BF16, DENSE, 16, -1, true,
+    Model seven = {"7B, a layer, bf16", 3584, 18944, 28, 4, 128, 8192, 1, true, QF_DTYPE_BF16, DENSE, 16, -1, true,
                    false, false, false, QF_DTYPE_F16, "", false};
     bench_load(seven.name, seven, 0, options_of(0, 128, 16), gpu, pool);
-    bench_load("7B, 2 layers, bf16 to 4", seven, 0, options_of(4, 128, 8), gpu, pool);
+    bench_load("7B, a layer, bf16 to 4", seven, 0, options_of(4, 128, 8), gpu, pool);
     seven.layers = 28;
     seven.vocab = 152064;
     bench_load("7B, dummy 4, head 8", seven, 4, options_of(0, 128, 8), gpu, pool);

@@ -122,7 +122,7 @@ struct PackedWeight {
 };
 
 /* A matrix of random codes (any bits are a valid weight), scales and zero points; values are about 0.02 in size. Rows
- * from real_n on and columns from real_k on are padding: scale 0 (16 bits: weight 0). Fast enough for large matrices. */
+ * from real_n on and columns from real_k on are padding: scale 0 (16 bits: weight 0). Fast enough for a large one. */
 static inline PackedWeight random_weight(int real_n, int real_k, int bits, int group_size, uint64_t seed,
                                          bool with_bias = false)
 {

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.gpu
 
 AUTO = dict.fromkeys(("dtype", "activation_dtype", "kv_cache_dtype", "lm_head_dtype"), "auto")
 CUDA = {"device": "cuda", **AUTO}
-SLACK = 8 << 20  # of the driver's own bookkeeping, per process
+SLACK = 32 << 20  # of the driver's own bookkeeping
+LAZY = 160 << 20  # modules and graphs, which come with the first engine of a process
 PROMPTS = [[(37 * i + 11 * j) % 8000 for j in range(length)] for i, length in enumerate((1, 5, 64, 130, 300))]
 OPTIONS = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True, "logprobs": 2}
 
@@ -120,7 +121,7 @@ def test_the_plan_is_what_is_allocated(demo):
     assert [memory[f"{name}_bytes"] for name in names] == [planned[f"{name}_bytes"] for name in names]
     total = sum(memory[f"{name}_bytes"] for name in names)
     assert total <= taken + SLACK
-    assert taken <= total + memory["device_overhead_bytes"] + SLACK
+    assert taken <= total + LAZY
     assert memory["device_total_bytes"] == _engine.device_info()[0]["total_bytes"]
     assert 0 < memory["available_bytes"] <= memory["device_total_bytes"]
 
@@ -230,7 +231,7 @@ def test_commands(tmp_path, monkeypatch):
     info = run("info", "demo", "--gpu")
     assert info.returncode == 0, info.stderr
     rows = dict(line.split("  ", 1) for line in info.stdout.splitlines())
-    assert {"embedding", "layers' weights", "head", "workspace", "KV cache", "graphs and context", "remains"} <= set(
+    assert {"embedding", "layers' weights", "head", "workspace", "KV cache", "context, modules", "remains"} <= set(
         rows
     )
     assert "nothing" not in rows["remains"]

@@ -248,7 +248,7 @@ static qf_status prepare_workspace(qf_cuda_backend *self, qf_error *err)
 static qf_status init(qf_cuda_backend *self, const qf_checkpoint *checkpoint, const qf_backend_options *options,
                       int32_t num_blocks, qf_progress_fn progress, void *progress_arg, qf_error *err)
 {
-    qf_memory_plan memory;
+    qf_memory_plan memory = {0};
     QF_TRY(plan(self, checkpoint, options, &memory, err));
     QF_TRY(alloc_host(self, err));
     QF_TRY(alloc_arena(self, &memory, num_blocks, err));

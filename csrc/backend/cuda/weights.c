@@ -238,6 +238,8 @@ static qf_status load_all(loader *self, int32_t ordinal, char *scratch, qf_threa
                     "the largest scales", err));
     QF_TRY(alloc_groups(self, err));
     QF_TRY(qf_cuda_stager_init(&self->stager, pool, choose_stage_bytes(self), scratch, layout->raw_bytes, err));
+    /* The streams here wait for no other: what the caller began in this memory must be over. */
+    QF_CUDA_CALL(cudaDeviceSynchronize());
     /* Gaps between tensors hold zeros. Done before anything else begins on either stream. */
     QF_CUDA_CALL(cudaMemsetAsync(self->device, 0, layout->device_bytes, self->stager.compute));
     QF_CUDA_CALL(cudaStreamSynchronize(self->stager.compute));

@@ -32,8 +32,8 @@ typedef struct qf_cuda_weights_layout {
     qf_cuda_layer_layout *layers; /* (num_layers) owned */
     qf_cuda_linear_layout head;   /* offsets from head_offset */
     size_t final_norm;            /* offset from head_offset */
-    bool head_is_embedding;       /* tied, 16-bit head: the embedding is read from the head's fragments, and takes no
-                                     bytes of its own */
+    bool head_is_embedding;       /* tied, 16-bit head: the embedding is read from the head's fragments (or float32
+                                     rows), and takes no bytes of its own */
     bool embedding_on_host;       /* cpu_offload="embeddings" */
     int32_t embedding_bits;       /* 16, 32; -16: the head's fragments: see qf_cuda_embedding_args */
     int32_t num_host_layers;      /* the last ones: their blobs stay in pinned host memory */

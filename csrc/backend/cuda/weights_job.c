@@ -73,8 +73,8 @@ static size_t raw_row_bytes(const qf_linear_source *part)
     case QF_LINEAR_DENSE: return k * float_bytes(&part->weight);
     default: break;
     }
-    size_t zero_bytes = part->zeros.data != NULL ? 1 : 0;
-    return (k * (size_t)part->bits + 31) / 32 * 4 + (size_t)part->num_groups * (float_bytes(&part->scales) + zero_bytes);
+    size_t group_bytes = float_bytes(&part->scales) + (part->zeros.data != NULL ? 1 : 0);
+    return (k * (size_t)part->bits + 31) / 32 * 4 + (size_t)part->num_groups * group_bytes;
 }
 
 static bool is_transposed(const qf_linear_source *part)

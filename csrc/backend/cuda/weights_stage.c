@@ -12,8 +12,8 @@ qf_status qf_cuda_check(cudaError_t status, const char *what, size_t bytes, cons
     if (status == cudaErrorMemoryAllocation && bytes > 0) {
         return qf_error_set(err, QF_ERROR_OUT_OF_MEMORY, file, line, "%s: cannot allocate %zu bytes", what, bytes);
     }
-    return qf_error_set(err, status == cudaErrorMemoryAllocation ? QF_ERROR_OUT_OF_MEMORY : QF_ERROR_BACKEND, file, line,
-                        "%s: %s", what, cudaGetErrorString(status));
+    qf_status result = status == cudaErrorMemoryAllocation ? QF_ERROR_OUT_OF_MEMORY : QF_ERROR_BACKEND;
+    return qf_error_set(err, result, file, line, "%s: %s", what, cudaGetErrorString(status));
 }
 
 /* --- life ----------------------------------------------------------------------------------------------- */
