@@ -32,43 +32,54 @@ template <int head_dim> static __device__ __forceinline__ int swizzled(int row, 
     return row * head_dim + ((chunk ^ (row & 7)) * 8);
 }
 
-/* An item as the CTA sees it. */
+static __device__ __forceinline__ void copy_word(int32_t *shared, const int32_t *global)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(qf_shared_address(shared)), "l"(global) : "memory");
+}
+
+/* An item as the CTA sees it; in shared memory, for registers are scarce. */
 struct prefill_item {
     qf_cuda_attention_item item;
-    int32_t kv_head, first_tile, end_tile, last_position; /* of the item's last row */
+    int32_t kv_head, first_tile, end_tile;
     const int32_t *table;
+    int32_t blocks[2][4]; /* of an even and an odd tile's four runs of 16 positions */
 };
 
-/* Blocks of the tile's four runs of 16 positions; 0 where none is seen. */
-static __device__ __forceinline__ void fetch_blocks(const attention_params &p, const prefill_item &it, int32_t tile,
-                                                    int32_t (&blocks)[4])
+/* By threads 0 .. 3: fetches the tile's block numbers; 0 where a run is not seen. Like any cp.async of this thread. */
+static __device__ __forceinline__ void fetch_blocks(const attention_params &p, prefill_item &it, int32_t tile)
 {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int32_t first = tile * PREFILL_TILE + 16 * i;
-        const bool seen = first < it.item.kv_end && first + 16 > it.item.kv_begin;
-        blocks[i] = seen ? it.table[first >> p.block_shift] : 0;
+    const int32_t first = tile * PREFILL_TILE + 16 * (int32_t)threadIdx.x;
+    if (threadIdx.x < 4) {
+        int32_t *to = &it.blocks[tile & 1][threadIdx.x];
+        if (first < it.item.kv_end && first + 16 > it.item.kv_begin) {
+            copy_word(to, it.table + (first >> p.block_shift));
+        } else {
+            *to = 0;
+        }
     }
 }
 
-/* One of K and V; positions that no row sees become zeros, whatever the cache holds there. */
+/* Keys and values of a tile; positions that no row sees become zeros, whatever the cache holds there. */
 template <int head_dim>
 static __device__ __forceinline__ void copy_tile(const attention_params &p, const prefill_item &it, int32_t tile,
-                                                 const int32_t (&blocks)[4], const void *cache, uint16_t *shared)
+                                                 uint16_t *keys, uint16_t *values)
 {
-    constexpr int chunks = head_dim / 8, rows = ATTENTION_THREADS / chunks;
+    constexpr int chunks = head_dim / 8, step = ATTENTION_THREADS / chunks; /* rows copied at once: 8 or 16 */
     const int chunk = threadIdx.x % chunks, first_row = threadIdx.x / chunks;
-    const int64_t head_stride = (int64_t)head_dim << p.block_shift;
-    const uint16_t *base = static_cast<const uint16_t *>(cache) + it.kv_head * head_stride + chunk * 8;
-    const int32_t mask = (1 << p.block_shift) - 1;
+    const uint16_t *k = static_cast<const uint16_t *>(p.a.kv.k) + first_row * head_dim + chunk * 8;
+    const int64_t to_values = static_cast<const char *>(p.a.kv.v) - static_cast<const char *>(p.a.kv.k);
+    const int to = swizzled<head_dim>(first_row, chunk);
+    const int32_t begin = it.item.kv_begin - tile * PREFILL_TILE, end = it.item.kv_end - tile * PREFILL_TILE;
 #pragma unroll
-    for (int i = 0; i < PREFILL_TILE / rows; i++) {
-        const int row = i * rows + first_row;
-        const int32_t position = tile * PREFILL_TILE + row;
-        const bool seen = position >= it.item.kv_begin && position < it.item.kv_end;
-        const uint16_t *from = base + blocks[i * rows / 16] * (p.a.shape.num_kv_heads * head_stride) +
-                               (position & mask) * head_dim;
-        qf_cp_async_16_or_zero(shared + swizzled<head_dim>(row, chunk), seen ? from : base, seen);
+    for (int i = 0; i < PREFILL_TILE / step; i++) {
+        const int row = i * step + first_row;
+        const int32_t block = it.blocks[tile & 1][i * step / 16], offset = tile * PREFILL_TILE + i * step / 16 * 16;
+        const int64_t cache_row = (((int64_t)block * p.a.shape.num_kv_heads + it.kv_head) << p.block_shift) +
+                                  (offset & ((1 << p.block_shift) - 1)) + i * step % 16;
+        const uint16_t *from = k + cache_row * head_dim;
+        const bool seen = row >= begin && row < end;
+        qf_cp_async_16_or_zero(keys + to + i * step * head_dim, from, seen);
+        qf_cp_async_16_or_zero(values + to + i * step * head_dim, reinterpret_cast<const char *>(from) + to_values, seen);
     }
 }
 
@@ -89,7 +100,7 @@ static __device__ __forceinline__ void copy_queries(const attention_params &p, c
 template <int head_dim, int m_tiles> struct prefill_rows_state {
     float o[m_tiles][head_dim / 8][4];
     float maximum[m_tiles][2], sum[m_tiles][2]; /* of raw scores; the sum is this lane's share */
-    int32_t position[m_tiles][2];
+    uint32_t tokens; /* byte 2 i + h: the row's token of the item's */
 };
 
 template <int head_dim, int m_tiles>
@@ -142,17 +153,19 @@ static __device__ __forceinline__ void tile_scores(const uint16_t *queries, cons
 
 /* Scores of positions that a row does not see: -inf. */
 template <int head_dim, int m_tiles>
-static __device__ __forceinline__ void mask_scores(const prefill_rows_state<head_dim, m_tiles> &s, int32_t window,
-                                                   int32_t tile, float (&x)[m_tiles][PREFILL_TILE / 8][4])
+static __device__ __forceinline__ void mask_scores(const prefill_rows_state<head_dim, m_tiles> &s,
+                                                   int32_t first_position, int32_t window, int32_t tile,
+                                                   float (&x)[m_tiles][PREFILL_TILE / 8][4])
 {
-    const int32_t first = tile * PREFILL_TILE + 2 * (int32_t)(threadIdx.x % 4);
+    const int32_t first = tile * PREFILL_TILE + 2 * (int32_t)(threadIdx.x % 4) - first_position;
 #pragma unroll
     for (int i = 0; i < m_tiles; i++) {
 #pragma unroll
         for (int n = 0; n < PREFILL_TILE / 8; n++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const int32_t behind = s.position[i][e / 2] - (first + 8 * n + e % 2);
+                const int32_t token = s.tokens >> (8 * (2 * i + e / 2)) & 0xff;
+                const int32_t behind = token - (first + 8 * n + e % 2);
                 if (behind < 0 || behind >= window) {
                     x[i][n][e] = -INFINITY;
                 }
@@ -323,26 +336,23 @@ struct prefill_span {
 };
 
 template <int head_dim, int m_tiles>
-static __device__ __forceinline__ prefill_span set_positions(const attention_params &p, const prefill_item &it,
+static __device__ __forceinline__ prefill_span set_tokens(const attention_params &p, const prefill_item &it,
                                                              prefill_rows_state<head_dim, m_tiles> &s)
 {
     const int lane = threadIdx.x % 32, m0 = threadIdx.x / 32 * 16 * m_tiles;
+    const int32_t first = it.item.first_position, last_token = it.item.num_rows - 1;
+    s.tokens = 0;
 #pragma unroll
-    for (int i = 0; i < m_tiles; i++) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int m = m0 + 16 * i + 8 * h + lane / 4;
-            s.position[i][h] = min(it.item.first_position + m / p.group, it.last_position);
-        }
+    for (int r = 0; r < 2 * m_tiles; r++) {
+        s.tokens |= (uint32_t)min((m0 + 8 * r + lane / 4) / p.group, last_token) << (8 * r);
     }
-    return prefill_span{min(it.item.first_position + m0 / p.group, it.last_position),
-                        min(it.item.first_position + (m0 + 16 * m_tiles - 1) / p.group, it.last_position),
+    return prefill_span{first + min(m0 / p.group, last_token),
+                        first + min((m0 + 16 * m_tiles - 1) / p.group, last_token),
                         m0 < it.item.num_rows * p.group};
 }
 
 template <int head_dim, int m_tiles, bool invariant>
-static __device__ __forceinline__ void prefill_tiles(const attention_params &p, const prefill_item &it,
-                                                     uint16_t *shared)
+static __device__ __forceinline__ void prefill_tiles(const attention_params &p, prefill_item &it, uint16_t *shared)
 {
     constexpr int tile_size = PREFILL_TILE * head_dim;
     uint16_t *queries = shared, *keys = queries + PREFILL_ROWS(m_tiles) * head_dim, *values = keys + 2 * tile_size;
@@ -351,30 +361,31 @@ static __device__ __forceinline__ void prefill_tiles(const attention_params &p, 
     if (invariant) {
         clear<head_dim, m_tiles>(total);
     }
-    const prefill_span span = set_positions<head_dim, m_tiles>(p, it, s);
-    int32_t blocks[4];
-    fetch_blocks(p, it, it.first_tile, blocks);
-    copy_queries<head_dim, m_tiles>(p, it, queries);
-    copy_tile<head_dim>(p, it, it.first_tile, blocks, p.a.kv.k, keys);
-    copy_tile<head_dim>(p, it, it.first_tile, blocks, p.a.kv.v, values);
+    const prefill_span span = set_tokens<head_dim, m_tiles>(p, it, s);
+    fetch_blocks(p, it, it.first_tile);
+    fetch_blocks(p, it, it.first_tile + 1);
     qf_cp_async_commit();
-    fetch_blocks(p, it, it.first_tile + 1, blocks);
+    copy_queries<head_dim, m_tiles>(p, it, queries);
+    qf_cp_async_wait<0>();
+    __syncthreads(); /* the first two tiles' blocks */
+    copy_tile<head_dim>(p, it, it.first_tile, keys, values);
+    qf_cp_async_commit();
 #pragma unroll 1
     for (int32_t tile = it.first_tile, stage = 0; tile < it.end_tile; tile++, stage ^= 1) {
         qf_cp_async_wait<0>();
         __syncthreads(); /* the tile is there, and all warps have used the one before */
         if (tile + 1 < it.end_tile) {
-            copy_tile<head_dim>(p, it, tile + 1, blocks, p.a.kv.k, keys + (stage ^ 1) * tile_size);
-            copy_tile<head_dim>(p, it, tile + 1, blocks, p.a.kv.v, values + (stage ^ 1) * tile_size);
+            const int other = (stage ^ 1) * tile_size;
+            copy_tile<head_dim>(p, it, tile + 1, keys + other, values + other);
+            fetch_blocks(p, it, tile + 2);
             qf_cp_async_commit();
-            fetch_blocks(p, it, tile + 2, blocks);
         }
         const int32_t first = tile * PREFILL_TILE, last = first + PREFILL_TILE - 1;
         if (span.used && first <= span.last && span.first - last < p.window) {
             float x[m_tiles][PREFILL_TILE / 8][4];
             tile_scores<head_dim, m_tiles>(queries, keys + stage * tile_size, x);
             if (last > span.first || span.last - first >= p.window) {
-                mask_scores<head_dim, m_tiles>(s, p.window, tile, x);
+                mask_scores<head_dim, m_tiles>(s, it.item.first_position, p.window, tile, x);
             }
             soften_rows<head_dim, m_tiles>(s, p.scale_log2, x);
             tile_values<head_dim, m_tiles>(s, values + stage * tile_size, x);
@@ -396,17 +407,19 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_prefill_kernel(const __grid_constant__ attention_params p)
 {
     extern __shared__ __align__(128) uint16_t prefill_shared[];
+    __shared__ prefill_item it;
     qf_grid_launch_dependents();
     qf_grid_dependency_wait();
     const int32_t num_kv_heads = p.a.shape.num_kv_heads, num_units = p.a.num_items[1] * num_kv_heads;
     for (int32_t unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
-        prefill_item it;
-        it.item = p.a.items[p.a.prefill_offset + unit / num_kv_heads];
-        it.kv_head = unit % num_kv_heads;
-        it.first_tile = it.item.kv_begin / PREFILL_TILE;
-        it.end_tile = (it.item.kv_end + PREFILL_TILE - 1) / PREFILL_TILE;
-        it.last_position = it.item.first_position + it.item.num_rows - 1;
-        it.table = p.a.block_tables + p.a.block_table_start[it.item.seq];
+        if (threadIdx.x == 0) {
+            it.item = p.a.items[p.a.prefill_offset + unit / num_kv_heads];
+            it.kv_head = unit % num_kv_heads;
+            it.first_tile = it.item.kv_begin / PREFILL_TILE;
+            it.end_tile = (it.item.kv_end + PREFILL_TILE - 1) / PREFILL_TILE;
+            it.table = p.a.block_tables + p.a.block_table_start[it.item.seq];
+        }
+        __syncthreads();
         prefill_tiles<head_dim, m_tiles, invariant>(p, it, prefill_shared);
         if (it.item.num_splits == 1) {
             zero_padding(p, it.item, it.kv_head);

@@ -201,4 +201,108 @@ static inline bool qf_decode_plan_shared(const qf_decode_params *p, int warps, i
     return m->stages >= 2;
 }
 
+/* ---- what is supported ------------------------------------------------------------------------------------------ */
+
+static inline bool qf_decode_weight_ok(const qf_cuda_weight *w, const qf_cuda_weight *like, int n, int k, bool bias)
+{
+    return w->data != nullptr && w->perm == nullptr && (bias || w->bias == nullptr) && w->n == n && w->k == k &&
+           n % 16 == 0 && k % 128 == 0 && (w->bits == 4 || w->bits == 8 || w->bits == 16) &&
+           (w->bits == 16 || (w->scales != nullptr && (uintptr_t)w->scales % 16 == 0 &&
+                              (w->group_size == 32 || w->group_size == 64 || w->group_size == 128))) &&
+           (uintptr_t)w->data % 16 == 0 && w->bits == like->bits &&
+           (w->bits == 16 || w->group_size == like->group_size);
+}
+
+/* Shapes and formats; what the plan cannot do is found by the plan. */
+static inline bool qf_decode_shapes_ok(const qf_cuda_decode_args *a)
+{
+    if (a->host_layers == nullptr || a->layers == nullptr || a->num_layers < 1 || a->num_seqs < 1 ||
+        a->num_seqs > QF_DECODE_MAX_SEQS || (a->head_dim != 64 && a->head_dim != 128) || a->num_kv_heads < 1 ||
+        a->num_heads % a->num_kv_heads != 0 || a->num_heads / a->num_kv_heads > 8 || a->hidden_size < 256 ||
+        a->hidden_size % 128 != 0 || a->intermediate_size < 1 || a->block_size < 16 || a->block_size > 256 ||
+        (a->block_size & (a->block_size - 1)) != 0) {
+        return false;
+    }
+    const qf_cuda_decode_layer *first = a->host_layers;
+    int act = (a->intermediate_size + 7) / 8 * 8, other = first->sliding_window;
+    for (int i = 0; i < a->num_layers; i++) {
+        const qf_cuda_decode_layer *l = a->host_layers + i;
+        if (!qf_decode_weight_ok(&l->qkv, &first->qkv, (a->num_heads + 2 * a->num_kv_heads) * a->head_dim,
+                                 a->hidden_size, true) ||
+            !qf_decode_weight_ok(&l->o, &first->o, a->hidden_size, a->num_heads * a->head_dim, false) ||
+            !qf_decode_weight_ok(&l->gate_up, &first->gate_up, 2 * act, a->hidden_size, false) ||
+            !qf_decode_weight_ok(&l->down, &first->down, a->hidden_size, (act + 127) / 128 * 128, false) ||
+            l->k == nullptr || l->v == nullptr || l->input_norm == nullptr || l->post_attention_norm == nullptr) {
+            return false;
+        }
+        if (l->sliding_window != first->sliding_window) { /* at most two different ones */
+            if (other != first->sliding_window && other != l->sliding_window) {
+                return false;
+            }
+            other = l->sliding_window;
+        }
+    }
+    return a->final_norm != nullptr && qf_decode_weight_ok(&a->head, &a->head, a->head.n, a->hidden_size, false);
+}
+
+/* Everything but the pointers, for num_seqs sequences. False if it cannot be done. */
+static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_device *device, int num_seqs, int warps,
+                           int down_splits, qf_decode_params *p)
+{
+    *p = qf_decode_params{};
+    const qf_cuda_weight *weights[QF_DECODE_KINDS] = {&a->host_layers->qkv, &a->host_layers->o,
+                                                      &a->host_layers->gate_up, &a->host_layers->down, &a->head};
+    for (int i = 0; i < QF_DECODE_KINDS; i++) {
+        qf_decode_plan_weight(weights[i], &p->linear[i]);
+    }
+    qf_decode_linear *l = p->linear;
+    int grid = qf_decode_min(device->sm_count, qf_decode_min(l[QF_DECODE_GATE_UP].tiles, l[QF_DECODE_HEAD].tiles));
+    p->num_layers = a->num_layers;
+    p->hidden_size = a->hidden_size;
+    p->act_size = l[QF_DECODE_GATE_UP].n / 2;
+    p->num_heads = a->num_heads;
+    p->num_kv_heads = a->num_kv_heads;
+    p->head_dim = a->head_dim;
+    p->block_size = a->block_size;
+    p->num_seqs = num_seqs;
+    p->eps = a->eps;
+    p->scale_log2 = a->scale * 1.44269504f;
+    p->max_splits = qf_decode_max(1, qf_decode_min(QF_DECODE_MAX_SPLITS, grid / a->num_kv_heads));
+    /* Few k ranges make every CTA gather more of act, many make it gather more sums; and x has to fit. */
+    int splits = down_splits, kb = l[QF_DECODE_DOWN].kb, tokens = qf_cuda_tile_tokens(num_seqs);
+    if (splits == 0) {
+        splits = p->act_size > 3 * p->hidden_size ? 2 : 1;
+        while (splits < 4 && ((kb + splits - 1) / splits) * 256 * tokens > 80 * 1024) {
+            splits *= 2;
+        }
+    }
+    if (splits > grid || kb < 2 * splits || l[QF_DECODE_O].kb < 2) {
+        return false;
+    }
+    qf_decode_plan_parts(&l[QF_DECODE_QKV], 1, grid);
+    qf_decode_plan_parts(&l[QF_DECODE_O], 1, grid);
+    qf_decode_plan_parts(&l[QF_DECODE_DOWN], splits, grid);
+    l[QF_DECODE_GATE_UP].parts = l[QF_DECODE_HEAD].parts = grid;
+    l[QF_DECODE_GATE_UP].by_tile = l[QF_DECODE_HEAD].by_tile = 1;
+    l[QF_DECODE_O].rotation = l[QF_DECODE_QKV].parts % grid;
+    l[QF_DECODE_DOWN].rotation = (l[QF_DECODE_QKV].parts + l[QF_DECODE_O].parts) % grid;
+    p->qkv_slots = l[QF_DECODE_QKV].max_pieces;
+    p->o_slots = l[QF_DECODE_O].max_pieces;
+    p->down_slots = splits * l[QF_DECODE_DOWN].max_pieces;
+    if (p->qkv_slots > QF_DECODE_MAX_SLOTS || p->o_slots > QF_DECODE_MAX_SLOTS ||
+        p->down_slots > QF_DECODE_MAX_SLOTS) {
+        return false;
+    }
+    const int sizes[5] = {p->qkv_slots * l[QF_DECODE_QKV].n, a->num_heads * a->head_dim, p->o_slots * a->hidden_size,
+                          p->act_size, p->down_slots * a->hidden_size};
+    int32_t *at[5] = {&p->ll.qkv, &p->ll.attention, &p->ll.o, &p->ll.act, &p->ll.down};
+    for (int i = 0; i < 5; i++) {
+        *at[i] = p->ll.words;
+        p->ll.words += (sizes[i] * num_seqs + 31) / 32 * 32;
+    }
+    p->partials_ml = (int64_t)QF_DECODE_MAX_SEQS * a->num_heads * p->max_splits * a->head_dim;
+    p->partials_half = p->partials_ml + (int64_t)QF_DECODE_MAX_SEQS * a->num_heads * p->max_splits * 2;
+    return qf_decode_plan_shared(p, warps, device->max_shared_bytes, &p->map);
+}
+
 #endif

@@ -12,21 +12,24 @@
  * Plan. A block computes 128 rows x N tokens (N = 8 .. 256) of one share of k; two blocks with adjacent rows form a
  * cluster (N >= 32) and share the tokens.
  *
- *                      tokens (N)                   warp 8       copies: weights, scales, and half of x for both
- *                   +--------------+                             blocks, a stage ahead of the consumers
- *     row tile 0    | warp 0       |  warpgroup 0   warps 0..7   wait for a stage, read their 16 rows of weights,
- *     ...           | ...          |                             unpack 64 k to bf16 while the 64 k before are
- *     row tile 3    | warp 3       |                             multiplied, start four wgmma, release the stage
+ *                      tokens (N)                   warp 8       copies x: half of it for both blocks, a ring of
+ *                   +--------------+                             stages ahead of the consumers
+ *     row tile 0    | warp 0       |  warpgroup 0   warps 0..7   fetch their own 16 rows of weights and scales a ring
+ *     ...           | ...          |                             ahead (cp.async), unpack 64 k to bf16 while the 64 k
+ *     row tile 3    | warp 3       |                             before are multiplied, start four wgmma, release x
  *     row tile 4    | warp 4       |  warpgroup 1
- *     ...           | ...          |                stage        64 or 128 k: [x][weights][scales], a full barrier
- *     row tile 7    | warp 7       |                             (bytes) and an empty one (warps of the cluster)
- *                   +--------------+
+ *     ...           | ...          |                stage        64 or 128 k: [x][weights and scales of each warp], a
+ *     row tile 7    | warp 7       |                             full barrier (bytes of x) and an empty one (warps of
+ *                   +--------------+                             the cluster)
  *
- * Bulk copies are contiguous: 64 k of a row tile, its scales, 64 k of the token tiles. A tile of fewer than 8 tokens
- * is spread to core matrices by the copies. The group scale is multiplied in bf16 (one rounding of it and one of the
- * product, 2^-9 each), scale_multiplier in the epilogue. N <= 128 has two or three blocks an SM, so that one's prologue
- * and epilogue hide behind another's work; N >= 192 has one, and its blocks take tiles in turn while the producer is
- * ahead. Sums run over k in ascending order in one accumulator, whatever N is.
+ * A tile of fewer than 8 tokens is spread to core matrices by the copies. The group scale is multiplied in bf16 (one
+ * rounding of it and one of the product, 2^-9 each), scale_multiplier in the epilogue. N <= 64 has two or three blocks
+ * an SM, so that one's prologue and epilogue hide behind another's work; N >= 128 has one, and its blocks take tiles in
+ * turn while the copies run ahead into the next. Sums run over k in ascending order in one accumulator, whatever N is.
+ *
+ * Lost: bulk copies of weights and scales by the producer. A bulk copy takes uniform registers, so the lanes' copies of
+ * 16 pieces a stage went one after the other, about 100 cycles each: 1,650 cycles for 64 k of 4 bits, where the tensor
+ * cores need 1,024 at N = 256 and the bandwidth 260 at N = 8.
  *
  * Measured: see PERF.md. */
 #include "linear_wgmma_tile.cuh"
@@ -44,7 +47,7 @@ static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, token
 #ifdef QF_SM90A
     typedef qf_wg_shape<bits, tokens> shape;
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ uint64_t full[shape::stages], empty[shape::stages];
+    __shared__ uint64_t full[shape::stages], empty[shape::stages], turn[2];
 
     const int rank = shape::cluster > 1 ? (int)qf_cluster_rank() : 0;
     if (threadIdx.x == 0) {
@@ -52,6 +55,8 @@ static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, token
             qf_mbarrier_init(&full[i], 1);
             qf_mbarrier_init(&empty[i], QF_WG_ROW_TILES * shape::cluster);
         }
+        qf_mbarrier_init(&turn[0], QF_WG_ROW_TILES / 2);
+        qf_mbarrier_init(&turn[1], QF_WG_ROW_TILES / 2);
         qf_mbarrier_init_fence();
     }
     qf_grid_launch_dependents();
@@ -76,16 +81,18 @@ static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, token
             feed.fetch(p, shared + i * shape::stage_bytes);
         }
         qf_grid_dependency_wait();
-        if (shape::turns && threadIdx.x >= 128) {
-            qf_named_barrier_arrive(QF_WG_TURN, 256); /* warpgroup 0 begins */
+        if (shape::turns && threadIdx.x >= 128 && threadIdx.x % 32 == 0) {
+            qf_mbarrier_arrive(&turn[0]); /* warpgroup 0 begins */
         }
+        uint32_t turn_phase = 0;
         int stage = 0;
         uint32_t phase = 0;
         for (int unit = first_unit; unit < p.units; unit += unit_step) {
             float d[tokens / 2];
             feed.set_next(p, unit + unit_step, rank);
             qf_wg_unit u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
-            qf_wg_sum<bits, tokens>(d, p, feed, shared, full, empty, stage, phase, (u.k_end - u.k_begin) / 128);
+            qf_wg_sum<bits, tokens>(d, p, feed, shared, full, empty, stage, phase, turn, turn_phase,
+                                    (u.k_end - u.k_begin) / 128);
             asm volatile("" : "+r"(unit)); /* the unit is worked out again rather than kept in registers */
             u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
             if (p.silu_mul) {
@@ -93,9 +100,6 @@ static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, token
             } else {
                 qf_wg_store<tokens>(p, u, d);
             }
-        }
-        if (shape::turns && threadIdx.x < 128) {
-            qf_named_barrier(QF_WG_TURN, 256); /* takes warpgroup 1's last arrival */
         }
     }
     if (shape::cluster > 1) {

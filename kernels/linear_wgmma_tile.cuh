@@ -8,7 +8,6 @@
 
 #define QF_WG_ROW_TILES 8 /* of 16 rows, a block: one per consumer warp */
 #define QF_WG_THREADS (32 * QF_WG_ROW_TILES + 128) /* and a warpgroup whose first warp copies x */
-#define QF_WG_TURN 1 /* number of the named barrier on which warpgroup 0 waits for its turn; the next is 1's */
 
 /* Up to how many bits the two warpgroups take turns at the tensor cores. */
 #ifndef QF_WG_TURNS_BITS
@@ -295,10 +294,12 @@ __device__ __forceinline__ void qf_wg_load(uint32_t (&a)[steps][4], const uint8_
 /* d += a batch: starts its steps as one group, and waits for the group before it. With turns the other warpgroup's
  * batch comes between, so that one warpgroup unpacks while the other's products run. */
 template <int tokens, int steps, bool turns>
-__device__ __forceinline__ void qf_wg_multiply(float (&d)[tokens / 2], const uint32_t (&a)[steps][4], uint32_t x)
+__device__ __forceinline__ void qf_wg_multiply(float (&d)[tokens / 2], const uint32_t (&a)[steps][4], uint32_t x,
+                                               uint64_t *turn, uint32_t &turn_phase)
 {
     if (turns) {
-        qf_named_barrier(QF_WG_TURN + threadIdx.x / 128, 256);
+        qf_mbarrier_wait_bounded(&turn[threadIdx.x / 128], turn_phase);
+        turn_phase ^= 1;
     }
     qf_wgmma_fence();
 #pragma unroll
@@ -306,8 +307,8 @@ __device__ __forceinline__ void qf_wg_multiply(float (&d)[tokens / 2], const uin
         qf_wgmma<tokens>::add(d, a[s], qf_wgmma_descriptor(x, s));
     }
     qf_wgmma_commit();
-    if (turns) {
-        qf_named_barrier_arrive(QF_WG_TURN + 1 - threadIdx.x / 128, 256);
+    if (turns && threadIdx.x % 32 == 0) {
+        qf_mbarrier_arrive(&turn[1 - threadIdx.x / 128]);
     }
     qf_wgmma_wait<1>();
 }
@@ -331,7 +332,7 @@ template <int cluster> __device__ __forceinline__ void qf_wg_release(uint64_t *e
 template <int bits, int tokens>
 __device__ __forceinline__ void qf_wg_sum(float (&d)[tokens / 2], const qf_wg_params &p, qf_wg_feed<bits, tokens> &feed,
                                           uint8_t *shared, uint64_t *full, uint64_t *empty, int &stage,
-                                          uint32_t &phase, int blocks)
+                                          uint32_t &phase, uint64_t *turn, uint32_t &turn_phase, int blocks)
 {
     typedef qf_wg_shape<bits, tokens> shape;
     constexpr int steps = shape::steps, batches = 8 / steps;
@@ -353,7 +354,8 @@ __device__ __forceinline__ void qf_wg_sum(float (&d)[tokens / 2], const qf_wg_pa
         for (int i = 0; i < batches; i++) {
             const int k = i * 16 * steps % shape::stage_k, next_k = (k + 16 * steps) % shape::stage_k;
             qf_wg_multiply<tokens, steps, shape::turns>(
-                d, a[i & 1], x + stage * shape::stage_bytes + k / 64 * shape::slice_bytes + k % 64 * 16);
+                d, a[i & 1], x + stage * shape::stage_bytes + k / 64 * shape::slice_bytes + k % 64 * 16, turn,
+                turn_phase);
             if (k == 0 && (i > 0 || block > 0)) {
                 qf_wg_release<shape::cluster>(&empty[previous]);
             }

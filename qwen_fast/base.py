@@ -74,14 +74,14 @@ class BaseLLM:
         """Loads a model.
 
         model: "demo" (the small model in the package), a checkpoint directory, or a Hugging Face hub id.
-        device: "auto" (a GPU where this build and this machine have one that it can use, else the CPU), "cpu", "cuda" or
-            "cuda:1", the GPU of that number.
+        device: "auto" (a GPU where this build and this machine have one that it can use, else the CPU), "cpu", "cuda",
+            or "cuda:1", the GPU of that number.
         dtype: "auto" (as in the checkpoint), "bfloat16", "float16" / "half", "float32".
         quantization: None / "auto" (as the checkpoint is), "none", "w4" (to 4 bits while loading), "awq", "gptq",
             "compressed-tensors". quantization_group_size: 32, 64 or 128, for "w4".
         activation_dtype: "auto" (on the CPU int8 beside 4- and 8-bit weights, on a GPU bfloat16), "int8", "float32".
         kv_cache_dtype: "auto" (dtype), "bfloat16", "float32".
-        lm_head_dtype: "auto" (on the CPU int8 where the layers are quantised, on a GPU "model"), "model", "int8", "int4".
+        lm_head_dtype: "auto" (on the CPU int8 where the layers are quantised, else "model"), "model", "int8", "int4".
         block_size: tokens in a KV cache block: 16, 32, 64, 128.
         max_model_len: prompt and output together; None: the checkpoint's, or what the KV cache can hold.
         max_num_seqs, max_num_batched_tokens: sequences and tokens in one step.
@@ -94,9 +94,9 @@ class BaseLLM:
             gpu_memory_utilization is an alias.
         memory: weights, workspace and KV cache together take at most this, in bytes or as "6GiB": the cache gets what
             the others leave.
-        cpu_offload: "embeddings" keeps the embedding in the host's memory (a tied one only beside a quantised head, which
-            needs no 16-bit copy). cpu_offload_gb: so many GiB of layers too, whole layers; each step then reads them
-            over the bus. Neither changes a token; the CPU refuses both.
+        cpu_offload: "embeddings" keeps the embedding in the host's memory (a tied one saves nothing but beside a
+            quantised head). cpu_offload_gb: so many GiB of layers too, whole layers; each step then reads them over
+            the bus. Neither changes a token; the CPU refuses both.
         batch_invariant: the same bits for a request whatever runs beside it. On the CPU always so; on a GPU it costs
             speed, and without it only runs with the same neighbours repeat bit for bit.
         enforce_eager: kernels are launched one by one, no graphs are captured.

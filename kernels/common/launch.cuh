@@ -48,7 +48,7 @@ static qf_status qf_launch(const char *name, void (*kernel)(Params...), dim3 gri
 template <typename... Params>
 static qf_status qf_allow_shared(const char *name, void (*kernel)(Params...), size_t bytes, qf_error *err)
 {
-    if (bytes <= 48 * 1024) {
+    if (bytes <= 32 * 1024) { /* the limit of 48 KB counts the kernel's static shared memory too */
         return QF_OK;
     }
     cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),

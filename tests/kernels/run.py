@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import os
 import pathlib
@@ -71,13 +72,24 @@ def present_arch() -> str:
     return "90a" if name == "90" else name
 
 
+@functools.cache
+def cuda_include() -> str:
+    """The folder of cuda_runtime_api.h, as nvcc says: the nvcc on PATH may be a link or a script."""
+    if shutil.which("nvcc") is None:
+        raise BuildError("nvcc was not found")
+    command = ["nvcc", "--dryrun", "-c", str(KERNELS / "device.cu")]
+    dry_run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    (top,) = [line.partition("=")[2] for line in dry_run.stderr.splitlines() if line.startswith("#$ TOP=")]
+    return os.path.join(top, "include")
+
+
 def compile_object(source: pathlib.Path, arch: str) -> pathlib.Path:
     """Compiles one file unless the cached object is newer than all that went into it."""
     if source.suffix == ".cu":
         own = re.findall(r"^/\* nvcc: (.*) \*/$", source.read_text(), re.MULTILINE)
         command = ["nvcc", *NVCC_FLAGS, *" ".join(own).split(), f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     else:
-        command = [*shlex.split(os.environ.get("CC", "cc")), *C_FLAGS]
+        command = [*shlex.split(os.environ.get("CC", "cc")), *C_FLAGS, "-isystem", cuda_include()]
     if shutil.which(command[0]) is None:
         raise BuildError(f"{command[0]} was not found")
     BUILD.mkdir(parents=True, exist_ok=True)

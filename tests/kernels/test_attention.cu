@@ -41,18 +41,21 @@ struct World {
         shuffle(random, num_blocks);
         k.assign((size_t)num_blocks * num_kv_heads * block_size * head_dim, 0xffff);
         v = k;
+        std::vector<uint16_t> pool(1 << 17); /* vectors are cut from it at random places */
+        for (uint16_t &x : pool) {
+            x = bf16_bits(random.normal() * 1.5f);
+        }
+        auto fill = [&](uint16_t *to, int size) { memcpy(to, &pool[(size_t)random.below((1 << 17) - size)], size * 2); };
         for (size_t s = 0; s < lens.size(); s++) {
             for (int position = unseen; position < lens[s]; position++) {
                 for (int head = 0; head < num_kv_heads; head++) {
-                    for (int d = 0; d < head_dim; d++) {
-                        k[at((int)s, position, head) + d] = bf16_bits(random.normal());
-                        v[at((int)s, position, head) + d] = bf16_bits(random.normal() + 0.25f);
-                    }
+                    fill(&k[at((int)s, position, head)], head_dim);
+                    fill(&v[at((int)s, position, head)], head_dim);
                 }
             }
             q.emplace_back((size_t)lens[s] * num_heads * head_dim);
-            for (uint16_t &x : q.back()) {
-                x = bf16_bits(random.normal() * 2.0f);
+            for (size_t i = 0; i < q.back().size(); i += (size_t)head_dim) {
+                fill(&q.back()[i], head_dim);
             }
         }
         device_k = new Device<uint16_t>(k);

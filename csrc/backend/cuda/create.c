@@ -20,6 +20,30 @@ static size_t step_pinned_bytes(const qf_cuda_backend *self)
            (size_t)self->logprob_capacity * sizeof(qf_cuda_logprob);
 }
 
+static qf_cuda_weight shape_of(const qf_cuda_linear_layout *layout)
+{
+    return (qf_cuda_weight){.n = layout->n, .k = layout->k, .bits = layout->bits, .group_size = layout->group_size};
+}
+
+/* The decode kernel's workspace follows from the layers' shapes. */
+static qf_status plan_decode(qf_cuda_backend *self, qf_error *err)
+{
+    self->decode_kernel = wants_decode_kernel(self);
+    if (!self->decode_kernel) {
+        return QF_OK;
+    }
+    QF_TRY(qf_alloc((void **)&self->decode_layers, (size_t)self->config.num_layers, sizeof *self->decode_layers,
+                    "the layers", err));
+    for (int32_t i = 0; i < self->config.num_layers; i++) {
+        const qf_cuda_layer_layout *layer = &self->layout.layers[i];
+        self->decode_layers[i] = (qf_cuda_decode_layer){.qkv = shape_of(&layer->qkv),
+                                                        .o = shape_of(&layer->o),
+                                                        .gate_up = shape_of(&layer->gate_up),
+                                                        .down = shape_of(&layer->down)};
+    }
+    return QF_OK;
+}
+
 /* Everything that follows from checkpoint and options; nothing is allocated on the device. */
 static qf_status plan(qf_cuda_backend *self, const qf_checkpoint *checkpoint, const qf_backend_options *options,
                       qf_memory_plan *out, qf_error *err)
@@ -34,7 +58,7 @@ static qf_status plan(qf_cuda_backend *self, const qf_checkpoint *checkpoint, co
     QF_TRY(qf_cuda_device_get(options->device_ordinal, &self->device, err));
     QF_TRY(qf_cuda_weights_plan(checkpoint, options, &self->layout, err));
     qf_cuda_backend_shape(self);
-    self->decode_kernel = wants_decode_kernel(self);
+    QF_TRY(plan_decode(self, err));
     size_t workspace_bytes;
     QF_TRY(qf_cuda_workspace_layout(self, NULL, &workspace_bytes, err));
     *out = (qf_memory_plan){.embedding_bytes = self->layout.embedding_bytes,
@@ -53,6 +77,7 @@ qf_status qf_cuda_plan_memory(const qf_checkpoint *checkpoint, const qf_backend_
     QF_TRY(qf_alloc((void **)&self, 1, sizeof *self, "the CUDA backend's plan", err));
     qf_status status = plan(self, checkpoint, options, out, err);
     qf_cuda_weights_layout_deinit(&self->layout);
+    qf_free(self->decode_layers);
     qf_free(self);
     return status;
 }
@@ -208,7 +233,6 @@ static qf_status prepare_decode(qf_cuda_backend *self, qf_error *err)
         return QF_OK;
     }
     size_t count = (size_t)self->config.num_layers;
-    QF_TRY(qf_alloc((void **)&self->decode_layers, count, sizeof *self->decode_layers, "the layers", err));
     for (int32_t i = 0; i < self->config.num_layers; i++) {
         const qf_cuda_layer *layer = &self->weights.layers[i];
         char *k = self->kv + 2 * (size_t)i * self->kv_layer_bytes;

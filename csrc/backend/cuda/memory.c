@@ -130,7 +130,8 @@ static qf_cuda_attention_shape attention_shape(const qf_cuda_backend *self)
 
 static void decode_shape(const qf_cuda_backend *self, qf_cuda_decode_args *out)
 {
-    *out = (qf_cuda_decode_args){.num_layers = self->config.num_layers,
+    *out = (qf_cuda_decode_args){.host_layers = self->decode_layers,
+                                 .num_layers = self->config.num_layers,
                                  .hidden_size = self->config.hidden_size,
                                  .intermediate_size = self->config.intermediate_size,
                                  .num_heads = self->config.num_heads,
@@ -141,6 +142,7 @@ static void decode_shape(const qf_cuda_backend *self, qf_cuda_decode_args *out)
     out->head.n = self->layout.head.n;
     out->head.k = self->layout.head.k;
     out->head.bits = self->layout.head.bits;
+    out->head.group_size = self->layout.head.group_size;
 }
 
 qf_status qf_cuda_workspace_layout(qf_cuda_backend *self, char *storage, size_t *bytes, qf_error *err)
