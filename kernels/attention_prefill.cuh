@@ -71,15 +71,19 @@ static __device__ __forceinline__ void copy_tile(const attention_params &p, cons
     const int to = swizzled<head_dim>(first_row, chunk);
     const int32_t begin = it.item.kv_begin - tile * PREFILL_TILE, end = it.item.kv_end - tile * PREFILL_TILE;
 #pragma unroll
-    for (int i = 0; i < PREFILL_TILE / step; i++) {
-        const int row = i * step + first_row;
-        const int32_t block = it.blocks[tile & 1][i * step / 16], offset = tile * PREFILL_TILE + i * step / 16 * 16;
-        const int64_t cache_row = (((int64_t)block * p.a.shape.num_kv_heads + it.kv_head) << p.block_shift) +
-                                  (offset & ((1 << p.block_shift) - 1)) + i * step % 16;
-        const uint16_t *from = k + cache_row * head_dim;
-        const bool seen = row >= begin && row < end;
-        qf_cp_async_16_or_zero(keys + to + i * step * head_dim, from, seen);
-        qf_cp_async_16_or_zero(values + to + i * step * head_dim, reinterpret_cast<const char *>(from) + to_values, seen);
+    for (int run = 0; run < PREFILL_TILE; run += 16) {
+        /* A row of the layer's cache: there are fewer than 2^31. */
+        const int32_t block = it.blocks[tile & 1][run / 16] * p.a.shape.num_kv_heads + it.kv_head;
+        const int32_t cache_row =
+            (block << p.block_shift) + ((tile * PREFILL_TILE + run) & ((1 << p.block_shift) - 1));
+        const uint16_t *from = k + (int64_t)cache_row * head_dim;
+#pragma unroll
+        for (int row = run; row < run + 16; row += step) {
+            const bool seen = row + first_row >= begin && row + first_row < end;
+            const uint16_t *key = from + (row - run) * head_dim;
+            qf_cp_async_16_or_zero(keys + to + row * head_dim, key, seen);
+            qf_cp_async_16_or_zero(values + to + row * head_dim, reinterpret_cast<const char *>(key) + to_values, seen);
+        }
     }
 }
 
