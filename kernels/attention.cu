@@ -1,31 +1,31 @@
 /* Causal attention over the paged cache.
  *
- *   out[row][head] = sum over j of softmax_j(scale q[row][head] . k[j]) v[j],  j in (p - window, p],  p the row's position
+ *   out[row][head] = sum over j of softmax_j(scale q[row][head] . k[j]) v[j],  j in (p - window, p],  p its position
  *
  * Shapes and layouts: q (num_tokens, num_heads, head_dim) bf16; caches (num_blocks, num_kv_heads, block_size, head_dim)
- * bf16, found through block tables; out: tiled bf16 (num_heads * head_dim padded to 128, num_tokens). Heads h of a group of
- * num_heads / num_kv_heads share a kv head. Softmax in float32, by powers of two; weights are rounded to bf16.
+ * bf16, found through block tables; out: tiled bf16 (num_heads * head_dim padded to 128, num_tokens). Heads h of a
+ * group of num_heads / num_kv_heads share a kv head. Softmax in float32, by powers of two; weights are rounded to bf16.
  *
- * Roofline. Decode: memory; a sequence of n positions reads 4 n num_kv_heads head_dim bytes: 256 sequences of 384 of the
- * 7B model 201 MB, 46 us at 4.4 TB/s. Prefill: tensor cores; 2 n^2 num_heads head_dim FLOPs of causal work: 8,192 tokens of
- * the 7B model 481 GFLOP; mma.sync reaches little more than half of the 990 TFLOP/s of wgmma. Target 350.
+ * Roofline. Decode: memory; a sequence of n positions reads 4 n num_kv_heads head_dim bytes: 256 sequences of 384 of
+ * the 7B model 201 MB, 46 us at 4.4 TB/s. Prefill: tensor cores; 2 n^2 num_heads head_dim FLOPs of causal work: 8,192
+ * tokens of the 7B model 481 GFLOP; mma.sync reaches little more than half of the 990 TFLOP/s of wgmma. Target 350.
  *
- * Plan. The host cuts the batch into items (csrc/backend/cuda/attention_plan.c); a CTA of 4 warps takes an (item, kv head),
- * long items first:
+ * Plan. The host cuts the batch into items (csrc/backend/cuda/attention_plan.c); a CTA of 4 warps takes an (item, kv
+ * head), long items first:
  *
  *     decode item:   1 row, a run of positions     -> attention_decode.cuh: warps take turns at tiles of 16 positions
  *     prefill item:  128 (64) rows of the group,   -> attention_prefill.cuh: warps own 32 (16) rows and walk over tiles
  *                    all or a run of positions        of 64 positions in shared memory
  *
- *     positions  | split 0 | split 1 | split 2 |..    items of one row tile: partial results (maximum, sum, values) in the
- *                    |         |         |            workspace; the CTA that arrives last at the tile's counter merges
- *                    +---------+---------+--> merge   all in order of split, so that timing does not show
+ *     positions  | split 0 | split 1 | split 2 |..    items of one row tile: partial results (maximum, sum, values) in
+ *                    |         |         |            the workspace; the CTA that arrives last at the tile's counter
+ *                    +---------+---------+--> merge   merges all in order of split, so that timing does not show
  *
- * The decode grid is fixed (graphs), and its CTAs loop over the items that there are. Rows of a captured graph's padding
- * have no items.
+ * The decode grid is fixed (graphs), and its CTAs loop over the items that there are. Rows of a captured graph's
+ * padding have no items.
  *
- * batch_invariant: all rows go through the prefill kernel with 64 rows, which computes each QF_CUDA_SPLIT_TOKENS positions
- * from scratch and merges them in order, in registers or by way of the workspace, with the same arithmetic; a
+ * batch_invariant: all rows go through the prefill kernel with 64 rows, which computes each QF_CUDA_SPLIT_TOKENS
+ * positions from scratch and merges them in order, in registers or by way of the workspace, with the same arithmetic; a
  * row of the tensor cores' product depends on no other row.
  *
  * Measured: see PERF.md. */
@@ -66,7 +66,7 @@ static qf_status check_shape(const qf_cuda_attention_args *a, qf_error *err)
     }
     if (s->num_kv_heads <= 0 || s->num_heads <= 0 || s->num_heads % s->num_kv_heads != 0 ||
         s->num_heads / s->num_kv_heads > QF_ATTENTION_MAX_GROUP) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: %d heads for %d kv heads (a multiple, up to %d times)",
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: %d heads for %d kv heads (a multiple, up to %d)",
                        s->num_heads, s->num_kv_heads, QF_ATTENTION_MAX_GROUP);
     }
     if (s->block_size < 16 || (s->block_size & (s->block_size - 1)) != 0) {
@@ -79,7 +79,7 @@ static qf_status check_shape(const qf_cuda_attention_args *a, qf_error *err)
     if (a->kv.float32 || a->kv.block_size != s->block_size || a->kv.num_kv_heads != s->num_kv_heads ||
         a->kv.head_dim != s->head_dim) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
-                       "attention: the cache (blocks of %d, %d heads of %d%s) does not have the shape given (%d, %d, %d)",
+                       "attention: the cache (blocks of %d, %d heads of %d%s) is not of the shape given (%d, %d, %d)",
                        a->kv.block_size, a->kv.num_kv_heads, a->kv.head_dim, a->kv.float32 ? ", float32" : "",
                        s->block_size, s->num_kv_heads, s->head_dim);
     }

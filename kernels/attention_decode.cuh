@@ -6,10 +6,10 @@
  *     S^T (16 positions x 8 heads) = K (16 x head_dim) Q^T        O^T (head_dim x 8 heads) += V^T (head_dim x 16) P^T
  *
  * so a key or value element is read once for all heads of the group. Sums over k may run in any order if both operands
- * agree: lane (g, t) of a warp (g = lane / 4, t = lane % 4) loads 16 bytes of row g at column 32 c + 8 t, and its four words are
- * the k pairs of two steps. Of values it loads columns 64 c + 8 g .. + 7 of positions 2t, 2t + 1, 2t + 8, 2t + 9, and
- * pairs neighbouring positions by byte permutes: row g of tile 4 c + w is column 64 c + 8 g + 2 w, row g + 8 the next
- * one. P^T comes from S^T by two 8 x 8 transposes within the warp. */
+ * agree: lane (g, t) of a warp (g = lane / 4, t = lane % 4) loads 16 bytes of row g at column 32 c + 8 t, and its four
+ * words are the k pairs of two steps. Of values it loads columns 64 c + 8 g .. + 7 of positions 2t, 2t + 1, 2t + 8, 2t
+ * + 9, and pairs neighbouring positions by byte permutes: row g of tile 4 c + w is column 64 c + 8 g + 2 w, row g + 8
+ * the next one. P^T comes from S^T by two 8 x 8 transposes within the warp. */
 #ifndef QF_ATTENTION_DECODE_CUH
 #define QF_ATTENTION_DECODE_CUH
 
@@ -17,7 +17,8 @@
 
 #define DECODE_TILE 16
 
-/* Volatile: the order of loads and products is the one written. Not the read-only path: the kernel before wrote these. */
+/* Volatile: the order of loads and products is the one written. Not the read-only path: the kernel before wrote these.
+ * */
 static __device__ __forceinline__ uint4 load_now(const uint16_t *p)
 {
     uint4 v;

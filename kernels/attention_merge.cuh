@@ -61,7 +61,8 @@ static __device__ __forceinline__ void store_out(const attention_params &p, int3
 {
     const float f = __frcp_rn(sum);
     *reinterpret_cast<uint2 *>(out_element(p, k, token)) =
-        make_uint2(qf_pack_bf16(__fmul_rn(x.x, f), __fmul_rn(x.y, f)), qf_pack_bf16(__fmul_rn(x.z, f), __fmul_rn(x.w, f)));
+        make_uint2(qf_pack_bf16(__fmul_rn(x.x, f), __fmul_rn(x.y, f)),
+                   qf_pack_bf16(__fmul_rn(x.z, f), __fmul_rn(x.w, f)));
 }
 
 /* The columns beyond the heads, by the CTA of the last kv head. */

@@ -5,13 +5,13 @@
  *
  *     S (M x 64) = Q K^T;  P = 2^(S scale - maximum);  O (M x head_dim) = O 2^(old maximum - maximum) + P V
  *
- * Shared memory: Q | K, K | V, V, rows of head_dim bf16 in chunks of 16 bytes; chunk c of row r stands at c ^ (r % 8), so
- * that the 8 rows of an ldmatrix lie in different banks. Tile i + 1 is copied (cp.async) while tile i is used; there is one
- * barrier a tile. The block numbers of tile i + 2 are fetched meanwhile.
+ * Shared memory: Q | K, K | V, V, rows of head_dim bf16 in chunks of 16 bytes; chunk c of row r stands at c ^ (r % 8),
+ * so that the 8 rows of an ldmatrix lie in different banks. Tile i + 1 is copied (cp.async) while tile i is used; there
+ * is one barrier a tile. The block numbers of tile i + 2 are fetched meanwhile.
  *
- * invariant: at each multiple of QF_CUDA_SPLIT_TOKENS the running result is put aside, merged with what came before, and
- * begun anew. What a row then gets depends on its position alone: tiles that it does not see leave its result as it is
- * (weights 0, a factor of 1). */
+ * invariant: at each multiple of QF_CUDA_SPLIT_TOKENS the running result is put aside, merged with what came before,
+ * and begun anew. What a row then gets depends on its position alone: tiles that it does not see leave its result as it
+ * is (weights 0, a factor of 1). */
 #ifndef QF_ATTENTION_PREFILL_CUH
 #define QF_ATTENTION_PREFILL_CUH
 

@@ -15,9 +15,14 @@ static __global__ void qf_probe_kernel(int *out)
 extern "C" qf_status qf_cuda_device_get(int32_t ordinal, qf_cuda_device *out, qf_error *err)
 {
     int count = 0;
-    QF_CUDA_TRY(cudaGetDeviceCount(&count));
+    cudaError_t found = cudaGetDeviceCount(&count);
+    if (found != cudaSuccess) {
+        (void)cudaGetLastError();
+        return QF_FAIL(err, QF_ERROR_BACKEND, "device cuda:%d: no CUDA device can be used: %s", ordinal,
+                       cudaGetErrorString(found));
+    }
     if (ordinal < 0 || ordinal >= count) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "device %d is not among the %d CUDA devices", ordinal, count);
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "device cuda:%d is not among the %d CUDA devices", ordinal, count);
     }
     int major, minor, sm_count, shared_bytes;
     QF_CUDA_TRY(cudaSetDevice(ordinal));
@@ -27,7 +32,7 @@ extern "C" qf_status qf_cuda_device_get(int32_t ordinal, qf_cuda_device *out, qf
     QF_CUDA_TRY(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal));
     if (major < 8) {
         return QF_FAIL(err, QF_ERROR_BACKEND,
-                       "device %d has compute capability %d.%d; the kernels need 8.0 (Ampere) or later", ordinal,
+                       "device cuda:%d has compute capability %d.%d; the kernels need 8.0 (Ampere) or later", ordinal,
                        major, minor);
     }
     cudaFuncAttributes attributes;
@@ -35,7 +40,7 @@ extern "C" qf_status qf_cuda_device_get(int32_t ordinal, qf_cuda_device *out, qf
     if (status != cudaSuccess) {
         (void)cudaGetLastError();
         return QF_FAIL(err, QF_ERROR_BACKEND,
-                       "this build has no code for device %d of compute capability %d.%d (%s); build with "
+                       "this build has no code for device cuda:%d of compute capability %d.%d (%s); build with "
                        "QF_CUDA_ARCHS=%d%d",
                        ordinal, major, minor, cudaGetErrorString(status), major, minor);
     }

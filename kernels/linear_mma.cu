@@ -47,6 +47,7 @@
  *
  * Tried and lost: bulk copies of 2 KB of weights per warp into shared memory for the GEMV (a sketch ran at half the
  * speed of loads into registers). */
+#include "linear_mma_batch.cuh"
 #include "linear_mma_stream.cuh"
 #include "linear_mma_tile.cuh"
 
@@ -59,6 +60,12 @@ typedef struct qf_stream_plan {
     int32_t slot_offset, shared_bytes;
     double cost_us; /* an estimate, to compare num_splits by */
 } qf_stream_plan;
+
+typedef struct qf_batch_plan {
+    int32_t row_groups, row_warps, slices, passes; /* a CTA has row_warps * slices warps */
+    int32_t chunk_blocks, slot_offset, shared_bytes;
+    double cost_us;
+} qf_batch_plan;
 
 typedef struct qf_tile_plan {
     int32_t tokens, token_warps, row_warps; /* token tiles of a warp; warps along tokens and along rows */
@@ -85,6 +92,47 @@ static bool qf_stream_plan_make(const qf_cuda_device *device, int32_t row_tiles,
         plan->shared_bytes = plan->slot_offset + (tiles + plan->warps) * num_tokens * QF_STREAM_TOKEN_STRIDE * 4;
         plan->cost_us = 0.031 * pieces * plan->ctas_per_sm * waves + 0.06 * num_splits;
         if (plan->shared_bytes * plan->ctas_per_sm + 1024 * (plan->ctas_per_sm - 1) <= device->max_shared_bytes) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Token tiles that the batch kernel is made for. */
+static int32_t qf_batch_tokens(int32_t num_tokens) { return num_tokens <= 16 ? 2 : 4; }
+
+/* False if it does not fit shared memory. */
+static bool qf_batch_plan_make(const qf_cuda_device *device, int32_t row_tiles, int32_t blocks, int32_t bits,
+                               int32_t group_size, int32_t num_tokens, int32_t num_splits, qf_batch_plan *plan)
+{
+    const int32_t tokens = qf_batch_tokens(num_tokens), rows = qf_batch_rows(bits, group_size, tokens);
+    const int32_t units = qf_ceil_div(row_tiles, rows), max_warps = qf_batch_max_warps(bits, group_size, tokens);
+    const int32_t share = qf_ceil_div(blocks, num_splits), num_tiles = qf_cuda_num_tiles(num_tokens);
+    const int32_t groups = device->sm_count < num_splits ? 1 : device->sm_count / num_splits;
+    plan->passes = qf_ceil_div(units, groups * max_warps);
+    plan->row_warps = qf_ceil_div(units, groups * plan->passes);
+    plan->row_groups = qf_ceil_div(units, plan->row_warps * plan->passes);
+    int32_t limit = max_warps / plan->row_warps;
+    limit = limit > QF_BATCH_MAX_SLICES ? QF_BATCH_MAX_SLICES : limit > share ? share : limit;
+    for (; limit >= 1; limit--) {
+        plan->slices = 1;
+        for (int32_t s = 2; s <= limit; s++) { /* the fewest that shorten a warp's run over k as much */
+            plan->slices = qf_ceil_div(share, s) < qf_ceil_div(share, plan->slices) ? s : plan->slices;
+        }
+        /* About 16 KB a chunk. */
+        const int32_t longest = qf_ceil_div(share, plan->slices), usual = 8 / (num_tiles * plan->slices);
+        const int32_t length = usual < 1 ? 1 : usual > longest ? longest : usual;
+        plan->chunk_blocks = plan->slices * length;
+        plan->slot_offset = QF_BATCH_STAGES * plan->chunk_blocks * qf_batch_x_bytes(num_tiles);
+        plan->shared_bytes =
+            plan->slot_offset + (plan->slices - 1) * plan->row_warps * qf_batch_slot_bytes(tokens, rows);
+        if (plan->shared_bytes <= device->max_shared_bytes) {
+            const double kilobytes = (double)plan->passes * plan->row_warps * rows * share * (bits / 4);
+            /* A piece of a warp takes 0.35 us at best, however few there are. */
+            const double turns = (double)plan->passes * qf_ceil_div(share, plan->slices) * (bits / 4);
+            const double busy_us = 0.033 * kilobytes, latency_us = 0.35 * turns;
+            plan->cost_us = (busy_us > latency_us ? busy_us : latency_us) +
+                            num_splits * (0.06 + 2.0 * num_tokens * row_tiles * 64 / 3e6);
             return true;
         }
     }
@@ -151,11 +199,15 @@ extern "C" int32_t qf_cuda_linear_mma_splits(const qf_cuda_device *device, int32
     }
     for (int32_t splits = 1; splits <= limit && splits <= blocks; splits++) {
         qf_stream_plan stream;
+        qf_batch_plan batch;
         qf_tile_plan tile;
         double cost_us;
         if (!batch_invariant && num_tokens <= 8 &&
             qf_stream_plan_make(device, row_tiles, blocks, bits, num_tokens, splits, &stream)) {
             cost_us = stream.cost_us;
+        } else if (!batch_invariant && num_tokens > 8 && num_tokens <= QF_BATCH_MAX_TOKENS &&
+                   qf_batch_plan_make(device, row_tiles, blocks, bits, 128, num_tokens, splits, &batch)) {
+            cost_us = batch.cost_us;
         } else if (qf_tile_plan_make(device, row_tiles, blocks, bits, batch_invariant ? 8 : num_tokens, splits,
                                      &tile)) {
             cost_us = tile.cost_us;
@@ -183,6 +235,31 @@ static qf_linear_mma_kernel qf_stream_kernel_of(int32_t bits, int32_t group_size
         return group_size == 32 ? qf_linear_stream_kernel<8, 2> : qf_linear_stream_kernel<8, 1>;
     }
     return qf_linear_stream_kernel<16, 1>;
+}
+
+template <int bits, int group_size, int tokens> static qf_linear_mma_kernel qf_batch_kernel_for()
+{
+    constexpr int groups = bits == 4 ? 128 / group_size : bits == 8 && group_size == 32 ? 2 : 1;
+    return qf_linear_batch_kernel<bits, groups, tokens, qf_batch_rows(bits, group_size, tokens)>;
+}
+
+template <int tokens> static qf_linear_mma_kernel qf_batch_kernel_of_tokens(int32_t bits, int32_t group_size)
+{
+    if (bits == 4) {
+        return group_size == 128  ? qf_batch_kernel_for<4, 128, tokens>()
+               : group_size == 64 ? qf_batch_kernel_for<4, 64, tokens>()
+                                  : qf_batch_kernel_for<4, 32, tokens>();
+    }
+    if (bits == 8) {
+        return group_size == 32 ? qf_batch_kernel_for<8, 32, tokens>() : qf_batch_kernel_for<8, 128, tokens>();
+    }
+    return qf_batch_kernel_for<16, 128, tokens>();
+}
+
+static qf_linear_mma_kernel qf_batch_kernel_of(int32_t bits, int32_t group_size, int32_t num_tokens)
+{
+    return qf_batch_tokens(num_tokens) == 2 ? qf_batch_kernel_of_tokens<2>(bits, group_size)
+                                            : qf_batch_kernel_of_tokens<4>(bits, group_size);
 }
 
 template <int bits> static qf_linear_mma_kernel qf_tile_kernel_of_tokens(int32_t tokens)
@@ -291,6 +368,7 @@ extern "C" qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const q
     dim3 grid;
     int32_t warps, shared_bytes;
     qf_stream_plan streaming;
+    qf_batch_plan batch;
     qf_tile_plan tile;
     if (!args->batch_invariant && p.num_tokens <= 8 &&
         qf_stream_plan_make(device, p.row_tiles, p.blocks, bits, p.num_tokens, args->num_splits, &streaming)) {
@@ -301,6 +379,20 @@ extern "C" qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const q
         p.slot_offset = streaming.slot_offset;
         warps = streaming.warps;
         shared_bytes = streaming.shared_bytes;
+    } else if (!args->batch_invariant && p.num_tokens > 8 && p.num_tokens <= QF_BATCH_MAX_TOKENS &&
+               qf_batch_plan_make(device, p.row_tiles, p.blocks, bits, p.group_size, p.num_tokens, args->num_splits,
+                                  &batch)) {
+        kernel = qf_batch_kernel_of(bits, p.group_size, p.num_tokens);
+        grid = dim3(batch.row_groups, args->num_splits);
+        p.row_warps = batch.row_warps;
+        p.slices = batch.slices;
+        p.passes = batch.passes;
+        p.chunk_blocks = batch.chunk_blocks;
+        p.chunk_columns = batch.chunk_blocks / batch.slices * (bits / 4);
+        p.stage_bytes = batch.chunk_blocks * qf_batch_x_bytes(p.num_tiles);
+        p.slot_offset = batch.slot_offset;
+        warps = batch.row_warps * batch.slices;
+        shared_bytes = batch.shared_bytes;
     } else if (qf_tile_plan_make(device, p.act_tiles > p.row_tiles ? p.act_tiles : p.row_tiles, p.blocks, bits,
                                  p.num_tokens, args->num_splits, &tile)) {
         kernel = qf_tile_kernel_of(bits, tile.tokens);

@@ -21,7 +21,9 @@ struct qf_linear_mma_params {
     int32_t share_begin[QF_CUDA_MAX_SPLITS + 1]; /* first k block of each share of k; the end */
     int32_t group_size;
     int32_t group_tiles, larger_groups; /* stream kernel: row tiles of a CTA; the first CTAs have one more */
-    int32_t slot_offset; /* stream kernel: bytes of shared memory before the partial sums */
+    int32_t slot_offset; /* stream and batch kernels: bytes of shared memory before the partial sums */
+    int32_t row_warps, slices, passes;                /* batch kernel: warps along rows and k, runs over k */
+    int32_t chunk_blocks, chunk_columns, stage_bytes; /* batch kernel: k blocks of x in a chunk, a warp's pieces of it */
     int32_t token_warps; /* tile kernel: warps side by side along the tokens */
     float multiplier;
 };

@@ -32,10 +32,12 @@ struct qf_stream_cursor {
     int32_t jump;           /* from the end of that share to the next row tile's */
 };
 
+/* Piece `index` of the matrix. data and scales are at this lane's bytes of the first piece and group. */
 template <int bits, int groups>
-__device__ __forceinline__ void qf_stream_fetch(qf_stream_piece &piece, qf_stream_cursor &at, int group_size)
+__device__ __forceinline__ void qf_stream_load(qf_stream_piece &piece, const uint8_t *data, const uint32_t *scales,
+                                               int index, int group_size)
 {
-    const uint8_t *data = at.data + (int64_t)at.index * QF_STREAM_PIECE_BYTES;
+    data += (int64_t)index * QF_STREAM_PIECE_BYTES;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         uint4 v = qf_load_stream(data + 512 * i);
@@ -45,16 +47,34 @@ __device__ __forceinline__ void qf_stream_fetch(qf_stream_piece &piece, qf_strea
         piece.words[4 * i + 3] = v.w;
     }
     if constexpr (bits != 16) {
-        int group = bits == 8 && group_size == 128 ? at.index >> 1 : at.index; /* 64 columns may be half a group */
-        const uint32_t *scales = at.scales + (int64_t)group * (groups * 16);
+        int group = bits == 8 && group_size == 128 ? index >> 1 : index; /* 64 columns may be half a group */
+        scales += (int64_t)group * (groups * 16);
         piece.scales[0] = qf_load_stream_32(scales);
         piece.scales[1] = qf_load_stream_32(scales + 8);
     }
+}
+
+template <int bits, int groups>
+__device__ __forceinline__ void qf_stream_fetch(qf_stream_piece &piece, qf_stream_cursor &at, int group_size)
+{
+    qf_stream_load<bits, groups>(piece, at.data, at.scales, at.index, group_size);
     at.index++;
     if (++at.column == at.columns) { /* over to the same columns of the next row tile */
         at.column = 0;
         at.index += at.jump;
     }
+}
+
+/* The scales of a piece's group. */
+template <int bits, int groups>
+__device__ __forceinline__ qf_row_scales qf_stream_scales(const qf_stream_piece &piece, int group, int lane)
+{
+    uint32_t low = piece.scales[0], high = piece.scales[1];
+    if (groups > 1) {
+        low = __shfl_sync(0xffffffffu, low, (lane & 28) + group);
+        high = __shfl_sync(0xffffffffu, high, (lane & 28) + group);
+    }
+    return qf_unpack_scales<bits == 16 ? 4 : bits>(low, high);
 }
 
 /* acc += piece * x. x_row: this lane's row for ldmatrix, a shared address moved on by x_stride for two k16 steps. */
@@ -69,12 +89,7 @@ __device__ __forceinline__ void qf_stream_multiply(float (&acc)[4], const qf_str
 #pragma unroll
     for (int step = 0; step < steps; step++) {
         if (step % group_steps == 0 && bits != 16) {
-            uint32_t low = piece.scales[0], high = piece.scales[1];
-            if (groups > 1) {
-                low = __shfl_sync(0xffffffffu, low, (lane & 28) + step / group_steps);
-                high = __shfl_sync(0xffffffffu, high, (lane & 28) + step / group_steps);
-            }
-            scales = qf_unpack_scales<bits == 16 ? 4 : bits>(low, high);
+            scales = qf_stream_scales<bits, groups>(piece, step / group_steps, lane);
         }
         if (step % 2 == 0) {
             qf_ldmatrix_x4_at(b, x_row);

@@ -32,7 +32,7 @@
  * cores need 1,024 at N = 256 and the bandwidth 260 at N = 8.
  *
  * Measured: see PERF.md. */
-#include "linear_wgmma_tile.cuh"
+#include "linear_wgmma_store.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define QF_WG_CLUSTER(size)
@@ -47,7 +47,7 @@ static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, token
 #ifdef QF_SM90A
     typedef qf_wg_shape<bits, tokens> shape;
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ uint64_t full[shape::stages], empty[shape::stages], turn[2];
+    __shared__ uint64_t full[shape::stages], empty[shape::stages];
 
     const int rank = shape::cluster > 1 ? (int)qf_cluster_rank() : 0;
     if (threadIdx.x == 0) {
@@ -55,8 +55,6 @@ static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, token
             qf_mbarrier_init(&full[i], 1);
             qf_mbarrier_init(&empty[i], QF_WG_ROW_TILES * shape::cluster);
         }
-        qf_mbarrier_init(&turn[0], QF_WG_ROW_TILES / 2);
-        qf_mbarrier_init(&turn[1], QF_WG_ROW_TILES / 2);
         qf_mbarrier_init_fence();
     }
     qf_grid_launch_dependents();
@@ -81,18 +79,18 @@ static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, token
             feed.fetch(p, shared + i * shape::stage_bytes);
         }
         qf_grid_dependency_wait();
-        if (shape::turns && threadIdx.x >= 128 && threadIdx.x % 32 == 0) {
-            qf_mbarrier_arrive(&turn[0]); /* warpgroup 0 begins */
-        }
-        uint32_t turn_phase = 0;
         int stage = 0;
         uint32_t phase = 0;
         for (int unit = first_unit; unit < p.units; unit += unit_step) {
-            float d[tokens / 2];
+            float d[tokens / 2] = {};
             feed.set_next(p, unit + unit_step, rank);
             qf_wg_unit u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
-            qf_wg_sum<bits, tokens>(d, p, feed, shared, full, empty, stage, phase, turn, turn_phase,
-                                    (u.k_end - u.k_begin) / 128);
+            const int blocks = (u.k_end - u.k_begin) / 128;
+            if constexpr (shape::persistent) {
+                qf_wg_sum_wide<bits, tokens>(d, p, feed, shared, full, empty, stage, phase, blocks);
+            } else {
+                qf_wg_sum<bits, tokens>(d, p, feed, shared, full, empty, stage, phase, blocks);
+            }
             asm volatile("" : "+r"(unit)); /* the unit is worked out again rather than kept in registers */
             u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
             if (p.silu_mul) {
@@ -138,12 +136,12 @@ static qf_status qf_wg_launch(qf_wg_params *p, const qf_cuda_device *device, cud
                      dim3(QF_WG_THREADS), shape::shared_bytes, device->dependent_launch, stream, err, *p);
 }
 
-#define QF_WG_WIDTHS 7
-static const int32_t qf_wg_tokens[QF_WG_WIDTHS] = {8, 16, 32, 64, 128, 192, 256};
+#define QF_WG_WIDTHS 8
+static const int32_t qf_wg_tokens[QF_WG_WIDTHS] = {8, 16, 32, 64, 128, 192, 232, 256};
 #define QF_WG_ROW(bits)                                                                                            \
     {                                                                                                              \
         qf_wg_launch<bits, 8>, qf_wg_launch<bits, 16>, qf_wg_launch<bits, 32>, qf_wg_launch<bits, 64>,             \
-            qf_wg_launch<bits, 128>, qf_wg_launch<bits, 192>, qf_wg_launch<bits, 256>                              \
+            qf_wg_launch<bits, 128>, qf_wg_launch<bits, 192>, qf_wg_launch<bits, 232>, qf_wg_launch<bits, 256>                        \
     }
 static qf_wg_launcher *const qf_wg_launchers[3][QF_WG_WIDTHS] = {QF_WG_ROW(4), QF_WG_ROW(8), QF_WG_ROW(16)};
 
@@ -155,10 +153,10 @@ typedef struct qf_wg_times {
     float alone[QF_WG_WIDTHS], share[QF_WG_WIDTHS];
 } qf_wg_times;
 static const qf_wg_times qf_wg_step_ns[3] = {
-    {{330, 330, 350, 380, 400, 480, 620}, {140, 145, 160, 210, 370, 480, 610}},  /* 4 bits */
-    {{360, 360, 380, 420, 440, 500, 640}, {180, 185, 200, 260, 400, 500, 630}},  /* 8 bits */
-    {{500, 500, 520, 540, 520, 590, 660}, {200, 200, 250, 330, 520, 590, 660}}}; /* 16 bits */
-static const float qf_wg_end_ns[QF_WG_WIDTHS] = {650, 700, 1000, 1300, 1600, 2800, 3600};
+    {{330, 330, 350, 380, 350, 460, 545, 600}, {140, 145, 160, 210, 350, 460, 545, 600}},  /* 4 bits */
+    {{360, 360, 380, 420, 370, 475, 560, 615}, {180, 185, 200, 260, 370, 475, 560, 615}},  /* 8 bits */
+    {{500, 500, 520, 540, 400, 480, 560, 610}, {200, 200, 250, 330, 400, 480, 560, 610}}}; /* 16 bits */
+static const float qf_wg_end_ns[QF_WG_WIDTHS] = {650, 700, 1000, 1300, 1600, 2400, 2800, 3000};
 
 /* Nanoseconds that the whole takes with tiles of `tokens` tokens: full rounds of blocks over the SMs and the rest, not
  * less than reading the weights, and the partial sums written here and read by the next kernel. */

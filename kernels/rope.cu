@@ -29,7 +29,8 @@ template <int width> struct floats {
     float v[width];
 };
 
-/* Plain loads, 16 bytes for width 4. Volatile: they stay behind the dependency wait, and all go out before their use. */
+/* Plain loads, 16 bytes for width 4. Volatile: they stay behind the dependency wait, and all go out before their use.
+ * */
 static __device__ __forceinline__ floats<4> load_floats(const float *p, floats<4>)
 {
     floats<4> r;
@@ -136,8 +137,8 @@ static __global__ void __launch_bounds__(THREADS) rope_kv_write_kernel(qf_cuda_r
 }
 
 static __global__ void __launch_bounds__(THREADS)
-    rope_table_kernel(const int32_t *positions, const float *inv_freq, double factor, float *cos_sin, int32_t num_tokens,
-                      int32_t head_dim)
+    rope_table_kernel(const int32_t *positions, const float *inv_freq, double factor, float *cos_sin,
+                      int32_t num_tokens, int32_t head_dim)
 {
     qf_grid_dependency_wait();
     const int32_t half = head_dim / 2;

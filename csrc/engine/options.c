@@ -264,12 +264,15 @@ static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, do
         }
     }
     double kv_bytes = (double)blocks * (double)plan->kv_block_bytes;
-    if ((double)fixed + kv_bytes > (double)out->available_bytes) {
+    bool limited = o->memory_bytes > 0 && o->memory_bytes < out->available_bytes;
+    uint64_t limit = limited ? o->memory_bytes : out->available_bytes;
+    if ((double)fixed + kv_bytes > (double)limit) {
         return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY,
-                       "weights and workspace of %llu bytes and a KV cache of %.0f (%lld blocks of %zu) exceed the %llu "
-                       "bytes of memory that are available",
+                       "weights and workspace of %llu bytes and a KV cache of %.0f (%lld blocks of %zu) exceed %s%llu "
+                       "bytes%s",
                        (unsigned long long)fixed, kv_bytes, (long long)blocks, plan->kv_block_bytes,
-                       (unsigned long long)out->available_bytes);
+                       limited ? "memory=" : "the ", (unsigned long long)limit,
+                       limited ? "" : " of memory that are available");
     }
     if (blocks > INT32_MAX / o->block_size) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "a KV cache of %lld blocks of %d tokens exceeds 2^31 tokens",

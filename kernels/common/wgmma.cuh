@@ -20,12 +20,12 @@ template <int pending> __device__ __forceinline__ void qf_wgmma_wait()
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-/* The tiled layout of qf_kernels.h, `step` steps of 16 k on: the next 8 k 128 bytes on, the next 8 tokens 1,024. */
-#define QF_WGMMA_STEP (256 >> 4)
-__device__ __forceinline__ uint64_t qf_wgmma_descriptor(uint32_t shared_address, int step)
+/* The tiled layout of qf_kernels.h: the next 8 k 128 bytes on, the next 8 tokens 1,024. */
+#define QF_WGMMA_STEP (256 >> 4) /* from the descriptor of 16 k to that of the next */
+__device__ __forceinline__ uint64_t qf_wgmma_descriptor(uint32_t shared_address)
 {
     const uint64_t leading = 128 >> 4, stride = 1024 >> 4;
-    return (((shared_address & 0x3ffffu) >> 4) + (uint32_t)(step * QF_WGMMA_STEP)) | leading << 16 | stride << 32;
+    return ((shared_address & 0x3ffffu) >> 4) | leading << 16 | stride << 32;
 }
 
 /* Keeps the compiler from moving reads of the results before the wait that makes them valid. */
@@ -52,6 +52,8 @@ template <int size> __device__ __forceinline__ void qf_wgmma_pin(float (&d)[size
 #define QF_P96                                                                                                    \
     QF_P64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"                                     \
            ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define QF_P116                                                                                                   \
+    QF_P96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115"
 #define QF_P128                                                                                                   \
     QF_P96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"                         \
            ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
@@ -75,6 +77,7 @@ QF_WGMMA(32, QF_P16, 16, 17, 18, 19, 20, QF_D16(0));
 QF_WGMMA(64, QF_P32, 32, 33, 34, 35, 36, QF_D32(0));
 QF_WGMMA(128, QF_P64, 64, 65, 66, 67, 68, QF_D32(0), QF_D32(32));
 QF_WGMMA(192, QF_P96, 96, 97, 98, 99, 100, QF_D32(0), QF_D32(32), QF_D32(64));
+QF_WGMMA(232, QF_P116, 116, 117, 118, 119, 120, QF_D32(0), QF_D32(32), QF_D32(64), QF_D16(96), QF_D4(112));
 QF_WGMMA(256, QF_P128, 128, 129, 130, 131, 132, QF_D32(0), QF_D32(32), QF_D32(64), QF_D32(96));
 
 /* A warpgroup gives registers back, or takes them: `number` for each of its threads from here on. */
@@ -85,12 +88,6 @@ template <int number> __device__ __forceinline__ void qf_release_registers()
 template <int number> __device__ __forceinline__ void qf_take_registers()
 {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(number));
-}
-
-/* Arrives at a named barrier that other threads wait on by qf_named_barrier; `threads` counts both. */
-__device__ __forceinline__ void qf_named_barrier_arrive(int number, int threads)
-{
-    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 /* Copies 16 bytes of weights, bringing what stands beside them into L2. */

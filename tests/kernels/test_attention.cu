@@ -14,8 +14,8 @@ struct Piece {
     int seq, first, count;
 };
 
-/* Sequences of known lengths with queries at all positions, in a paged cache with shuffled blocks. All that no query may
- * see is NaN: block 0, what follows a sequence in its last block, and positions below `unseen`. */
+/* Sequences of known lengths with queries at all positions, in a paged cache with shuffled blocks. All that no query
+ * may see is NaN: block 0, what follows a sequence in its last block, and positions below `unseen`. */
 struct World {
     qf_cuda_attention_shape shape;
     std::vector<int> lengths;
@@ -45,7 +45,9 @@ struct World {
         for (uint16_t &x : pool) {
             x = bf16_bits(random.normal() * 1.5f);
         }
-        auto fill = [&](uint16_t *to, int size) { memcpy(to, &pool[(size_t)random.below((1 << 17) - size)], size * 2); };
+        auto fill = [&](uint16_t *to, int size) {
+            memcpy(to, &pool[(size_t)random.below((1 << 17) - size)], (size_t)size * 2);
+        };
         for (size_t s = 0; s < lens.size(); s++) {
             for (int position = unseen; position < lens[s]; position++) {
                 for (int head = 0; head < num_kv_heads; head++) {
@@ -566,8 +568,10 @@ static void bench(const int *m, int num_seqs, int rows, int context, bool invari
     const int block_size = 32, blocks = (context + block_size - 1) / block_size;
     const size_t block_elements = (size_t)m[1] * block_size * m[2];
     const size_t bytes = (size_t)num_seqs * blocks * block_elements * 4;
-    const int copies = (int)std::min<size_t>(64, std::max<size_t>(rows > 1 ? 2 : 3, ((size_t)300 << 20) / bytes + 1));
-    const int tokens = num_seqs * rows, num_blocks = copies * num_seqs * blocks, out_k = (m[0] * m[2] + 127) / 128 * 128;
+    const size_t least = rows > 1 ? 2 : 3;
+    const int copies = (int)std::min<size_t>(400, std::max(least, ((size_t)300 << 20) / bytes + 1));
+    const int tokens = num_seqs * rows, num_blocks = copies * num_seqs * blocks;
+    const int out_k = (m[0] * m[2] + 127) / 128 * 128;
     qf_cuda_attention_shape shape = {m[0], m[1], m[2], block_size, 0};
     Random random(9);
     std::vector<uint16_t> noise((size_t)1 << 22);
@@ -623,7 +627,7 @@ static void bench(const int *m, int num_seqs, int rows, int context, bool invari
             args.block_table_start = device_starts.data + (size_t)(i % copies) * num_seqs;
             CHECK_OK(qf_cuda_attention(&args, &options.device, stream, &check_error));
         },
-        rows > 1 ? 4 : 20, rows > 1 ? 5 : 15);
+        rows > 1 ? 4 : std::max(20, copies), rows > 1 ? 5 : 15);
     double flops = 0;
     for (int r = 0; r < rows; r++) {
         flops += 4.0 * num_seqs * m[0] * m[2] * (context - rows + r + 1);

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.gpu
 
 AUTO = dict.fromkeys(("dtype", "activation_dtype", "kv_cache_dtype", "lm_head_dtype"), "auto")
 CUDA = {"device": "cuda", **AUTO}
+INVARIANT = {**CUDA, "batch_invariant": True}  # one order of sums, for comparisons bit by bit
 SLACK = 32 << 20  # of the driver's own bookkeeping
 LAZY = 160 << 20  # modules and graphs, which come with the first engine of a process
 PROMPTS = [[(37 * i + 11 * j) % 8000 for j in range(length)] for i, length in enumerate((1, 5, 64, 130, 300))]
@@ -42,8 +43,8 @@ def run_alone(engine, prompts=PROMPTS):
 
 @pytest.fixture(scope="module")
 def plain(demo):
-    """The demo's outputs without any option, and its memory report."""
-    with open_engine(demo, **CUDA) as engine:
+    """The demo's outputs, bit for bit, and its memory report."""
+    with open_engine(demo, **INVARIANT) as engine:
         return run_alone(engine), engine.stats()["memory"]
 
 
@@ -62,24 +63,21 @@ def test_devices(demo):
         pass
 
 
-def test_two_runs_and_two_engines(demo, plain):
+def test_two_runs_and_two_engines(demo):
     """Without batch_invariant too: a request alone has one order of everything."""
     with open_engine(demo, **CUDA) as first, open_engine(demo, **CUDA) as second:
+        expected = run_alone(first)
         for engine in (first, second, first):
             engine.reset_prefix_cache()
-            assert run_alone(engine) == plain[0]
+            assert run_alone(engine) == expected
         handles = [[e.submit(prompt, **OPTIONS) for prompt in PROMPTS] for e in (first, second)]
         for requests in handles:
             assert [len(finish(request)["token_ids"]) for request in requests] == [24] * len(PROMPTS)
 
 
-@pytest.mark.parametrize("batch_invariant", [False, True])
-def test_graphs_change_nothing(demo, batch_invariant):
-    outputs = []
-    for eager in (False, True):
-        with open_engine(demo, **CUDA, batch_invariant=batch_invariant, enforce_eager=eager) as engine:
-            outputs.append(run_alone(engine))
-    assert outputs[0] == outputs[1]
+def test_graphs_change_nothing(demo, plain):
+    with open_engine(demo, **INVARIANT, enforce_eager=True) as engine:
+        assert run_alone(engine) == plain[0]
 
 
 OFFLOADS = {
@@ -92,7 +90,7 @@ OFFLOADS = {
 
 @pytest.mark.parametrize("name", OFFLOADS)
 def test_offload_changes_nothing(demo, plain, name):
-    with open_engine(demo, **CUDA, **OFFLOADS[name]) as engine:
+    with open_engine(demo, **INVARIANT, **OFFLOADS[name]) as engine:
         assert run_alone(engine) == plain[0]
         assert run_alone(engine) == plain[0]  # now with prefix hits
         memory = engine.stats()["memory"]
@@ -158,7 +156,7 @@ def test_memory_comes_back(demo, tmp_path):
 
 
 def test_failed_load_beside_a_running_engine(demo, plain):
-    with open_engine(demo, **CUDA) as engine:
+    with open_engine(demo, **INVARIANT) as engine:
         request = engine.submit(PROMPTS[3], **{**OPTIONS, "max_tokens": 2000})
         for _ in range(3):
             with pytest.raises(MemoryError), open_engine(demo, **{**CUDA, "memory_bytes": 1 << 20}):
@@ -198,7 +196,7 @@ def test_batches_agree_without_batch_invariance(tmp_path, quantization):
                 ours = {token: logprob for token, logprob, _ in finish(one)["logprobs"][0]}
                 both = [(ours[token], logprob) for token, logprob, _ in reference if token in ours]
                 assert len(both) >= 4
-                np.testing.assert_allclose(*zip(*both), atol=0.05)
+                np.testing.assert_allclose(*zip(*both), atol=0.1)
 
 
 def test_decode_agrees_with_prefill(demo):

@@ -1,12 +1,12 @@
 /* Cuts a batch's attention into items: pure, host only.
  *
- * A row tile is one decode row, or up to qf_attention_tile_tokens() rows of one sequence. It sees the positions from the
- * first row's window to its last row, and is one item; or, where the batch alone gives the device too little to do, one
- * item for each chunk of positions, whose partial results take rows x chunks units of the workspace. Chunks are multiples
- * of QF_CUDA_SPLIT_TOKENS and start at multiples of their size.
+ * A row tile is one decode row, or up to qf_attention_tile_tokens() rows of one sequence. It sees the positions from
+ * the first row's window to its last row, and is one item; or, where the batch alone gives the device too little to do,
+ * one item for each chunk of positions, whose partial results take rows x chunks units of the workspace. Chunks are
+ * multiples of QF_CUDA_SPLIT_TOKENS and start at multiples of their size.
  *
- * batch_invariant: every row is a row of a prefill tile, and each QF_CUDA_SPLIT_TOKENS positions of it are computed from
- * scratch and merged in order: by the kernel, in one item, or by the last of several items, which is the same
+ * batch_invariant: every row is a row of a prefill tile, and each QF_CUDA_SPLIT_TOKENS positions of it are computed
+ * from scratch and merged in order: by the kernel, in one item, or by the last of several items, which is the same
  * arithmetic. So how a tile is cut does not show in its results.
  *
  * Bounds, with n sequences (d of them decode rows), t tokens, S = ceil(max_model_len / QF_CUDA_SPLIT_TOKENS):
@@ -14,8 +14,8 @@
  *   decode items <= 2 d + WORK_ITEMS / num_kv_heads + 1:  the chunk grows until that holds; d is always reached
  *   prefill items <= tiles + MAX_SPLIT_ITEMS:  tiles left whole, and the items of cut ones, counted down
  *   items        <= tiles * S as well
- *   units        <= units_bound(n), counted down: decode items are at most 2 d + WORK_ITEMS + 1 of them, and what is left is
- *                   given to prefill tiles as long as it suffices; and <= t * S. */
+ *   units        <= units_bound(n), counted down: decode items are at most 2 d + WORK_ITEMS + 1 of them, and what is
+ *                   left is given to prefill tiles as long as it suffices; and <= t * S. */
 #include <stddef.h>
 
 #include "attention_limits.h"

@@ -147,13 +147,14 @@ static void copy_logprobs(const qf_cuda_step *step, qf_logprob *out, int32_t off
     }
 }
 
-static void hand_out(const qf_cuda_step *step)
+static void hand_out(qf_cuda_backend *self, const qf_cuda_step *step)
 {
     for (int32_t i = 0; i < step->num_results; i++) {
         const qf_cuda_result *result = &step->results[i];
         if (result->state != NULL && !result->sampled_on_host) {
             int32_t token_id = step->token_ids[i];
             *result->token_id = token_id;
+            self->slots[result->slot].num_in_flight--;
             if (token_id >= 0) {
                 qf_sample_state_append(result->state, token_id);
                 if (result->logprobs != NULL) {
@@ -182,7 +183,7 @@ static qf_status cuda_collect(qf_backend *base, uint64_t *device_time_ns, qf_err
         QF_CUDA_CHECK(cudaEventElapsedTime(&ms, step->start, step->stop));
         *device_time_ns = (uint64_t)((double)ms * 1e6);
     }
-    hand_out(step);
+    hand_out(self, step);
     return QF_OK;
 }
 

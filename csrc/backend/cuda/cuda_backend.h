@@ -69,6 +69,7 @@ typedef struct qf_cuda_meta {
 typedef struct qf_cuda_result {
     qf_sample_state *state;
     int32_t *token_id;
+    int32_t slot;
     bool sampled_on_host; /* the state has it already */
     qf_logprob *logprobs, *target_logprobs;
     int32_t num_logprobs, num_target_logprobs; /* entries */
@@ -88,6 +89,7 @@ typedef struct qf_cuda_step {
 typedef struct qf_cuda_slot {
     const qf_sample_state *state;
     int32_t next_position; /* of the next token drawn: those in flight are counted */
+    int32_t num_in_flight; /* tokens drawn on the device that the state does not have yet */
 } qf_cuda_slot;
 
 typedef struct qf_cuda_graph {

@@ -187,13 +187,17 @@ static qf_status add_draw(builder *b, const qf_logit_task *task, qf_cuda_result 
     const qf_sample_state *state = task->state;
     const qf_sampling_params *p = &state->params;
     qf_cuda_slot *slot = &self->slots[task->slot];
-    bool known = slot->state == state && slot->next_position >= state->num_output_tokens && slot->next_position > 0;
+    /* A state at the address of one that is gone starts at 0, where no slot that was used stands. */
+    bool known = slot->state == state && slot->next_position > 0 &&
+                 slot->next_position == state->num_output_tokens + slot->num_in_flight;
     int32_t position = known ? slot->next_position : state->num_output_tokens;
-    slot->state = state;
-    slot->next_position = position + 1;
     result->state = task->state;
     result->token_id = task->token_id;
+    result->slot = task->slot;
     result->sampled_on_host = qf_cuda_host_row(task);
+    slot->state = state;
+    slot->next_position = position + 1;
+    slot->num_in_flight = (known ? slot->num_in_flight : 0) + (result->sampled_on_host ? 0 : 1);
     if (result->sampled_on_host) {
         return QF_OK;
     }
