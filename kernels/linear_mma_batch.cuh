@@ -17,10 +17,7 @@ __host__ __device__ constexpr int qf_batch_rows(int bits, int group_size, int to
 /* As many as the registers of an SM hold. */
 __host__ __device__ constexpr int qf_batch_max_warps(int bits, int group_size, int tokens)
 {
-    return bits == 4 && group_size == 32 ? (tokens == 2 ? 16 : 12)
-           : bits == 16 || tokens == 2   ? 20
-           : bits == 8                   ? 16
-                                         : qf_batch_rows(bits, group_size, tokens) == 2 ? 12 : 16;
+    return bits == 16 ? 20 : tokens == 2 ? (bits == 4 && group_size == 32 ? 16 : 20) : bits == 8 ? 16 : 12;
 }
 /* Pieces (of every row tile of the warp) in flight a warp. */
 __device__ constexpr int qf_batch_depth(int bits, int groups, int tokens, int rows)
@@ -75,7 +72,7 @@ __device__ __forceinline__ void qf_batch_multiply(float (&acc)[rows][tokens][4],
                 scales[r] = qf_stream_scales<bits, groups>(piece[r], step / group_steps, lane);
             }
             uint32_t a[4];
-            qf_fragment<bits>(a, piece[r].words, step, scales[r]);
+            qf_stream_fragment<bits>(a, piece[r], step, scales[r]);
 #pragma unroll
             for (int t = 0; t < tokens; t++) {
                 const uint32_t b0 = b[t / 2][t % 2 * 2], b1 = b[t / 2][t % 2 * 2 + 1];

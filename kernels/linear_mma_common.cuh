@@ -78,6 +78,36 @@ __device__ __forceinline__ void qf_fragment(uint32_t (&a)[4], const uint32_t (&w
     }
 }
 
+/* a * b + c of bf16 pairs. */
+__device__ __forceinline__ uint32_t qf_fma_bf16(uint32_t a, uint32_t b, uint32_t c)
+{
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+
+/* qf_dequant_4 with one shift for four registers, where integer work is the bound: row g + 8's nibbles stay 4 bits up.
+ * Below 2^-125 bf16 is evenly spaced by 2^-133, so that 16 q by itself is the number q 2^-129: times 2^127, less zero / 4,
+ * it is (q - zero) / 4, exact. `scales`: of qf_quick_scales. */
+__device__ __forceinline__ void qf_quick_dequant_4(uint32_t word, const qf_row_scales &scales, uint32_t (&a)[4])
+{
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t w = half == 0 ? word : word >> 8, v;
+        asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(w), "r"(0x000f000fu), "r"(0x43004300u));
+        a[2 * half] = qf_sub_bf16(v, scales.zero[0]);
+        a[2 * half + 1] = qf_fma_bf16(w & 0x00f000f0u, 0x7f007f00u, scales.zero[1]);
+    }
+}
+
+/* From qf_unpack_scales' for 4 bits: row g + 8's zero point as -zero / 4 and its scale times 4. */
+__device__ __forceinline__ void qf_quick_scales(qf_row_scales &scales, uint32_t row8)
+{
+    const float zero = qf_bf16_high(row8) * -0.25f;
+    scales.scale[1] *= 4.0f;
+    scales.zero[1] = qf_pack_bf16(zero, zero);
+}
+
 __device__ __forceinline__ float qf_silu_mul(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
 /* A finished sum over a share of k. */

@@ -4,6 +4,10 @@
 
 #include "linear_mma_common.cuh"
 
+#ifndef QF_QUICK
+#define QF_QUICK 1
+#endif
+
 #define QF_STREAM_MAX_WARPS 24
 #define QF_STREAM_PIECE_BYTES 1024
 #define QF_STREAM_TOKEN_STRIDE 20 /* floats a token of 16 rows takes in a slot: a warp's writes meet no bank twice */
@@ -74,7 +78,23 @@ __device__ __forceinline__ qf_row_scales qf_stream_scales(const qf_stream_piece 
         low = __shfl_sync(0xffffffffu, low, (lane & 28) + group);
         high = __shfl_sync(0xffffffffu, high, (lane & 28) + group);
     }
-    return qf_unpack_scales<bits == 16 ? 4 : bits>(low, high);
+    qf_row_scales scales = qf_unpack_scales<bits == 16 ? 4 : bits>(low, high);
+    if (bits == 4 && QF_QUICK) {
+        qf_quick_scales(scales, high);
+    }
+    return scales;
+}
+
+/* The A fragment of a step, for qf_stream_scales' scales. */
+template <int bits>
+__device__ __forceinline__ void qf_stream_fragment(uint32_t (&a)[4], const qf_stream_piece &piece, int step,
+                                                   const qf_row_scales &scales)
+{
+    if constexpr (bits == 4 && QF_QUICK) {
+        qf_quick_dequant_4(piece.words[step], scales, a);
+    } else {
+        qf_fragment<bits>(a, piece.words, step, scales);
+    }
 }
 
 /* acc += piece * x. x_row: this lane's row for ldmatrix, a shared address moved on by x_stride for two k16 steps. */
@@ -96,7 +116,7 @@ __device__ __forceinline__ void qf_stream_multiply(float (&acc)[4], const qf_str
             x_row += x_stride;
         }
         uint32_t a[4];
-        qf_fragment<bits>(a, piece.words, step, scales);
+        qf_stream_fragment<bits>(a, piece, step, scales);
         if (bits == 16) {
             qf_mma_bf16(acc, a, b[step % 2 * 2], b[step % 2 * 2 + 1]);
         } else if (step % group_steps == 0) {

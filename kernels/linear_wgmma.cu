@@ -15,8 +15,8 @@
  *                      tokens (N)                   warp 8       copies x: half of it for both blocks, a ring of
  *                   +--------------+                             stages ahead of the consumers
  *     row tile 0    | warp 0       |  warpgroup 0   warps 0..7   fetch their own 16 rows of weights and scales a ring
- *     ...           | ...          |                             ahead (cp.async), unpack 64 k to bf16 while the 64 k
- *     row tile 3    | warp 3       |                             before are multiplied, start four wgmma, release x
+ *     ...           | ...          |                             ahead (cp.async), unpack some k to bf16 while the k
+ *     row tile 3    | warp 3       |                             before are multiplied, start wgmma, release x
  *     row tile 4    | warp 4       |  warpgroup 1
  *     ...           | ...          |                stage        64 or 128 k: [x][weights and scales of each warp], a
  *     row tile 7    | warp 7       |                             full barrier (bytes of x) and an empty one (warps of
@@ -26,13 +26,17 @@
  * rounding of it and one of the product, 2^-9 each), scale_multiplier in the epilogue. N <= 64 has two or three blocks
  * an SM, so that one's prologue and epilogue hide behind another's work; N >= 128 has one, and its blocks take tiles in
  * turn while the copies run ahead into the next. Sums run over k in ascending order in one accumulator, whatever N is.
+ * N = 232 is there for 2,048 tokens: 14 row groups (n = 3,584) make 126 tiles for 66 clusters, two rounds of 232 tokens
+ * where N = 256 makes two of 256.
  *
  * Lost: bulk copies of weights and scales by the producer. A bulk copy takes uniform registers, so the lanes' copies of
  * 16 pieces a stage went one after the other, about 100 cycles each: 1,650 cycles for 64 k of 4 bits, where the tensor
- * cores need 1,024 at N = 256 and the bandwidth 260 at N = 8.
+ * cores need 1,024 at N = 256 and the bandwidth 260 at N = 8. In wide tiles, 64 k unpacked behind four wgmma in a row:
+ * their times added up (about 1,450 cycles for 64 k of 4 bits at N = 256, 1,220 at N = 128), and warpgroups that took
+ * turns did not help. In the epilogue, divisions with a branch each, which run one after the other.
  *
  * Measured: see PERF.md. */
-#include "linear_wgmma_store.cuh"
+#include "linear_wgmma_tile.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define QF_WG_CLUSTER(size)
@@ -82,7 +86,7 @@ static __global__ void __launch_bounds__(QF_WG_THREADS, (qf_wg_shape<bits, token
         int stage = 0;
         uint32_t phase = 0;
         for (int unit = first_unit; unit < p.units; unit += unit_step) {
-            float d[tokens / 2] = {};
+            float d[tokens / 2];
             feed.set_next(p, unit + unit_step, rank);
             qf_wg_unit u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
             const int blocks = (u.k_end - u.k_begin) / 128;
@@ -141,33 +145,41 @@ static const int32_t qf_wg_tokens[QF_WG_WIDTHS] = {8, 16, 32, 64, 128, 192, 232,
 #define QF_WG_ROW(bits)                                                                                            \
     {                                                                                                              \
         qf_wg_launch<bits, 8>, qf_wg_launch<bits, 16>, qf_wg_launch<bits, 32>, qf_wg_launch<bits, 64>,             \
-            qf_wg_launch<bits, 128>, qf_wg_launch<bits, 192>, qf_wg_launch<bits, 232>, qf_wg_launch<bits, 256>                        \
+            qf_wg_launch<bits, 128>, qf_wg_launch<bits, 192>, qf_wg_launch<bits, 232>, qf_wg_launch<bits, 256>     \
     }
 static qf_wg_launcher *const qf_wg_launchers[3][QF_WG_WIDTHS] = {QF_WG_ROW(4), QF_WG_ROW(8), QF_WG_ROW(16)};
 
 /* --- choices ------------------------------------------------------------------------------------------------------ */
 
 /* Nanoseconds, on an H200: 64 k of a block that has an SM to itself (waits between its steps), its share when the SM is
- * full (issue slots, tensor cores, L2), and the ends of a block (first copies, epilogue). */
-typedef struct qf_wg_times {
-    float alone[QF_WG_WIDTHS], share[QF_WG_WIDTHS];
-} qf_wg_times;
-static const qf_wg_times qf_wg_step_ns[3] = {
-    {{330, 330, 350, 380, 350, 460, 545, 600}, {140, 145, 160, 210, 350, 460, 545, 600}},  /* 4 bits */
-    {{360, 360, 380, 420, 370, 475, 560, 615}, {180, 185, 200, 260, 370, 475, 560, 615}},  /* 8 bits */
-    {{500, 500, 520, 540, 400, 480, 560, 610}, {200, 200, 250, 330, 400, 480, 560, 610}}}; /* 16 bits */
-static const float qf_wg_end_ns[QF_WG_WIDTHS] = {650, 700, 1000, 1300, 1600, 2400, 2800, 3000};
+ * full (issue slots, tensor cores, L2), and the ends of a block (first copies, epilogue). Fitted to measured times. */
+static const struct {
+    float alone[QF_WG_WIDTHS], share[QF_WG_WIDTHS], end[QF_WG_WIDTHS];
+} qf_wg_times[3] = {
+    /* 4 bits */
+    {{474, 417, 564, 531, 420, 520, 590, 630},
+     {206, 289, 260, 312, 420, 520, 590, 630},
+     {320, 755, 769, 360, 1400, 1900, 2300, 2500}},
+    /* 8 bits */
+    {{813, 516, 948, 678, 440, 540, 605, 645},
+     {248, 339, 254, 388, 440, 540, 605, 645},
+     {428, 389, 681, 744, 1400, 1900, 2300, 2500}},
+    /* 16 bits */
+    {{533, 462, 601, 502, 440, 510, 580, 620},
+     {219, 283, 228, 277, 440, 510, 580, 620},
+     {607, 467, 868, 822, 1400, 1900, 2300, 2500}}};
 
 /* Nanoseconds that the whole takes with tiles of `tokens` tokens: full rounds of blocks over the SMs and the rest, not
  * less than reading the weights, and the partial sums written here and read by the next kernel. */
 static double qf_wg_cost(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits, int32_t num_tokens,
                          int32_t num_splits, int width)
 {
-    const double memory_bytes_per_ns = 3800, sums_bytes_per_ns = 3000;
+    const double memory_bytes_per_ns = 3900, sums_bytes_per_ns = 3000;
     const int32_t tokens = qf_wg_tokens[width], cluster = tokens >= 32 ? 2 : 1;
     const int32_t per_sm = tokens <= 32 ? 3 : tokens <= 64 ? 2 : 1, group_rows = 128 * cluster;
-    const qf_wg_times *times = &qf_wg_step_ns[bits == 4 ? 0 : bits == 8 ? 1 : 2];
-    const double alone = times->alone[width], share = times->share[width], end = qf_wg_end_ns[width];
+    const int row = bits == 4 ? 0 : bits == 8 ? 1 : 2;
+    const double alone = qf_wg_times[row].alone[width], share = qf_wg_times[row].share[width];
+    const double end = qf_wg_times[row].end[width];
     const int64_t blocks = (int64_t)((n + group_rows - 1) / group_rows) * cluster *
                            ((num_tokens + tokens - 1) / tokens) * num_splits;
     const int64_t slots = (int64_t)device->sm_count * per_sm, rest = blocks % slots;

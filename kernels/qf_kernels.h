@@ -329,6 +329,32 @@ typedef struct qf_cuda_token_count {
 qf_status qf_cuda_reset_counts(uint16_t *counts, int32_t slot, int32_t vocab_size, const qf_cuda_token_count *list,
                                int32_t num, cudaStream_t stream, qf_error *err);
 
+/* ---- a step's way in and out -------------------------------------------------------------------------------- */
+
+/* The first bytes of a step's metadata. */
+typedef struct qf_cuda_step_header {
+    uint32_t meta_bytes;   /* of the whole, this included; a multiple of 16 */
+    uint32_t num_results;  /* token ids */
+    uint32_t num_logprobs; /* entries */
+    uint32_t parity;       /* set by the device */
+} qf_cuda_step_header;
+
+typedef struct qf_cuda_step_io {
+    const void *host_meta[2];           /* pinned host memory, 16-byte aligned: steps take turns */
+    int32_t *host_token_ids[2];         /* pinned */
+    qf_cuda_logprob *host_logprobs[2];  /* pinned */
+    void *device_meta;
+    const int32_t *token_ids;           /* device */
+    const qf_cuda_logprob *logprobs;    /* device */
+    uint32_t *counter;                  /* device: steps published so far; the next one's parity */
+} qf_cuda_step_io;
+
+/* fixed_bytes: what every step of these capacities has. */
+qf_status qf_cuda_step_fetch(const qf_cuda_step_io *io, size_t fixed_bytes, cudaStream_t stream, qf_error *err);
+/* The bounds size the grid; the header has the true numbers. */
+qf_status qf_cuda_step_publish(const qf_cuda_step_io *io, int32_t max_results, int32_t max_logprobs,
+                               cudaStream_t stream, qf_error *err);
+
 /* ---- one decode step in one launch ------------------------------------------------------------------------- */
 
 typedef struct qf_cuda_decode_layer {

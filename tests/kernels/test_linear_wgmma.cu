@@ -380,7 +380,7 @@ static void check_choice(const qf_cuda_device &device)
     for (int bits : {4, 8, 16}) {
         PackedWeight w = random_weight(896, 1024, bits, 128, seed++, true);
         PackedWeight gate_up = random_weight(2048, 384, bits, 128, seed++);
-        for (int num_tokens : {1, 8, 15, 16, 64, 300}) {
+        for (int num_tokens : {1, 8, 9, 16, 17, 33, 64, 300}) {
             int splits = qf_cuda_linear_splits(&device, 896, 1024, bits, num_tokens, QF_CUDA_STORE, false);
             CHECK(splits >= 1 && splits <= QF_CUDA_MAX_SPLITS);
             check_store(qf_cuda_linear, device, w, 896, 1024, num_tokens, splits, 6e-3, seed++);
@@ -429,7 +429,7 @@ struct Bench {
     {
         size_t bytes = (size_t)n * k * bits / 8, scales = bits == 16 ? 0 : (size_t)n * (k / 128) * 4;
         double estimate_us = std::max(bytes / 3e6, 2.0 * n * k * num_tokens / 5e8) + 3;
-        int count = (int)std::min(256.0, std::max(3.0, 4000.0 / estimate_us));
+        int count = (int)std::min(256.0, std::max(3.0, 1500.0 / estimate_us));
         size_t copies = std::max<size_t>(1, pool_bytes / bytes);
         copies = scales > 0 ? std::min(copies, scales_bytes / scales) : copies;
         return time_us(
@@ -444,7 +444,7 @@ struct Bench {
                 args.num_tokens = num_tokens, args.num_splits = splits;
                 CHECK_OK(linear(&args, &device, stream, &check_error));
             },
-            count, 5);
+            count, 3);
     }
 };
 

@@ -19,12 +19,6 @@ static bool is_plain_decode(const qf_batch *batch)
     return true;
 }
 
-static qf_status copy_meta(qf_cuda_backend *self, const qf_cuda_step *step, const qf_cuda_plan *made, qf_error *err)
-{
-    QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.meta, step->meta, made->meta_bytes, cudaMemcpyHostToDevice, self->stream));
-    return QF_OK;
-}
-
 static qf_status submit_graph(qf_cuda_backend *self, qf_cuda_step *step, const qf_batch *batch, int32_t padded,
                               qf_error *err)
 {
@@ -33,7 +27,6 @@ static qf_status submit_graph(qf_cuda_backend *self, qf_cuda_step *step, const q
     cudaGraphExec_t graph;
     qf_cuda_meta_layout(self, step->meta, padded, padded, padded, qf_cuda_step_max_items(self, NULL, padded), &host);
     QF_TRY(qf_cuda_step_build(self, step, batch, &host, &made, err));
-    QF_TRY(copy_meta(self, step, &made, err));
     QF_TRY(qf_cuda_graph_get(self, padded, made.all_greedy, &graph, err));
     QF_CUDA_CHECK(cudaGraphLaunch(graph, self->stream));
     return QF_OK;
@@ -90,7 +83,7 @@ static qf_status begin_eager(qf_cuda_backend *self, qf_cuda_step *step, const qf
                         device_meta);
     *f = (qf_cuda_forward){.meta = device_meta};
     QF_TRY(qf_cuda_step_build(self, step, batch, &host, &f->plan, err));
-    return copy_meta(self, step, &f->plan, err);
+    return qf_cuda_step_fetch(&self->io, device_meta->fixed_bytes, self->stream, err);
 }
 
 static qf_status submit_eager(qf_cuda_backend *self, qf_cuda_step *step, const qf_batch *batch, qf_error *err)
@@ -105,7 +98,8 @@ static qf_status submit_eager(qf_cuda_backend *self, qf_cuda_step *step, const q
     } else {
         QF_TRY(qf_cuda_layers(self, &f, 0, self->config.num_layers, NULL, NULL, &delta_splits, err));
     }
-    return logits_and_sampling(self, &f, batch, delta_splits, err);
+    QF_TRY(logits_and_sampling(self, &f, batch, delta_splits, err));
+    return qf_cuda_step_publish(&self->io, step->num_results, step->num_logprobs, self->stream, err);
 }
 
 static qf_status cuda_submit(qf_backend *base, const qf_batch *batch, qf_error *err)
@@ -124,16 +118,6 @@ static qf_status cuda_submit(qf_backend *base, const qf_batch *batch, qf_error *
         QF_TRY(submit_graph(self, step, batch, padded, err));
     } else {
         QF_TRY(submit_eager(self, step, batch, err));
-    }
-    if (step->num_results > 0) {
-        QF_CUDA_CHECK(cudaMemcpyAsync(step->token_ids, self->ws.token_ids,
-                                      (size_t)step->num_results * sizeof(int32_t), cudaMemcpyDeviceToHost,
-                                      self->stream));
-    }
-    if (step->num_logprobs > 0) {
-        QF_CUDA_CHECK(cudaMemcpyAsync(step->logprobs, self->ws.logprobs,
-                                      (size_t)step->num_logprobs * sizeof *step->logprobs, cudaMemcpyDeviceToHost,
-                                      self->stream));
     }
     QF_CUDA_CHECK(cudaEventRecord(step->stop, self->stream));
     return QF_OK;
@@ -193,7 +177,7 @@ static qf_status run_layers(qf_cuda_backend *self, int32_t first, int32_t last, 
     qf_cuda_meta meta;
     qf_cuda_forward f;
     size_t bytes = (size_t)batch->num_tokens * (size_t)self->config.hidden_size * sizeof(float);
-    QF_TRY(begin_eager(self, &self->steps[0], batch, &meta, &f, err));
+    QF_TRY(begin_eager(self, &self->steps[self->num_submitted % QF_CUDA_STEPS_IN_FLIGHT], batch, &meta, &f, err));
     QF_TRY(qf_cuda_rope_table(meta.positions, self->ws.inv_freq, self->config.rope.attention_factor, self->ws.cos_sin,
                               meta.num_tokens, self->config.head_dim, self->stream, err));
     QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.residual, hidden, bytes, cudaMemcpyHostToDevice, self->stream));
@@ -206,7 +190,7 @@ static qf_status run_layers(qf_cuda_backend *self, int32_t first, int32_t last, 
     }
     QF_CUDA_CHECK(cudaMemcpyAsync(hidden, self->ws.residual, bytes, cudaMemcpyDeviceToHost, self->stream));
     QF_CUDA_CHECK(cudaStreamSynchronize(self->stream));
-    return QF_OK;
+    return QF_OK; /* nothing was published: the next step has the same parity */
 }
 
 static qf_status cuda_forward_layers(qf_backend *base, int32_t first, int32_t last, const qf_batch *batch,

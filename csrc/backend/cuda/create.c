@@ -16,8 +16,9 @@ static bool wants_decode_kernel(const qf_cuda_backend *self)
 
 static size_t step_pinned_bytes(const qf_cuda_backend *self)
 {
-    return self->meta_bytes + (size_t)self->options.max_num_batched_tokens * sizeof(int32_t) +
-           (size_t)self->logprob_capacity * sizeof(qf_cuda_logprob);
+    size_t bytes = self->meta_bytes + (size_t)self->options.max_num_batched_tokens * sizeof(int32_t) +
+                   (size_t)self->logprob_capacity * sizeof(qf_cuda_logprob);
+    return (bytes + 255) / 256 * 256;
 }
 
 static qf_cuda_weight shape_of(const qf_cuda_linear_layout *layout)
@@ -262,6 +263,13 @@ static qf_status prepare_workspace(qf_cuda_backend *self, qf_error *err)
     qf_rope_inv_freq(&self->config.rope, self->config.head_dim, inv_freq);
     QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.inv_freq, inv_freq, half * sizeof(float), cudaMemcpyHostToDevice,
                                   self->stream));
+    self->io = (qf_cuda_step_io){.host_meta = {self->steps[0].meta, self->steps[1].meta},
+                                 .host_token_ids = {self->steps[0].token_ids, self->steps[1].token_ids},
+                                 .host_logprobs = {self->steps[0].logprobs, self->steps[1].logprobs},
+                                 .device_meta = self->ws.meta,
+                                 .token_ids = self->ws.token_ids,
+                                 .logprobs = self->ws.logprobs,
+                                 .counter = self->ws.step_counter};
     QF_CUDA_CHECK(cudaMemsetAsync(self->ws.zero_begin, 0, (size_t)(self->ws.zero_end - self->ws.zero_begin),
                                   self->stream));
     QF_TRY(prepare_decode(self, err));

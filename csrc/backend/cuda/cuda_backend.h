@@ -44,6 +44,7 @@ typedef struct qf_cuda_workspace {
     int32_t *token_ids;   /* (tokens) sampled, by logit task */
     qf_cuda_logprob *logprobs; /* (logprob_capacity) */
     char *meta;           /* the step's metadata: see step.c */
+    uint32_t *step_counter; /* (1) */
     void *attention, *sample, *decode; /* kernels' own */
     void *slots[2];       /* of host layers' blobs */
     qf_cuda_decode_layer *decode_layers; /* (num_layers) */
@@ -61,6 +62,7 @@ typedef struct qf_cuda_meta {
     qf_cuda_sample_row *sample_rows; /* (num_rows) */
     qf_cuda_attention_item *items, *sliding_items;
     int32_t max_items;        /* of each of the two */
+    qf_cuda_step_header *header;
     int32_t *words;           /* the whole buffer: tables, bitmasks and biases have indices from here */
     size_t fixed_bytes;       /* end of what has a fixed place */
 } qf_cuda_meta;
@@ -118,6 +120,7 @@ typedef struct qf_cuda_backend {
     size_t kv_layer_bytes;
     char *kv;
     qf_cuda_workspace ws;
+    qf_cuda_step_io io;
     cudaStream_t stream, copy_stream;
     cudaEvent_t slot_ready[2], slot_free[2], fork;
     qf_cuda_step steps[QF_CUDA_STEPS_IN_FLIGHT];

@@ -309,17 +309,20 @@ void qf_cuda_decode_fill(const qf_cuda_backend *self, int32_t num_seqs, qf_cuda_
 qf_status qf_cuda_decode_forward(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err)
 {
     int32_t rows = f->meta->num_rows;
+    int32_t max_logprobs = f->plan.all_greedy ? 0 : rows * (1 + QF_CUDA_MAX_TOP_LOGPROBS);
+    int32_t delta_splits;
+    QF_TRY(qf_cuda_step_fetch(&self->io, f->meta->fixed_bytes, self->stream, err));
     QF_TRY(qf_cuda_embed(self, f, err));
     if (self->decode_kernel && f->meta->num_seqs <= 8) {
         QF_TRY(decode_kernel(self, f, err));
-        return qf_cuda_sample_rows(self, f, 0, rows, err);
+        QF_TRY(qf_cuda_sample_rows(self, f, 0, rows, err));
+        return qf_cuda_step_publish(&self->io, rows, max_logprobs, self->stream, err);
     }
-    int32_t delta_splits;
     QF_TRY(qf_cuda_layers(self, f, 0, self->config.num_layers, NULL, NULL, &delta_splits, err));
     for (int32_t first = 0; first < rows; first += self->logit_rows) {
         int32_t count = rows - first < self->logit_rows ? rows - first : self->logit_rows;
         QF_TRY(qf_cuda_logits(self, f, first, count, delta_splits, err));
         QF_TRY(qf_cuda_sample_rows(self, f, first, count, err));
     }
-    return QF_OK;
+    return qf_cuda_step_publish(&self->io, rows, max_logprobs, self->stream, err);
 }

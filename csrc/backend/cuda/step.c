@@ -1,6 +1,6 @@
-/* A step's metadata: one buffer, filled on the host and copied to the device in one piece.
+/* A step's metadata: one buffer, filled on the host and fetched by the device in one piece (kernels/step_io.cu).
  *
- *   token_ids | positions | slot_mapping | query_start_loc | seq_lens | block_table_start | num_items | logit_rows |
+ *   header | token_ids | positions | slot_mapping | query_start_loc | seq_lens | block_table_start | num_items | logit_rows |
  *   sample_rows | items | sliding items | block tables, bitmasks, biases as long as they are
  *
  * All but the last part has a fixed place for given capacities, so a captured graph finds it at constant addresses; the
@@ -53,7 +53,8 @@ void qf_cuda_meta_layout(const qf_cuda_backend *self, char *buffer, int32_t num_
     struct {
         void **place;
         size_t bytes;
-    } parts[] = {{(void **)&out->token_ids, tokens * sizeof(int32_t)},
+    } parts[] = {{(void **)&out->header, sizeof(qf_cuda_step_header)},
+                 {(void **)&out->token_ids, tokens * sizeof(int32_t)},
                  {(void **)&out->positions, tokens * sizeof(int32_t)},
                  {(void **)&out->slot_mapping, tokens * sizeof(int32_t)},
                  {(void **)&out->query_start_loc, (seqs + 1) * sizeof(int32_t)},
@@ -320,12 +321,15 @@ qf_status qf_cuda_step_build(qf_cuda_backend *self, qf_cuda_step *step, const qf
             host->num_items[3] = plan->sliding.num_prefill_items;
         }
     }
-    plan->meta_bytes = b.used_words * sizeof(int32_t);
+    plan->meta_bytes = align_up(b.used_words * sizeof(int32_t), 16);
     step->num_results = batch->num_logit_tasks;
     step->num_logprobs = b.num_logprobs;
     if (plan->meta_bytes > self->meta_bytes || b.num_logprobs > self->logprob_capacity) {
         return QF_FAIL(err, QF_ERROR_INTERNAL, "a step's metadata of %zu bytes and %d logprobs exceeds %zu and %d",
                        plan->meta_bytes, b.num_logprobs, self->meta_bytes, self->logprob_capacity);
     }
+    *host->header = (qf_cuda_step_header){.meta_bytes = (uint32_t)plan->meta_bytes,
+                                          .num_results = (uint32_t)batch->num_logit_tasks,
+                                          .num_logprobs = (uint32_t)b.num_logprobs};
     return QF_OK;
 }
