@@ -16,6 +16,7 @@
 #include "attention_merge.cuh"
 
 #define DECODE_TILE 16
+#define MERGE_FAN 8
 
 /* Volatile: the order of loads and products is the one written. Not the read-only path: the kernel before wrote these.
  * */
@@ -167,11 +168,30 @@ static __device__ __forceinline__ void weigh_values(decode_state<head_dim, heads
     }
 }
 
+template <int head_dim, int heads8>
+static __device__ __forceinline__ void clear(decode_state<head_dim, heads8> &s)
+{
+#pragma unroll
+    for (int n = 0; n < heads8; n++) {
+#pragma unroll
+        for (int i = 0; i < head_dim / 16; i++) {
+            s.o[n][i][0] = s.o[n][i][1] = s.o[n][i][2] = s.o[n][i][3] = 0.0f;
+        }
+        s.maximum[n][0] = s.maximum[n][1] = -INFINITY;
+        s.sum[n][0] = s.sum[n][1] = 0.0f;
+    }
+}
+
 /* The warp's share of the item: tiles warp, warp + 4, ... of it. The next tile's keys are on their way from when this
- * one's have been used, and so are its values. */
+ * one's have been used, and so are its values.
+ *
+ * first_unit: the CTA's first, which has the wait for the kernel before in it. Block tables, and keys and values of
+ * positions before the row's own, were written before this step's first kernel, which is launched the ordinary way: so
+ * they are loaded before the wait. The row's own position and its query come from the kernel before. */
 template <int head_dim, int heads8>
 static __device__ __forceinline__ void decode_warp(const attention_params &p, const qf_cuda_attention_item &item,
-                                                   int32_t kv_head, decode_state<head_dim, heads8> &s)
+                                                   int32_t kv_head, bool first_unit,
+                                                   decode_state<head_dim, heads8> &s)
 {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int64_t head_stride = (int64_t)head_dim << p.block_shift;
@@ -181,11 +201,31 @@ static __device__ __forceinline__ void decode_warp(const attention_params &p, co
                             static_cast<const uint16_t *>(p.a.kv.v) + kv_head * head_stride,
                             p.a.shape.num_kv_heads * head_stride,
                             (1 << p.block_shift) - 1};
-    const int32_t *table = p.a.block_tables + p.a.block_table_start[item.seq];
+    const int32_t *table = p.a.block_tables + __ldcg(p.a.block_table_start + item.seq);
     const int32_t end = (r.end + DECODE_TILE - 1) / DECODE_TILE;
     const int32_t start = r.begin / DECODE_TILE + (int32_t)(threadIdx.x / 32);
     const uint16_t *q = static_cast<const uint16_t *>(p.a.q) +
                         ((int64_t)item.first_row * p.a.shape.num_heads + kv_head * p.group) * head_dim + 8 * t;
+    /* Lane i knows the block of the warp's i-th tile of the next 32. */
+    const int32_t shift = p.block_shift - 4;
+    int32_t blocks = __ldcg(table + (min(start + ATTENTION_WARPS * lane, end - 1) >> shift));
+    int32_t block = __shfl_sync(0xffffffffu, blocks, 0);
+    const bool early = start < end && (start + 1) * DECODE_TILE <= item.first_position;
+    if (early) {
+        load_keys<head_dim, heads8>(s, r, start * DECODE_TILE, block);
+        load_values<head_dim, heads8>(s, r, start * DECODE_TILE, block);
+    }
+    if (first_unit) {
+        qf_grid_dependency_wait();
+    }
+    if (start >= end) { /* keys and values are not used */
+        clear<head_dim, heads8>(s);
+        return;
+    }
+    if (!early) {
+        load_keys<head_dim, heads8>(s, r, start * DECODE_TILE, block);
+        load_values<head_dim, heads8>(s, r, start * DECODE_TILE, block);
+    }
 #pragma unroll
     for (int n = 0; n < heads8; n++) {
 #pragma unroll
@@ -193,29 +233,15 @@ static __device__ __forceinline__ void decode_warp(const attention_params &p, co
             const int head = 8 * n + g;
             s.q[n][c] = head < p.group ? load_now(q + head * head_dim + 32 * c) : make_uint4(0, 0, 0, 0);
         }
-#pragma unroll
-        for (int i = 0; i < head_dim / 16; i++) {
-            s.o[n][i][0] = s.o[n][i][1] = s.o[n][i][2] = s.o[n][i][3] = 0.0f;
-        }
-        s.maximum[n][0] = s.maximum[n][1] = -INFINITY;
-        s.sum[n][0] = s.sum[n][1] = 0.0f;
     }
-    if (start >= end) {
-        return;
-    }
-    /* Lane i knows the block of the warp's i-th tile of the next 32. */
-    const int32_t shift = p.block_shift - 4;
-    int32_t blocks = table[min(start + ATTENTION_WARPS * lane, end - 1) >> shift];
-    int32_t block = __shfl_sync(0xffffffffu, blocks, 0);
-    load_keys<head_dim, heads8>(s, r, start * DECODE_TILE, block);
-    load_values<head_dim, heads8>(s, r, start * DECODE_TILE, block);
+    clear<head_dim, heads8>(s);
 #pragma unroll 1
     for (int32_t i = 0, tile = start; tile < end; i++, tile += ATTENTION_WARPS) {
         const int32_t next = tile + ATTENTION_WARPS;
         float x[heads8][4];
         uint32_t weights[heads8][2];
         if ((i + 1) % 32 == 0) {
-            blocks = table[min(next + ATTENTION_WARPS * lane, end - 1) >> shift];
+            blocks = __ldcg(table + (min(next + ATTENTION_WARPS * lane, end - 1) >> shift));
         }
         block = __shfl_sync(0xffffffffu, blocks, (i + 1) % 32);
         scores<head_dim, heads8>(s, x);
@@ -301,27 +327,136 @@ static __device__ __forceinline__ void merge_warps(const attention_params &p, co
     }
 }
 
+/* Merges `count` partial results of a row, of splits first, first + step, .., in order: to the output, or in place of
+ * split first's. All loads of MERGE_FAN of them, for two vectors a thread, are in flight at once. */
+template <int head_dim>
+static __device__ __forceinline__ void merge_partials(const attention_params &p, const qf_cuda_attention_item &item,
+                                                      int32_t kv_head, int32_t first, int32_t step, int32_t count,
+                                                      bool to_output)
+{
+    constexpr int vectors = head_dim / 4;
+    __shared__ float2 merged[QF_ATTENTION_MAX_GROUP], sums[MERGE_FAN][QF_ATTENTION_MAX_GROUP];
+    static_assert(MERGE_FAN * QF_ATTENTION_MAX_GROUP == ATTENTION_THREADS, "a thread loads one maximum and sum");
+    const int32_t columns = p.group * vectors, stride = step * p.unit_words;
+    const int32_t my_split = threadIdx.x / QF_ATTENTION_MAX_GROUP, my_head = threadIdx.x % QF_ATTENTION_MAX_GROUP;
+    float *unit = unit_of(p, item, first, 0), *values = unit_values(p, unit, kv_head * p.group);
+#pragma unroll 1
+    for (int32_t begin = 0; begin < columns; begin += 2 * ATTENTION_THREADS) {
+        const int32_t i = begin + threadIdx.x;
+        const int32_t at[2] = {min(i, columns - 1), min(i + ATTENTION_THREADS, columns - 1)};
+        float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+        float4 acc[2] = {make_float4(0.0f, 0.0f, 0.0f, 0.0f), make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+#pragma unroll 1
+        for (int32_t from = 0; from < count; from += MERGE_FAN) {
+            float4 x[MERGE_FAN][2];
+#pragma unroll
+            for (int b = 0; b < MERGE_FAN; b++) {
+                const float *split = values + (int64_t)min(from + b, count - 1) * stride;
+                x[b][0] = __ldcg(reinterpret_cast<const float4 *>(split) + at[0]);
+                x[b][1] = __ldcg(reinterpret_cast<const float4 *>(split) + at[1]);
+            }
+            if (my_head < p.group) {
+                sums[my_split][my_head] = __ldcg(reinterpret_cast<const float2 *>(
+                    unit + (int64_t)min(from + my_split, count - 1) * stride + 2 * (kv_head * p.group + my_head)));
+            }
+            __syncthreads();
+#pragma unroll
+            for (int b = 0; b < MERGE_FAN; b++) {
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    const float2 s = sums[b][at[c] / vectors];
+                    if (from + b < count && s.x != -INFINITY) {
+                        const merge_weights w = merge_split(maximum[c], sum[c], s.x, s.y);
+                        acc[c].x = merge_value(acc[c].x, x[b][c].x, w);
+                        acc[c].y = merge_value(acc[c].y, x[b][c].y, w);
+                        acc[c].z = merge_value(acc[c].z, x[b][c].z, w);
+                        acc[c].w = merge_value(acc[c].w, x[b][c].w, w);
+                    }
+                }
+            }
+            __syncthreads(); /* sums are written anew */
+        }
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            if (i + c * ATTENTION_THREADS >= columns) {
+                continue;
+            }
+            if (to_output) {
+                store_out(p, kv_head * p.group * head_dim + at[c] * 4, item.first_row, acc[c], sum[c]);
+            } else {
+                reinterpret_cast<float4 *>(values)[at[c]] = acc[c];
+                if (at[c] % vectors == 0) {
+                    merged[at[c] / vectors] = make_float2(maximum[c], sum[c]);
+                }
+            }
+        }
+    }
+    if (!to_output) {
+        __syncthreads(); /* merged is there, and all have read what it replaces */
+        if ((int32_t)threadIdx.x < p.group) {
+            reinterpret_cast<float2 *>(unit)[kv_head * p.group + threadIdx.x] = merged[threadIdx.x];
+        }
+    }
+}
+
+/* What follows an item's partial results: where there are more than MERGE_FAN splits, neighbours are merged first, each
+ * MERGE_FAN by the last of them (their counter: the second one's), then those results by the last of these. Cut like
+ * this, no CTA reads much, and the order of a merge still depends on the number of splits alone. */
+template <int head_dim>
+static __device__ __forceinline__ void merge_item(const attention_params &p, const qf_cuda_attention_item &item,
+                                                  int32_t kv_head)
+{
+    const int32_t first = item.split / MERGE_FAN * MERGE_FAN, members = min(MERGE_FAN, item.num_splits - first);
+    const int32_t groups = (item.num_splits + MERGE_FAN - 1) / MERGE_FAN;
+    if (groups > 1 && members > 1) {
+        if (!last_to_arrive(p, item.partial + first + 1, kv_head, members)) {
+            return;
+        }
+        merge_partials<head_dim>(p, item, kv_head, first, 1, members, false);
+    }
+    const int32_t count = groups > 1 ? groups : item.num_splits;
+    if (last_to_arrive(p, item.counter, kv_head, count)) {
+        merge_partials<head_dim>(p, item, kv_head, 0, groups > 1 ? MERGE_FAN : 1, count, true);
+        zero_padding(p, item, kv_head);
+    }
+}
+
 template <int head_dim, int heads8>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, heads8 == 1 ? 3 : 2)
     attention_decode_kernel(const __grid_constant__ attention_params p)
 {
     __shared__ decode_shared<head_dim, heads8> shared;
+    __shared__ qf_cuda_attention_item shared_item; /* for what comes after the products: registers are scarce */
     qf_grid_launch_dependents();
-    qf_grid_dependency_wait();
-    const int32_t num_kv_heads = p.a.shape.num_kv_heads, num_units = p.a.num_items[0] * num_kv_heads;
-    for (int32_t unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
-        const qf_cuda_attention_item item = p.a.items[unit / num_kv_heads];
+    /* Items were copied before the step's first kernel, as decode_warp says of tables. The grid is no larger than the
+     * array, so that the first item is loaded before it is known to be there. */
+    const int32_t num_kv_heads = p.a.shape.num_kv_heads, num_items = __ldcg(p.a.num_items);
+    int32_t unit = blockIdx.x;
+    qf_cuda_attention_item item = load_item(p.a.items + unit / num_kv_heads);
+    if (unit >= num_items * num_kv_heads) {
+        qf_grid_dependency_wait(); /* a kernel's end implies its predecessor's */
+        return;
+    }
+    for (;;) {
         const int32_t kv_head = unit % num_kv_heads;
         decode_state<head_dim, heads8> s;
-        decode_warp<head_dim, heads8>(p, item, kv_head, s);
+        if (threadIdx.x == 0) {
+            shared_item = item;
+        }
+        decode_warp<head_dim, heads8>(p, item, kv_head, unit == (int32_t)blockIdx.x, s);
         put_warp<head_dim, heads8>(s, shared);
         __syncthreads();
-        merge_warps<head_dim, heads8>(p, item, kv_head, shared);
-        if (item.num_splits == 1) {
-            zero_padding(p, item, kv_head);
-        } else if (last_to_arrive(p, item, kv_head)) {
-            merge_splits(p, item, kv_head);
+        merge_warps<head_dim, heads8>(p, shared_item, kv_head, shared);
+        if (shared_item.num_splits == 1) {
+            zero_padding(p, shared_item, kv_head);
+        } else {
+            merge_item<head_dim>(p, shared_item, kv_head);
         }
+        unit += gridDim.x;
+        if (unit >= __ldcg(p.a.num_items) * num_kv_heads) {
+            return;
+        }
+        item = load_item(p.a.items + unit / num_kv_heads);
         __syncthreads(); /* shared is written anew */
     }
 }

@@ -47,6 +47,14 @@ static __device__ __forceinline__ float merge_value(float acc, float x, merge_we
     return __fmaf_rn(x, w.new_weight, __fmul_rn(acc, w.old_weight));
 }
 
+/* Past L1; words of their own, for an item is aligned to nothing more. */
+static __device__ __forceinline__ qf_cuda_attention_item load_item(const qf_cuda_attention_item *from)
+{
+    const int32_t *w = reinterpret_cast<const int32_t *>(from);
+    return qf_cuda_attention_item{__ldcg(w),     __ldcg(w + 1), __ldcg(w + 2), __ldcg(w + 3), __ldcg(w + 4),
+                                  __ldcg(w + 5), __ldcg(w + 6), __ldcg(w + 7), __ldcg(w + 8), __ldcg(w + 9)};
+}
+
 /* --- output ------------------------------------------------------------------------------------------------- */
 
 /* Element (k, token) of the tiled output. */
@@ -94,30 +102,30 @@ static __device__ __forceinline__ float *unit_values(const attention_params &p, 
     return unit + p.unit_sums + head * p.a.shape.head_dim;
 }
 
-/* Called by all threads when the CTA's partial results have been stored: true in the CTA that is the last of the item's
- * splits to come, which sees the results of all. The counter is zero again after it. */
-static __device__ bool last_to_arrive(const attention_params &p, const qf_cuda_attention_item &item, int32_t kv_head)
+/* Called by all threads when the CTA's partial results have been stored: true in the CTA that is the last of `expected`
+ * to come to the counter of a unit, which sees the results of all. The counter is zero again after it. */
+static __device__ bool last_to_arrive(const attention_params &p, int32_t unit, int32_t kv_head, int32_t expected)
 {
     __shared__ uint32_t arrived;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        uint32_t *counter = static_cast<uint32_t *>(p.a.workspace) + (int64_t)item.counter * p.unit_words +
-                            p.unit_counters + kv_head;
+        uint32_t *counter = static_cast<uint32_t *>(p.a.workspace) + (int64_t)unit * p.unit_words + p.unit_counters +
+                            kv_head;
+        __threadfence(); /* behind the barrier: for the whole CTA's stores */
         arrived = atomicAdd(counter, 1u);
-        if (arrived + 1 == (uint32_t)item.num_splits) {
+        if (arrived + 1 == (uint32_t)expected) {
             *counter = 0;
         }
         __threadfence();
     }
     __syncthreads();
-    return arrived + 1 == (uint32_t)item.num_splits;
+    return arrived + 1 == (uint32_t)expected;
 }
 
 /* Merges the splits in their order, whoever came last. Partial results are read past L1. */
 static __device__ void merge_splits(const attention_params &p, const qf_cuda_attention_item &item, int32_t kv_head)
 {
-    const int batch = 4; /* splits in flight */
+    const int batch = 16; /* splits in flight */
     const int32_t head_dim = p.a.shape.head_dim, vectors = head_dim / 4, per_row = p.group * vectors;
     const int64_t stride = (int64_t)item.num_rows * p.unit_words;
     for (int32_t i = threadIdx.x; i < item.num_rows * per_row; i += ATTENTION_THREADS) {

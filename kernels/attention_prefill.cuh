@@ -413,21 +413,27 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     extern __shared__ __align__(128) uint16_t prefill_shared[];
     __shared__ prefill_item it;
     qf_grid_launch_dependents();
-    qf_grid_dependency_wait();
-    const int32_t num_kv_heads = p.a.shape.num_kv_heads, num_units = p.a.num_items[1] * num_kv_heads;
-    for (int32_t unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
+    /* Items and tables were copied before the step's first kernel, an ordinary launch: they may be read at once. */
+    const int32_t num_kv_heads = p.a.shape.num_kv_heads;
+    if ((int32_t)blockIdx.x >= __ldcg(p.a.num_items + 1) * num_kv_heads) {
+        qf_grid_dependency_wait(); /* a kernel's end implies its predecessor's */
+    }
+    for (int32_t unit = blockIdx.x; unit < __ldcg(p.a.num_items + 1) * num_kv_heads; unit += gridDim.x) {
         if (threadIdx.x == 0) {
-            it.item = p.a.items[p.a.prefill_offset + unit / num_kv_heads];
+            it.item = load_item(p.a.items + p.a.prefill_offset + unit / num_kv_heads);
             it.kv_head = unit % num_kv_heads;
             it.first_tile = it.item.kv_begin / PREFILL_TILE;
             it.end_tile = (it.item.kv_end + PREFILL_TILE - 1) / PREFILL_TILE;
-            it.table = p.a.block_tables + p.a.block_table_start[it.item.seq];
+            it.table = p.a.block_tables + __ldcg(p.a.block_table_start + it.item.seq);
+        }
+        if (unit == (int32_t)blockIdx.x) {
+            qf_grid_dependency_wait();
         }
         __syncthreads();
         prefill_tiles<head_dim, m_tiles, invariant>(p, it, prefill_shared);
         if (it.item.num_splits == 1) {
             zero_padding(p, it.item, it.kv_head);
-        } else if (last_to_arrive(p, it.item, it.kv_head)) {
+        } else if (last_to_arrive(p, it.item.counter, it.kv_head, it.item.num_splits)) {
             merge_splits(p, it.item, it.kv_head);
         }
         __syncthreads(); /* shared memory is written anew */

@@ -1,16 +1,14 @@
 /* Attention of the decode kernel. An item is one kv head of one sequence and a run of tiles of positions (8192 /
- * head_dim positions, one ring stage, each); all its G query heads share the tiles. All consumer warps of a CTA work on
- * one tile at a time:
+ * head_dim positions, one ring stage, each); all its query heads (at most 8) share the tiles. Each consumer warp works
+ * for itself on an eighth of the positions of every tile, by mma.m16n8k16 with the heads as rows (8 .. 15 are nought):
  *
- *   scores   S (8 heads, positions) = q K^T: a warp takes 8 positions x 64 of head_dim by mma.m16n8k16 (heads are the
- *            rows, 8 .. 15 are nought) and leaves them in shared memory;
- *   barrier  (the one barrier a tile)
- *   values   O (8 heads, head_dim) += P V: a warp takes 8 columns and 64 positions (8 warps: all of the tile), reads
- *            those scores in the layout of the A operand, and keeps maximum and sum of each head itself.
+ *   S (8 heads, 16 or 8 positions) = q K^T;  running maximum and sum of each head;  O (8 heads, head_dim) += P V
  *
- * Scores have two buffers, so the next tile's may be written while slow warps read this one's. The newest key and value
- * come from qkv's results, not from the cache (where the last split's CTA writes them); the warps that read their rows
- * put them into the tile, which has zeros there.
+ * where S as it comes out of the first product is, rounded, the A operand of the second. Behind the last tile the warps'
+ * (m, l, O) meet in shared memory; two barriers an item (three for head_dim 128), none a tile.
+ *
+ * The newest key and value come from qkv's results, not from the cache (where the last split's CTA writes them); the warp
+ * whose rows they are puts them into the tile, which has zeros there.
  *
  * The splits of a sequence depend on its length alone: at least 256 positions, and at most max_splits. With several, an
  * item leaves (m, l, O) and warps all over the grid merge them, in order of split. */
@@ -21,22 +19,24 @@
 
 /* Shared memory of an item, in place of x. */
 template <int head_dim> struct qf_decode_attention_shared {
-    static constexpr int rows = 8192 / head_dim, q_stride = head_dim + 8, score_stride = rows + 8;
-    static constexpr int parts = head_dim / 64;
-    __nv_bfloat16 q[8 * q_stride];
+    static constexpr int rows = 8192 / head_dim, stride = head_dim + 8;
+    static constexpr int slots = 512 / head_dim; /* for O: of every warp, or of every other */
+    __nv_bfloat16 q[8 * stride];
     __nv_bfloat16 newest[2][head_dim]; /* key, value */
-    float scores[2][parts][8][score_stride];
-    float4 other[8][32]; /* what the upper half of the positions gave (16 warps, head_dim 64) */
+    float o[slots][8][stride];
+    float2 ml[QF_DECODE_WARPS][8];
 };
+static_assert(sizeof(qf_decode_attention_shared<64>) == qf_decode_attention_bytes(64), "see qf_decode_plan_shared");
+static_assert(sizeof(qf_decode_attention_shared<128>) == qf_decode_attention_bytes(128), "see qf_decode_plan_shared");
 
 /* Gathers q of the item's heads and, if `newest`, the new key and value; rotates; rounds; stores to the cache. */
-template <int head_dim, int threads>
+template <int head_dim>
 static __device__ __forceinline__ void qf_attention_gather(const qf_decode_params &p, const qf_decode_item &item,
                                                            uint32_t epoch, const qf_decode_layer_entry *layer,
                                                            bool newest, qf_decode_attention_shared<head_dim> &sh)
 {
     constexpr int half = head_dim / 2, quads = half / 4;
-    static_assert(9 * quads + head_dim / 4 <= threads, "one round");
+    static_assert(9 * quads + head_dim / 4 <= QF_DECODE_WARPS * 32, "one round");
     const int group = p.num_heads / p.num_kv_heads, n = p.linear[QF_DECODE_QKV].n, id = threadIdx.x;
     const int rotated = (group + (newest ? 1 : 0)) * quads, plain = newest ? head_dim / 4 : 0;
     if (id < rotated + plain) {
@@ -63,7 +63,7 @@ static __device__ __forceinline__ void qf_attention_gather(const qf_decode_param
                                qf_pack_bf16(a.z * c.z - b.z * s.z, a.w * c.w - b.w * s.w));
         uint2 high = make_uint2(qf_pack_bf16(b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y),
                                 qf_pack_bf16(b.z * c.z + a.z * s.z, b.w * c.w + a.w * s.w));
-        __nv_bfloat16 *to = !rotate ? sh.newest[1] : head < group ? sh.q + head * sh.q_stride : sh.newest[0];
+        __nv_bfloat16 *to = !rotate ? sh.newest[1] : head < group ? sh.q + head * sh.stride : sh.newest[0];
         *reinterpret_cast<uint2 *>(to + j) = low;
         if (rotate) {
             *reinterpret_cast<uint2 *>(to + half + j) = high;
@@ -78,171 +78,191 @@ static __device__ __forceinline__ void qf_attention_gather(const qf_decode_param
     }
 }
 
-/* Scores of this warp's share of a tile: 8 positions x 64 of head_dim a time. `fresh`: row of the newest key, or -1. */
-template <int head_dim, int warps>
-__device__ __forceinline__ void qf_attention_scores(const qf_decode_params &p, qf_decode_attention_shared<head_dim> &sh,
-                                                    uint32_t keys, int buffer, int first, int start, int length,
-                                                    int fresh)
+/* What a warp has: q as A fragments, and O, m and l of head lane / 4. l: this lane's positions only. */
+template <int head_dim> struct qf_attention_state {
+    static constexpr int reach = 8192 / head_dim / QF_DECODE_WARPS; /* positions of a tile */
+    uint32_t q[head_dim / 8];
+    float o[head_dim / 8][2], m, l;
+};
+
+template <int head_dim>
+__device__ __forceinline__ void qf_attention_begin(const qf_decode_attention_shared<head_dim> &sh,
+                                                   qf_attention_state<head_dim> &state)
 {
-    typedef qf_decode_attention_shared<head_dim> shape;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    for (int u = warp; u < shape::rows / 8 * shape::parts; u += warps) {
-        int row0 = u % (shape::rows / 8) * 8, part = u / (shape::rows / 8);
-        if (fresh >= row0 && fresh < row0 + 8) { /* only this warp reads this row's part */
-            if (lane < 8) {
-                int piece = part * 8 + lane;
-                uint32_t to = keys + fresh * (head_dim * 2) + ((piece ^ (fresh & 7)) << 4);
-                uint4 v = *reinterpret_cast<const uint4 *>(sh.newest[0] + piece * 8);
-                asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                             : "memory");
-            }
-            __syncwarp();
-        }
-        float c[4] = {}, d[4] = {};
-        const uint32_t q = qf_shared_address(sh.q) + (lane & 7) * (shape::q_stride * 2) + (lane >> 3) * 16;
+    const int lane = threadIdx.x & 31;
+    const uint32_t q = qf_shared_address(sh.q) + (lane & 7) * (sh.stride * 2) + (lane >> 3) * 16;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint32_t a[4], b[4];
-            int piece = part * 8 + i * 4 + (lane >> 3);
-            qf_ldmatrix_at(a, q + (part * 8 + i * 4) * 16);
-            qf_ldmatrix_at(b, keys + (row0 + (lane & 7)) * (head_dim * 2) + ((piece ^ (lane & 7)) << 4));
-            const uint32_t a0[4] = {a[0], 0, a[1], 0}, a1[4] = {a[2], 0, a[3], 0};
+    for (int i = 0; i < head_dim / 32; i++) {
+        uint32_t v[4];
+        qf_ldmatrix_at(v, q + i * 64);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            state.q[4 * i + j] = v[j];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < head_dim / 8; i++) {
+        state.o[i][0] = state.o[i][1] = 0.0f;
+    }
+    state.m = -INFINITY;
+    state.l = 0.0f;
+}
+
+/* Puts the newest key and value into this warp's rows of the tile; fresh: which row. */
+template <int head_dim>
+__device__ __forceinline__ void qf_attention_put_newest(const qf_decode_attention_shared<head_dim> &sh, uint32_t tile,
+                                                        int fresh)
+{
+    constexpr int pieces = head_dim / 8;
+    const int lane = threadIdx.x & 31;
+    if (lane < 2 * pieces) {
+        int piece = lane % pieces;
+        uint32_t to = tile + lane / pieces * 16384 + fresh * (head_dim * 2) + ((piece ^ (fresh & 7)) << 4);
+        uint4 v = *reinterpret_cast<const uint4 *>(sh.newest[lane / pieces] + piece * 8);
+        asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                     : "memory");
+    }
+    __syncwarp();
+}
+
+/* Adds this warp's positions of a tile; first: the tile's first position. */
+template <int head_dim>
+__device__ __forceinline__ void qf_attention_tile(float scale_log2, uint32_t tile, int first, int start, int length,
+                                                  qf_attention_state<head_dim> &state)
+{
+    constexpr int reach = qf_attention_state<head_dim>::reach, groups = reach / 8, row_bytes = head_dim * 2;
+    const int lane = threadIdx.x & 31, t = lane & 3, row0 = (threadIdx.x >> 5) * reach;
+    float s[groups][2], largest = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < groups; n++) {
+        float c[4] = {}, d[4] = {};
+#pragma unroll
+        for (int i = 0; i < head_dim / 32; i++) {
+            uint32_t b[4];
+            qf_ldmatrix_at(b, tile + (row0 + n * 8 + (lane & 7)) * row_bytes + (((i * 4 + (lane >> 3)) ^ (lane & 7)) << 4));
+            const uint32_t a0[4] = {state.q[4 * i], 0, state.q[4 * i + 1], 0};
+            const uint32_t a1[4] = {state.q[4 * i + 2], 0, state.q[4 * i + 3], 0};
             qf_mma_bf16(c, a0, b[0], b[1]);
             qf_mma_bf16(d, a1, b[2], b[3]);
         }
-        float2 s = make_float2((c[0] + d[0]) * p.scale_log2, (c[1] + d[1]) * p.scale_log2);
-        int position = first + row0 + 2 * t;
-        s.x = position >= start && position < length ? s.x : -INFINITY;
-        s.y = position + 1 >= start && position + 1 < length ? s.y : -INFINITY;
-        *reinterpret_cast<float2 *>(&sh.scores[buffer][part][g][row0 + 2 * t]) = s;
-    }
-}
-
-/* This warp's columns of the output: 8 (or 16) of head_dim, over `reach` positions of each tile. */
-template <int head_dim, int warps> struct qf_attention_state {
-    static constexpr int slices = head_dim / 8, halves = warps > slices ? warps / slices : 1;
-    static constexpr int columns = warps < slices ? slices / warps : 1, reach = 8192 / head_dim / halves;
-    float acc[columns][2], m, l; /* of head lane / 4; l: this lane's positions only */
-};
-
-template <int head_dim, int warps>
-__device__ __forceinline__ void qf_attention_values(qf_decode_attention_shared<head_dim> &sh, uint32_t values,
-                                                    int buffer, int fresh, qf_attention_state<head_dim, warps> &state)
-{
-    typedef qf_attention_state<head_dim, warps> shape;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int from = warp / (shape::slices / shape::columns) * shape::reach;
-    const int slice = warp % (shape::slices / shape::columns) * shape::columns;
-    if (fresh >= from && fresh < from + shape::reach) { /* only this warp reads these columns of this row */
-        if (lane < shape::columns) {
-            uint32_t to = values + fresh * (head_dim * 2) + (((slice + lane) ^ (fresh & 7)) << 4);
-            uint4 v = *reinterpret_cast<const uint4 *>(sh.newest[1] + (slice + lane) * 8);
-            asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                         : "memory");
-        }
-        __syncwarp();
-    }
-    float s[shape::reach / 8][2], largest = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < shape::reach / 8; i++) {
-        float2 v = *reinterpret_cast<const float2 *>(&sh.scores[buffer][0][g][from + i * 8 + 2 * t]);
-        if (head_dim == 128) {
-            float2 w = *reinterpret_cast<const float2 *>(
-                &sh.scores[buffer][head_dim / 64 - 1][g][from + i * 8 + 2 * t]);
-            v.x += w.x;
-            v.y += w.y;
+        for (int i = 0; i < 2; i++) {
+            int position = first + row0 + n * 8 + 2 * t + i;
+            s[n][i] = position >= start && position < length ? (c[i] + d[i]) * scale_log2 : -INFINITY;
+            largest = fmaxf(largest, s[n][i]);
         }
-        s[i][0] = v.x;
-        s[i][1] = v.y;
-        largest = fmaxf(largest, fmaxf(v.x, v.y));
     }
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    float m = fmaxf(state.m, largest), shift = m == -INFINITY ? 0.0f : m, factor = exp2f(state.m - shift);
+    const float m = fmaxf(state.m, largest), shift = m == -INFINITY ? 0.0f : m, factor = exp2f(state.m - shift);
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < shape::reach / 8; i++) {
-        s[i][0] = exp2f(s[i][0] - shift);
-        s[i][1] = exp2f(s[i][1] - shift);
-        sum += s[i][0] + s[i][1];
+    for (int n = 0; n < groups; n++) {
+        s[n][0] = exp2f(s[n][0] - shift);
+        s[n][1] = exp2f(s[n][1] - shift);
+        sum += s[n][0] + s[n][1];
     }
     state.m = m;
     state.l = state.l * factor + sum;
+    const uint32_t a[4] = {qf_pack_bf16(s[0][0], s[0][1]), 0,
+                           groups == 2 ? qf_pack_bf16(s[groups - 1][0], s[groups - 1][1]) : 0u, 0};
 #pragma unroll
-    for (int column = 0; column < shape::columns; column++) {
-        float c[4] = {state.acc[column][0] * factor, state.acc[column][1] * factor, 0.0f, 0.0f};
+    for (int i = 0; i < head_dim / 8; i += 2 * (3 - groups)) { /* columns / 8 */
+        /* groups 2: (positions 0 .. 7, 8 .. 15) x 2 columns; groups 1: 4 columns */
+        const int row = row0 + (groups == 2 ? lane & 15 : lane & 7), column = i + (groups == 2 ? lane >> 4 : lane >> 3);
+        uint32_t b[4];
+        qf_ldmatrix_trans_at(b, tile + 16384 + row * row_bytes + ((column ^ (row & 7)) << 4));
 #pragma unroll
-        for (int i = 0; i < shape::reach / 32; i++) {
-            uint32_t b[4];
-            int row = from + i * 32 + lane;
-            qf_ldmatrix_trans_at(b, values + row * (head_dim * 2) + (((slice + column) ^ (row & 7)) << 4));
-            const uint32_t a0[4] = {qf_pack_bf16(s[4 * i][0], s[4 * i][1]), 0,
-                                    qf_pack_bf16(s[4 * i + 1][0], s[4 * i + 1][1]), 0};
-            const uint32_t a1[4] = {qf_pack_bf16(s[4 * i + 2][0], s[4 * i + 2][1]), 0,
-                                    qf_pack_bf16(s[4 * i + 3][0], s[4 * i + 3][1]), 0};
-            qf_mma_bf16(c, a0, b[0], b[1]);
-            qf_mma_bf16(c, a1, b[2], b[3]);
+        for (int j = 0; j < 2 * (3 - groups); j++) {
+            float c[4] = {state.o[i + j][0] * factor, state.o[i + j][1] * factor, 0.0f, 0.0f};
+            qf_mma_bf16(c, a, groups == 2 ? b[2 * j % 4] : b[j], groups == 2 ? b[(2 * j + 1) % 4] : 0u);
+            state.o[i + j][0] = c[0];
+            state.o[i + j][1] = c[1];
         }
-        state.acc[column][0] = c[0];
-        state.acc[column][1] = c[1];
     }
 }
 
-/* Publishes an item's output, or its part of it. Holds one barrier if the positions of a tile are shared out. */
-template <int head_dim, int warps>
-__device__ __forceinline__ void qf_attention_publish(const qf_decode_params &p, const qf_decode_item &item,
-                                                     qf_decode_attention_shared<head_dim> &sh,
-                                                     qf_attention_state<head_dim, warps> &state, uint32_t epoch,
-                                                     uint32_t partial_tag)
+/* Leaves the warps' O, m and l in shared memory; ends with a barrier. */
+template <int head_dim>
+__device__ __forceinline__ void qf_attention_leave(qf_decode_attention_shared<head_dim> &sh,
+                                                   qf_attention_state<head_dim> &state)
 {
-    typedef qf_attention_state<head_dim, warps> shape;
+    constexpr int slots = qf_decode_attention_shared<head_dim>::slots;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int group = p.num_heads / p.num_kv_heads, slice = warp % (shape::slices / shape::columns) * shape::columns;
     state.l += __shfl_xor_sync(~0u, state.l, 1);
     state.l += __shfl_xor_sync(~0u, state.l, 2);
-    if (shape::halves == 2) {
-        if (warp >= shape::slices) {
-            sh.other[slice][lane] = make_float4(state.acc[0][0], state.acc[0][1], state.m, state.l);
-        }
-        qf_consumer_barrier<warps * 32>();
-        if (warp >= shape::slices) {
-            return;
-        }
-        float4 o = sh.other[slice][lane];
-        float m = fmaxf(state.m, o.z), shift = m == -INFINITY ? 0.0f : m;
-        float mine = exp2f(state.m - shift), theirs = exp2f(o.z - shift);
-        state.acc[0][0] = state.acc[0][0] * mine + o.x * theirs;
-        state.acc[0][1] = state.acc[0][1] * mine + o.y * theirs;
-        state.l = state.l * mine + o.w * theirs;
-        state.m = m;
+    if (t == 0) {
+        sh.ml[warp][g] = make_float2(state.m, state.l);
     }
-    if (g >= group) {
-        return;
-    }
-    int head = item.head * group + g;
-    if (item.num_splits == 1) {
-        float factor = 1.0f / state.l;
+    float *o = &sh.o[warp % slots][g][2 * t];
+    if (warp >= slots || slots == QF_DECODE_WARPS) {
 #pragma unroll
-        for (int column = 0; column < shape::columns; column++) {
-            int d = head * head_dim + (slice + column) * 8 + 2 * t;
-            uint32_t pair = qf_pack_bf16(state.acc[column][0] * factor, state.acc[column][1] * factor);
-            qf_ll_store(qf_exchange(p, epoch) + p.ll.attention + (int64_t)item.seq * (p.num_heads * head_dim) + d,
+        for (int i = 0; i < head_dim / 8; i++) {
+            *reinterpret_cast<float2 *>(o + i * 8) = make_float2(state.o[i][0], state.o[i][1]);
+        }
+    }
+    qf_consumer_barrier();
+    if (slots < QF_DECODE_WARPS) { /* then the lower warps add theirs to the upper ones' */
+        if (warp < slots) {
+            const float2 other = sh.ml[warp + slots][g];
+            const float m = fmaxf(state.m, other.x), shift = m == -INFINITY ? 0.0f : m;
+            const float mine = exp2f(state.m - shift), theirs = exp2f(other.x - shift);
+#pragma unroll
+            for (int i = 0; i < head_dim / 8; i++) {
+                float2 v = *reinterpret_cast<float2 *>(o + i * 8);
+                *reinterpret_cast<float2 *>(o + i * 8) =
+                    make_float2(state.o[i][0] * mine + v.x * theirs, state.o[i][1] * mine + v.y * theirs);
+            }
+            __syncwarp();
+            if (t == 0) {
+                sh.ml[warp][g] = make_float2(m, state.l * mine + other.y * theirs);
+            }
+        }
+        qf_consumer_barrier();
+    }
+}
+
+/* Publishes an item's output, or its part of it: a thread two columns of a head. */
+template <int head_dim>
+__device__ __forceinline__ void qf_attention_publish(const qf_decode_params &p, const qf_decode_item &item,
+                                                     const qf_decode_attention_shared<head_dim> &sh, uint32_t epoch,
+                                                     uint32_t partial_tag)
+{
+    constexpr int slots = qf_decode_attention_shared<head_dim>::slots, pairs = head_dim / 2;
+    const int group = p.num_heads / p.num_kv_heads;
+    for (int u = threadIdx.x; u < group * pairs; u += QF_DECODE_WARPS * 32) {
+        const int g = u / pairs, d = u % pairs * 2, head = item.head * group + g;
+        float2 ml[slots], o[slots];
+        float m = -INFINITY, l = 0.0f, x = 0.0f, y = 0.0f;
+#pragma unroll
+        for (int w = 0; w < slots; w++) {
+            ml[w] = sh.ml[w][g];
+            o[w] = *reinterpret_cast<const float2 *>(&sh.o[w][g][d]);
+            m = fmaxf(m, ml[w].x);
+        }
+#pragma unroll
+        for (int w = 0; w < slots; w++) { /* an item has a position that counts, so m is finite */
+            const float weight = exp2f(ml[w].x - m);
+            l += ml[w].y * weight;
+            x += o[w].x * weight;
+            y += o[w].y * weight;
+        }
+        if (item.num_splits == 1) {
+            const float factor = QF_DECODE_X_SCALE / l;
+            const uint32_t pair = qf_pack_bf16(x * factor, y * factor);
+            qf_ll_store(qf_exchange(p, epoch) + p.ll.attention + ((int64_t)item.seq * p.num_heads + head) * head_dim + d,
                         pair << 16 | (epoch & 0xffffu), (pair & 0xffff0000u) | (epoch & 0xffffu));
+            continue;
         }
-        return;
-    }
-    const int64_t index = ((int64_t)item.seq * p.num_heads + head) * p.max_splits + item.split;
-    uint2 *partials = p.partials + (epoch & 1) * p.partials_half;
-#pragma unroll
-    for (int column = 0; column < shape::columns; column++) {
-        uint2 *to = partials + index * head_dim + (slice + column) * 8 + 2 * t;
-        qf_ll_store_pair(to, state.acc[column][0], partial_tag);
-        qf_ll_store_pair(to + 1, state.acc[column][1], partial_tag);
-    }
-    if (slice == 0 && t == 0) {
-        uint2 *to = partials + p.partials_ml + index * 2;
-        qf_ll_store_pair(to, state.m, partial_tag);
-        qf_ll_store_pair(to + 1, state.l, partial_tag);
+        const int64_t index = ((int64_t)item.seq * p.num_heads + head) * p.max_splits + item.split;
+        uint2 *partials = p.partials + (epoch & 1) * p.partials_half, *to = partials + index * head_dim + d;
+        qf_ll_store_pair(to, x, partial_tag);
+        qf_ll_store_pair(to + 1, y, partial_tag);
+        if (d == 0) {
+            to = partials + p.partials_ml + index * 2;
+            qf_ll_store_pair(to, m, partial_tag);
+            qf_ll_store_pair(to + 1, l, partial_tag);
+        }
     }
 }
 
@@ -280,7 +300,7 @@ __device__ __forceinline__ void qf_pair_get(const qf_decode_params &p, float (&v
 
 /* Merges the splits of the sequences that have several: a warp takes 32 columns of one head of one sequence; lane i
  * weighs split i. */
-template <int head_dim, int warps>
+template <int head_dim>
 static __device__ __forceinline__ void qf_attention_merge(const qf_decode_params &p, const qf_decode_items &items,
                                                           uint32_t epoch, uint32_t tag)
 {
@@ -288,7 +308,7 @@ static __device__ __forceinline__ void qf_attention_merge(const qf_decode_params
     constexpr int slices = head_dim / 32, ahead = 8;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, count = p.num_seqs * p.num_heads * slices;
     const uint2 *partials = p.partials + (epoch & 1) * p.partials_half;
-    for (int u = qf_decode_first_item(p) + warp * (int)gridDim.x; u < count; u += warps * (int)gridDim.x) {
+    for (int u = qf_decode_first_item(p) + warp * (int)gridDim.x; u < count; u += QF_DECODE_WARPS * (int)gridDim.x) {
         int slice = u % slices, row = u / slices, seq = row / p.num_heads;
         int splits = (items.base[seq + 1] - items.base[seq]) / p.num_kv_heads;
         if (splits == 1) {
@@ -323,13 +343,13 @@ static __device__ __forceinline__ void qf_attention_merge(const qf_decode_params
             }
         }
         qf_ll_store(qf_exchange(p, epoch) + p.ll.attention + (int64_t)row * head_dim + slice * 32 + lane,
-                    (qf_pack_bf16(0.0f, acc / sum) & 0xffff0000u) | (epoch & 0xffffu));
+                    (qf_pack_bf16(0.0f, acc * (QF_DECODE_X_SCALE / sum)) & 0xffff0000u) | (epoch & 0xffffu));
     }
 }
 
-/* The attention of this CTA in one layer. Barriers of all consumer warps, per item with tiles: one when q is there, one
- * a tile, one in publish where halves are merged, one at the end (behind which q, newest and x may be written again). */
-template <int head_dim, int warps>
+/* The attention of this CTA in one layer. Barriers of all consumer warps, per item with tiles: one when q is there, those
+ * of qf_attention_leave, one at the end (behind which q, newest and x may be written again). */
+template <int head_dim>
 static __device__ __forceinline__ void qf_decode_attention(const qf_decode_params &p, int layer_index, uint32_t epoch,
                                                            qf_decode_ring &ring)
 {
@@ -345,39 +365,43 @@ static __device__ __forceinline__ void qf_decode_attention(const qf_decode_param
         if (item.tile_begin == item.tile_end) { /* padding: a row of zeros */
             int width = p.num_heads / p.num_kv_heads * head_dim;
             uint32_t *out = qf_exchange(p, epoch) + p.ll.attention + (int64_t)item.seq * (p.num_heads * head_dim);
-            for (int i = threadIdx.x; i < width; i += warps * 32) {
+            for (int i = threadIdx.x; i < width; i += QF_DECODE_WARPS * 32) {
                 qf_ll_store(out + item.head * width + i, epoch & 0xffffu);
             }
             continue;
         }
         const bool newest = item.split == item.num_splits - 1;
-        qf_attention_gather<head_dim, warps * 32>(p, item, epoch, layer, newest, sh);
-        qf_consumer_barrier<warps * 32>();
-        qf_attention_state<head_dim, warps> state = {};
-        state.m = -INFINITY;
-        int buffer = 0;
-        for (int tile = item.tile_begin; tile < item.tile_end; tile++, buffer ^= 1) {
+        qf_attention_gather<head_dim>(p, item, epoch, layer, newest, sh);
+        qf_consumer_barrier();
+        qf_decode_stamp(p, 4 * layer_index + 1, QF_STAMP_Q);
+        qf_attention_state<head_dim> state;
+        qf_attention_begin<head_dim>(sh, state);
+        for (int tile = item.tile_begin; tile < item.tile_end; tile++) {
             const int first = tile * shape::rows, fresh = newest ? length - 1 - first : -1; /* beyond: another tile's */
-            const uint32_t keys = qf_ring_address(p, ring);
+            const uint32_t at = qf_ring_address(p, ring);
             qf_ring_wait(&qf_fixed().full[ring.stage], ring.parity, &qf_fixed().failed);
-            qf_attention_scores<head_dim, warps>(p, sh, keys, buffer, first, start, length, fresh);
-            qf_consumer_barrier<warps * 32>();
-            qf_attention_values<head_dim, warps>(sh, keys + 16384, buffer, fresh, state);
+            if (fresh >= 0 && fresh / state.reach == (int)threadIdx.x >> 5) {
+                qf_attention_put_newest<head_dim>(sh, at, fresh);
+            }
+            qf_attention_tile<head_dim>(p.scale_log2, at, first, start, length, state);
             __syncwarp();
             if ((threadIdx.x & 31) == 0) {
                 qf_mbarrier_arrive(&qf_fixed().empty[ring.stage]);
             }
             qf_ring_advance(p, ring);
         }
-        qf_attention_publish<head_dim, warps>(p, item, sh, state, epoch, partial_tag);
-        qf_consumer_barrier<warps * 32>();
+        qf_decode_stamp(p, 4 * layer_index + 1, QF_STAMP_TILES);
+        qf_attention_leave<head_dim>(sh, state);
+        qf_attention_publish<head_dim>(p, item, sh, epoch, partial_tag);
+        qf_decode_stamp(p, 4 * layer_index + 1, QF_STAMP_ATTENTION);
+        qf_consumer_barrier();
     }
     bool several = false;
     for (int s = 0; s < p.num_seqs; s++) {
         several |= items.base[s + 1] - items.base[s] > p.num_kv_heads;
     }
     if (several) {
-        qf_attention_merge<head_dim, warps>(p, items, epoch, partial_tag);
+        qf_attention_merge<head_dim>(p, items, epoch, partial_tag);
     }
 }
 

@@ -29,6 +29,7 @@
 #define QF_DECODE_EXCHANGE_CUH
 
 #include "decode_ring.cuh"
+#include "decode_step.cuh"
 
 enum { QF_DECODE_ERROR = 0, QF_DECODE_EPOCH = 1, QF_DECODE_REGION_EPOCH = 2 }; /* words of the header */
 
@@ -84,11 +85,30 @@ __device__ __forceinline__ uint32_t qf_ll_encode(float value, uint32_t tag)
 
 __device__ __forceinline__ float qf_ll_decode(uint32_t word) { return __uint_as_float(word & ~3u); }
 
+__device__ __forceinline__ uint64_t qf_global_nanoseconds()
+{
+    uint64_t t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
+
 /* The consumers' barrier: all their warps and nobody else. */
-template <int threads> __device__ __forceinline__ void qf_consumer_barrier()
+__device__ __forceinline__ void qf_consumer_barrier()
 {
     __syncwarp();
-    qf_named_barrier(1, threads);
+    qf_named_barrier(1, QF_DECODE_WARPS * 32);
+}
+
+/* For measurements: when this CTA's first thread came by. */
+__device__ __forceinline__ void qf_decode_stamp(const qf_decode_params &p, int step, int index)
+{
+    if (p.stamps != nullptr && threadIdx.x == 0) {
+        long long *to = p.stamps + ((int64_t)blockIdx.x * (4 * p.num_layers + 1) + step) * QF_STAMPS;
+        to[index] = clock64();
+        if (index == QF_STAMP_START) {
+            to[QF_STAMP_GLOBAL] = (long long)qf_global_nanoseconds();
+        }
+    }
 }
 
 /* True once it is time to give up; n counts this wait's polls. */
@@ -222,18 +242,51 @@ template <int tokens> __device__ __forceinline__ float *qf_norm_factors(const qf
     return qf_norm_sums<tokens>(p, kind) + tokens * p.hidden_size / 128;
 }
 
-/* The residual of this CTA's rows of o or of down: (local tile, token, 16). */
+/* What is added once to this CTA's rows: the residual, of o and down, (local tile, token, 16); qkv's bias (local tile,
+ * 16). */
 __device__ __forceinline__ float *qf_saved(const qf_decode_params &p, int kind)
 {
-    return reinterpret_cast<float *>(qf_decode_shared + (kind == QF_DECODE_O ? p.map.saved_o : p.map.saved_down));
+    return reinterpret_cast<float *>(qf_decode_shared + (kind == QF_DECODE_QKV ? p.map.saved_qkv
+                                                         : kind == QF_DECODE_O ? p.map.saved_o
+                                                                               : p.map.saved_down));
+}
+
+/* Puts four k (vector i of them) of a token into x, as bf16 pairs, and with the rest of its warp, which holds the 128 k
+ * of a block, the sums of these values. x is (k block, 32 k, token, 4 t, 4 words): the words that lane t of a fragment
+ * needs of two k16 steps lie together. Sums are (k block, 8, token): of each 32 k, of all, of each 64; times 2^-133, as
+ * integers of weights are. */
+template <int tokens>
+__device__ __forceinline__ void qf_put_x(const qf_decode_params &p, int i, int token, uint2 pairs)
+{
+    const int l = i & 31, block = i >> 5;
+    uint32_t *to = reinterpret_cast<uint32_t *>(qf_decode_shared + p.map.x + ((block * 4 + (l >> 3)) * tokens + token) * 64 +
+                                                (l & 1) * 32 + (l >> 1 & 3) * 4);
+    to[0] = pairs.x;
+    to[4] = pairs.y;
+    float sum = (qf_bf16_low(pairs.x) + qf_bf16_high(pairs.x)) + (qf_bf16_low(pairs.y) + qf_bf16_high(pairs.y));
+    sum = sum * 0x1p-100f * 0x1p-33f;
+    float *sums = reinterpret_cast<float *>(qf_decode_shared + p.map.sums) + block * 8 * tokens + token;
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    sum += __shfl_xor_sync(~0u, sum, 4);
+    if ((l & 7) == 0) {
+        sums[(l >> 3) * tokens] = sum;
+    }
+    sum += __shfl_xor_sync(~0u, sum, 8);
+    if ((l & 15) == 0) {
+        sums[(5 + (l >> 4)) * tokens] = sum;
+    }
+    sum += __shfl_xor_sync(~0u, sum, 16);
+    if (l == 0) {
+        sums[4 * tokens] = sum;
+    }
 }
 
 /* For qkv, gate_up and the head. The residual stream's next state h = the sum of the pieces (which hold the last state:
  * see qf_decode_store), of all tokens; x = bf16(h * norm weight), not yet divided by the root mean square, whose sums of
  * squares are left aside; and h of the rows to which this CTA will add. Without a part here only those are wanted. */
-template <int tokens, int threads>
-static __device__ __forceinline__ void qf_gather_residual(const qf_decode_params &p, int kind, int layer,
-                                                          uint32_t epoch)
+template <int tokens, int threads, int ahead>
+__device__ __forceinline__ void qf_gather_rows(const qf_decode_params &p, int kind, int layer, uint32_t epoch)
 {
     const bool mid = kind == QF_DECODE_GATE_UP, all = qf_fixed().phase[kind].blocks > 0;
     const int save_kind = mid ? QF_DECODE_DOWN : QF_DECODE_O;
@@ -248,7 +301,6 @@ static __device__ __forceinline__ void qf_gather_residual(const qf_decode_params
                            p.linear[QF_DECODE_QKV].tiles + (mid ? 0 : p.linear[QF_DECODE_O].tiles);
     const float4 *norm = reinterpret_cast<const float4 *>(qf_layer(p, layer)->norm[mid]);
     float *sums = qf_norm_sums<tokens>(p, kind), *saved = qf_saved(p, save_kind);
-    constexpr int ahead = 2;
     for (int q0 = threadIdx.x; q0 < total; q0 += ahead * threads) { /* whole warps where `all`: 32 divides vectors */
         float4 w[ahead], h[ahead];
         int token[ahead], i[ahead], at[ahead];
@@ -277,10 +329,10 @@ static __device__ __forceinline__ void qf_gather_residual(const qf_decode_params
                     h[j];
             }
             if (all) {
-                uint2 x = make_uint2(qf_pack_bf16(h[j].x * w[j].x, h[j].y * w[j].y),
-                                     qf_pack_bf16(h[j].z * w[j].z, h[j].w * w[j].w));
-                *reinterpret_cast<uint2 *>(qf_decode_shared + p.map.x + ((i[j] >> 1) * tokens + token[j]) * 16 +
-                                           (i[j] & 1) * 8) = x;
+                const float scale = QF_DECODE_X_SCALE;
+                qf_put_x<tokens>(p, i[j], token[j],
+                                 make_uint2(qf_pack_bf16(h[j].x * w[j].x * scale, h[j].y * w[j].y * scale),
+                                            qf_pack_bf16(h[j].z * w[j].z * scale, h[j].w * w[j].w * scale)));
                 float square = h[j].x * h[j].x + h[j].y * h[j].y + h[j].z * h[j].z + h[j].w * h[j].w;
 #pragma unroll
                 for (int mask = 16; mask != 0; mask >>= 1) {
@@ -294,11 +346,32 @@ static __device__ __forceinline__ void qf_gather_residual(const qf_decode_params
     }
 }
 
-/* For o and down. x = this part's range of k of a matrix of bf16 words (num_seqs, width); zeros beyond width. */
+/* qkv's bias is fetched while the residual is awaited. */
 template <int tokens, int threads>
-static __device__ __forceinline__ void qf_gather_words(const qf_decode_params &p, int kind, uint32_t epoch)
+static __device__ __forceinline__ void qf_gather_residual(const qf_decode_params &p, int kind, int layer,
+                                                          uint32_t epoch)
 {
-    constexpr int ahead = 4;
+    const qf_decode_phase &ph = qf_fixed().phase[kind];
+    const int rows = kind == QF_DECODE_QKV && ph.blocks > 0 ? ph.local_tiles * 16 : 0;
+    const float *from = qf_layer(p, layer)->bias;
+    float bias = from && (int)threadIdx.x < rows ? __ldg(from + ph.tile0 * 16 + threadIdx.x) : 0.0f;
+    if (p.hidden_size / 4 * p.num_seqs <= threads) {
+        qf_gather_rows<tokens, threads, 1>(p, kind, layer, epoch);
+    } else {
+        qf_gather_rows<tokens, threads, 4>(p, kind, layer, epoch);
+    }
+    for (int i = threadIdx.x; i < rows; i += threads) {
+        if (i >= threads) {
+            bias = from ? __ldg(from + ph.tile0 * 16 + i) : 0.0f;
+        }
+        qf_saved(p, QF_DECODE_QKV)[i] = bias;
+    }
+}
+
+/* For o and down. x = this part's range of k of a matrix of bf16 words (num_seqs, width); zeros beyond width. */
+template <int tokens, int threads, int ahead>
+__device__ __forceinline__ void qf_gather_words_by(const qf_decode_params &p, int kind, uint32_t epoch)
+{
     const bool o = kind == QF_DECODE_O;
     const uint32_t *words = qf_exchange(p, epoch) + (o ? p.ll.attention : p.ll.act);
     const int width = o ? p.num_heads * p.head_dim : p.act_size, first = qf_fixed().phase[kind].ks0 * 128;
@@ -306,21 +379,33 @@ static __device__ __forceinline__ void qf_gather_words(const qf_decode_params &p
     for (int q0 = threadIdx.x; q0 < total; q0 += ahead * threads) {
         uint4 v[ahead];
         const uint32_t *from[ahead];
-        char *to[ahead];
+        int i[ahead], token[ahead];
 #pragma unroll
         for (int j = 0; j < ahead; j++) {
-            int q = q0 + j * threads, token = tokens == 1 ? 0 : q / vectors, i = q - token * vectors;
-            from[j] = q < total && first + 4 * i < width ? words + (int64_t)token * width + first + 4 * i : nullptr;
-            to[j] = qf_decode_shared + p.map.x + ((i >> 1) * tokens + token) * 16 + (i & 1) * 8;
+            int q = q0 + j * threads;
+            token[j] = tokens == 1 ? 0 : q / vectors;
+            i[j] = q - token[j] * vectors;
+            from[j] = q < total && first + 4 * i[j] < width ? words + (int64_t)token[j] * width + first + 4 * i[j]
+                                                            : nullptr;
         }
         qf_ll_get(p, v, from, epoch & 0xffffu, 0xffffu);
 #pragma unroll
         for (int j = 0; j < ahead; j++) {
-            if (q0 + j * threads < total) {
-                uint2 x = make_uint2(__byte_perm(v[j].x, v[j].y, 0x7632), __byte_perm(v[j].z, v[j].w, 0x7632));
-                *reinterpret_cast<uint2 *>(to[j]) = x;
+            if (q0 + j * threads < total) { /* true of a whole warp or of none of it; no word: the tag alone, which is 0 */
+                qf_put_x<tokens>(p, i[j], token[j],
+                                 make_uint2(__byte_perm(v[j].x, v[j].y, 0x7632), __byte_perm(v[j].z, v[j].w, 0x7632)));
             }
         }
+    }
+}
+
+template <int tokens, int threads>
+static __device__ __forceinline__ void qf_gather_words(const qf_decode_params &p, int kind, uint32_t epoch)
+{
+    if (qf_fixed().phase[kind].kbs * 32 * p.num_seqs <= threads) {
+        qf_gather_words_by<tokens, threads, 1>(p, kind, epoch);
+    } else {
+        qf_gather_words_by<tokens, threads, 8>(p, kind, epoch);
     }
 }
 

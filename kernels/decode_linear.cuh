@@ -9,7 +9,6 @@
 #ifndef QF_DECODE_LINEAR_CUH
 #define QF_DECODE_LINEAR_CUH
 
-#include "common/dequant.cuh"
 #include "decode_exchange.cuh"
 
 __device__ __forceinline__ uint4 qf_lds_128(uint32_t address)
@@ -45,73 +44,131 @@ __device__ __forceinline__ void qf_ldmatrix_trans_at(uint32_t (&r)[4], uint32_t 
                  : "memory");
 }
 
-enum qf_decode_format { QF_FORMAT_4_128, QF_FORMAT_4, QF_FORMAT_8, QF_FORMAT_16 };
+enum qf_decode_format { QF_FORMAT_4_128, QF_FORMAT_4, QF_FORMAT_8_128, QF_FORMAT_8, QF_FORMAT_16 };
 
-/* Adds one unit (1,024 bytes of weights: a block of 4 bits, half a block of 8, a quarter of 16) to the sums of its
- * row tile. data, scales: shared addresses, of the unit and of the block's scales; x: of the unit's first k, with the
- * lane's place in an ldmatrix of four 8 x 8 matrices added; group: the unit's first scale group, in 32 k. */
-template <int format, int tokens>
-__device__ __forceinline__ void qf_decode_unit(uint32_t data, uint32_t scales, uint32_t x, int first_32, int shift,
-                                               float (&acc)[4])
+__device__ constexpr int qf_format_bits(int format)
 {
-    const int lane = threadIdx.x & 31;
-    const uint4 low = qf_lds_128(data + lane * 16), high = qf_lds_128(data + 512 + lane * 16);
-    const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    const uint32_t row = scales + (lane >> 2) * 4;
-    uint32_t a[4], b[4];
-    if (format == QF_FORMAT_4_128) {
-        float even[4] = {}, odd[4] = {};
-        const qf_row_scales s = qf_unpack_scales<4>(qf_lds_32(row), qf_lds_32(row + 32));
+    return format == QF_FORMAT_16 ? 16 : format == QF_FORMAT_8_128 || format == QF_FORMAT_8 ? 8 : 4;
+}
+
+/* A fragment of integers without arithmetic: an integer q of at most 8 bits is, as the bits of a bf16 number, q 2^-133
+ * (below 128 such a number has no leading one, and from there on its exponent is the least, which is the same scale). So
+ * the bits of two nibbles of a 16-bit half are q and 16 q: rows g + 8 (registers 1 and 3) come out 16 times too large,
+ * and x is stored times 2^96 (QF_DECODE_X_SCALE) so that sums are far from both ends of float32. */
+__device__ __forceinline__ void qf_raw_4(uint32_t word, uint32_t (&a)[4])
+{
+    const uint32_t upper = word >> 8;
+    a[0] = word & 0x000f000fu;
+    a[1] = word & 0x00f000f0u;
+    a[2] = upper & 0x000f000fu;
+    a[3] = upper & 0x00f000f0u;
+}
+
+__device__ __forceinline__ void qf_raw_8(uint32_t low, uint32_t high, uint32_t (&a)[4])
+{
+    a[0] = __byte_perm(low, 0, 0x4140);
+    a[1] = __byte_perm(low, 0, 0x4342);
+    a[2] = __byte_perm(high, 0, 0x4140);
+    a[3] = __byte_perm(high, 0, 0x4342);
+}
+
+/* The two sums of x of this lane's tokens (columns 2t and 2t + 1), times 2^-133. */
+template <int tokens> __device__ __forceinline__ float2 qf_x_sums(uint32_t sums, int slot)
+{
+    const uint32_t at = sums + slot * tokens * 4;
+    if (tokens == 1) {
+        float v = __uint_as_float(qf_lds_32(at));
+        return make_float2(v, v);
+    }
+    const uint32_t to = at + (2 * (threadIdx.x & 3)) % (tokens == 1 ? 1 : tokens) * 4;
+    return make_float2(__uint_as_float(qf_lds_32(to)), __uint_as_float(qf_lds_32(to + 4)));
+}
+
+/* acc += scale (c - zero sum of x), for the rows g and g + 8. c may be the sum of two chains. */
+template <int bits, int tokens>
+__device__ __forceinline__ void qf_apply_scales(uint32_t row, const float2 s, const float (&c)[4], const float (&d)[4],
+                                                float (&acc)[4])
+{
+    const uint32_t words[2] = {qf_lds_32(row), qf_lds_32(row + 32)};
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            qf_ldmatrix_at(b, x + j * tokens * 64);
-            qf_dequant_4(words[2 * j], s, a);
-            qf_mma_bf16(even, a, b[0], b[1]);
-            qf_dequant_4(words[2 * j + 1], s, a);
-            qf_mma_bf16(odd, a, b[2], b[3]);
+    for (int i = 0; i < 2; i++) {
+        const float scale = __half2float(__ushort_as_half((unsigned short)(words[i] & 0xffffu)));
+        const float zero = qf_bf16_high(words[i]) * (bits == 4 && i == 1 ? -16.0f : -1.0f);
+        acc[2 * i] += scale * ((c[2 * i] + d[2 * i]) + zero * s.x);
+        if (tokens > 1) {
+            acc[2 * i + 1] += scale * ((c[2 * i + 1] + d[2 * i + 1]) + zero * s.y);
         }
+    }
+}
+
+/* Shared addresses of a unit (1,024 bytes of weights: a block of 4 bits, half a block of 8, a quarter of 16): its words
+ * and its piece of x at this lane's place, the block's scales at this lane's row, its sums of x; its first 32 k. */
+struct qf_decode_unit_at {
+    uint32_t data, scales, x, sums;
+    int32_t first_32;
+};
+
+/* Adds `count` units to acc[i]: their chains of products are independent, so one's latency hides behind the other's. */
+template <int format, int tokens, int count>
+__device__ __forceinline__ void qf_decode_units(const qf_decode_unit_at (&at)[count], int shift, float (&acc)[count][4])
+{
+    constexpr int bits = qf_format_bits(format), steps = 32 / bits; /* k16 steps of a unit */
+    constexpr bool whole = format == QF_FORMAT_4_128 || format == QF_FORMAT_8_128;
+    uint32_t words[count][8];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            acc[i] += s.scale[i >> 1] * (even[i] + odd[i]);
-        }
-    } else if (format == QF_FORMAT_16) {
-        float odd[4] = {};
-        qf_ldmatrix_at(b, x);
-        const uint32_t a0[4] = {low.x, low.y, low.z, low.w}, a1[4] = {high.x, high.y, high.z, high.w};
-        qf_mma_bf16(acc, a0, b[0], b[1]);
-        qf_mma_bf16(odd, a1, b[2], b[3]);
+    for (int u = 0; u < count; u++) {
+        const uint4 low = qf_lds_128(at[u].data), high = qf_lds_128(at[u].data + 512);
+        words[u][0] = low.x, words[u][1] = low.y, words[u][2] = low.z, words[u][3] = low.w;
+        words[u][4] = high.x, words[u][5] = high.y, words[u][6] = high.z, words[u][7] = high.w;
+    }
+    float even[count][4] = {}, odd[count][4] = {};
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            acc[i] += odd[i];
-        }
-    } else { /* scaled every 32 k */
-        constexpr int count = format == QF_FORMAT_4 ? 4 : 2;
+    for (int j = 0; j < steps / 2; j++) { /* 32 k */
 #pragma unroll
-        for (int j = 0; j < count; j++) {
-            float even[4] = {}, odd[4] = {};
-            const uint32_t group = row + ((first_32 + j) >> (2 - shift)) * 64;
-            qf_ldmatrix_at(b, x + j * tokens * 64);
-            if (format == QF_FORMAT_4) {
-                const qf_row_scales s = qf_unpack_scales<4>(qf_lds_32(group), qf_lds_32(group + 32));
-                qf_dequant_4(words[2 * j], s, a);
-                qf_mma_bf16(even, a, b[0], b[1]);
-                qf_dequant_4(words[2 * j + 1], s, a);
-                qf_mma_bf16(odd, a, b[2], b[3]);
+        for (int u = 0; u < count; u++) {
+            const uint4 b = qf_lds_128(at[u].x + j * tokens * 64);
+            uint32_t a[4];
+            if (bits == 16) {
+                const uint32_t a0[4] = {words[u][0], words[u][1], words[u][2], words[u][3]};
+                const uint32_t a1[4] = {words[u][4], words[u][5], words[u][6], words[u][7]};
+                qf_mma_bf16(acc[u], a0, b.x, b.y);
+                qf_mma_bf16(odd[u], a1, b.z, b.w);
+                continue;
+            }
+            if (!whole) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    acc[i] += s.scale[i >> 1] * (even[i] + odd[i]);
-                }
-            } else {
-                const qf_row_scales s = qf_unpack_scales<8>(qf_lds_32(group), qf_lds_32(group + 32));
-                qf_dequant_8(words[4 * j], words[4 * j + 1], s, a);
-                qf_mma_bf16(even, a, b[0], b[1]);
-                qf_dequant_8(words[4 * j + 2], words[4 * j + 3], s, a);
-                qf_mma_bf16(odd, a, b[2], b[3]);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    acc[i] += s.scale[i >> 1] * (even[i] + odd[i]);
+                    even[u][i] = odd[u][i] = 0.0f;
                 }
             }
+            if (bits == 4) {
+                qf_raw_4(words[u][2 * j], a);
+                qf_mma_bf16(even[u], a, b.x, b.y);
+                qf_raw_4(words[u][2 * j + 1], a);
+                qf_mma_bf16(odd[u], a, b.z, b.w);
+            } else {
+                qf_raw_8(words[u][(4 * j) % 8], words[u][(4 * j + 1) % 8], a);
+                qf_mma_bf16(even[u], a, b.x, b.y);
+                qf_raw_8(words[u][(4 * j + 2) % 8], words[u][(4 * j + 3) % 8], a);
+                qf_mma_bf16(odd[u], a, b.z, b.w);
+            }
+            if (!whole) {
+                const uint32_t group = at[u].scales + ((at[u].first_32 + j) >> (2 - shift)) * 64;
+                qf_apply_scales<bits, tokens>(group, qf_x_sums<tokens>(at[u].sums, at[u].first_32 + j), even[u], odd[u],
+                                              acc[u]);
+            }
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < count; u++) {
+        if (bits == 16) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                acc[u][i] += odd[u][i];
+            }
+        } else if (whole) {
+            const int slot = bits == 4 ? 4 : 5 + at[u].first_32 / 2;
+            qf_apply_scales<bits, tokens>(at[u].scales, qf_x_sums<tokens>(at[u].sums, slot), even[u], odd[u], acc[u]);
         }
     }
 }
@@ -126,21 +183,21 @@ struct qf_decode_walk {
 };
 
 /* A half of `red`. */
-template <int tokens, int warps> __device__ __forceinline__ float *qf_red(const qf_decode_params &p, int half)
+template <int tokens> __device__ __forceinline__ float *qf_red(const qf_decode_params &p, int half)
 {
     return reinterpret_cast<float *>(qf_decode_shared + p.map.red) +
-           half * qf_decode_half_tiles(tokens) * qf_decode_tile_floats(tokens, warps);
+           half * qf_decode_half_tiles(tokens) * qf_decode_tile_floats(tokens);
 }
 
 /* Leaves the sums of the walk's row tile for the adders. */
-template <int tokens, int warps>
+template <int tokens>
 __device__ __forceinline__ void qf_decode_leave(const qf_decode_params &p, int half, qf_decode_walk &walk)
 {
     constexpr int pairs = tokens == 1 ? 1 : tokens / 2, vec = tokens == 1 ? 2 : 4;
     if (walk.tile >= 0) {
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-        float *to = qf_red<tokens, warps>(p, half) +
-                    (walk.tile - walk.group * qf_decode_half_tiles(tokens)) * qf_decode_tile_floats(tokens, warps) +
+        float *to = qf_red<tokens>(p, half) +
+                    (walk.tile - walk.group * qf_decode_half_tiles(tokens)) * qf_decode_tile_floats(tokens) +
                     ((warp * 8 + g) * pairs + t) * vec;
         if (tokens == 1 && t == 0) {
             *reinterpret_cast<float2 *>(to) = make_float2(walk.acc[0], walk.acc[2]);
@@ -152,51 +209,85 @@ __device__ __forceinline__ void qf_decode_leave(const qf_decode_params &p, int h
 }
 
 /* Takes this warp's units up to the end of the current group of row tiles, or of the part. */
-template <int format, int tokens, int warps>
+template <int format, int tokens>
 __device__ __forceinline__ void qf_decode_consume(const qf_decode_params &p, int kind, int half, qf_decode_ring &ring,
                                                   qf_decode_walk &walk)
 {
-    constexpr int unit_shift = format == QF_FORMAT_16 ? 2 : format == QF_FORMAT_8 ? 1 : 0; /* units of a block */
+    constexpr int unit_shift = format == QF_FORMAT_16 ? 2 : qf_format_bits(format) == 8 ? 1 : 0; /* units of a block */
     constexpr int chunk_blocks = QF_DECODE_CHUNK_UNITS >> unit_shift;
+    constexpr bool whole = format == QF_FORMAT_4_128 || format == QF_FORMAT_8_128;
     const qf_decode_phase &ph = qf_fixed().phase[kind];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int blocks = ph.blocks, offset = ph.offset, kbs = ph.kbs, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
     const uint32_t reciprocal = ph.reciprocal;
     const int limit = (walk.group + 1) * qf_decode_half_tiles(tokens) * kbs;
-    const uint32_t x = qf_shared_address(qf_decode_shared) + p.map.x + ((lane >> 3) * tokens + (lane & 7) % tokens) * 16;
-    const int shift = format == QF_FORMAT_4_128 ? 0 : p.linear[kind].group_shift;
+    const uint32_t base = qf_shared_address(qf_decode_shared), sums = base + p.map.sums;
+    const uint32_t x = base + p.map.x + ((lane >> 2) % tokens) * 64 + (lane & 3) * 16;
+    const int shift = whole ? 0 : p.linear[kind].group_shift;
     for (;;) {
         if (!walk.open) {
             if (walk.chunk == chunks) {
                 return;
             }
             int units = min(chunk_blocks, blocks - walk.chunk * chunk_blocks) << unit_shift;
-            int per = (units + warps - 1) / warps;
+            int per = (units + QF_DECODE_WARPS - 1) / QF_DECODE_WARPS;
             walk.unit = warp * per;
             walk.end = min(walk.unit + per, units);
             walk.open = true;
             qf_ring_wait(&qf_fixed().full[ring.stage], ring.parity, &qf_fixed().failed);
         }
         const uint32_t stage = qf_ring_address(p, ring);
-        for (; walk.unit < walk.end; walk.unit++) {
-            int block = walk.unit >> unit_shift, part = walk.unit & ((1 << unit_shift) - 1);
-            int at = offset + walk.chunk * chunk_blocks + block;
+        int at = offset + walk.chunk * chunk_blocks + (walk.unit >> unit_shift);
+        int tile = (int)__umulhi((uint32_t)at, reciprocal), k = at - tile * kbs;
+        while (walk.unit < walk.end) {
             if (at >= limit) {
                 return;
             }
-            int tile = (int)__umulhi((uint32_t)at, reciprocal), k = at - tile * kbs;
             if (tile != walk.tile) {
-                qf_decode_leave<tokens, warps>(p, half, walk);
+                qf_decode_leave<tokens>(p, half, walk);
                 walk.tile = tile;
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     walk.acc[i] = 0.0f;
                 }
             }
-            int first_32 = part << (2 - unit_shift);
-            qf_decode_unit<format, tokens>(stage + walk.unit * 1024,
-                                           stage + QF_DECODE_CHUNK_UNITS * 1024 + block * (64 << shift),
-                                           x + (k * 4 + first_32) * tokens * 64, first_32, shift, walk.acc);
+            const int part = walk.unit & ((1 << unit_shift) - 1), block = walk.unit >> unit_shift;
+            const int first_32 = part << (2 - unit_shift);
+            const uint32_t data = stage + walk.unit * 1024 + lane * 16;
+            const uint32_t scales = stage + QF_DECODE_CHUNK_UNITS * 1024 + block * (64 << shift) + (lane >> 2) * 4;
+            const uint32_t to_x = x + (k * 4 + first_32) * (tokens * 64), to_sums = sums + k * (32 * tokens);
+            /* two units at once where they are of one row tile: neighbours in k, or the halves of a block */
+            constexpr int next_block = unit_shift == 0 ? 1 : 0;
+            const bool two = walk.unit + 1 < walk.end && (next_block ? k + 1 < kbs : part + 1 < 1 << unit_shift);
+            if (two) {
+                constexpr int next_32 = next_block ? 4 : 4 >> unit_shift;
+                const qf_decode_unit_at units[2] = {
+                    {data, scales, to_x, to_sums, first_32},
+                    {data + 1024, scales + next_block * (64 << shift), to_x + next_32 * (tokens * 64),
+                     to_sums + next_block * (32 * tokens), next_block ? 0 : first_32 + next_32}};
+                float sums_of[2][4] = {{walk.acc[0], walk.acc[1], walk.acc[2], walk.acc[3]}, {}};
+                qf_decode_units<format, tokens, 2>(units, shift, sums_of);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    walk.acc[i] = sums_of[0][i] + sums_of[1][i];
+                }
+            } else {
+                const qf_decode_unit_at units[1] = {{data, scales, to_x, to_sums, first_32}};
+                float sums_of[1][4] = {{walk.acc[0], walk.acc[1], walk.acc[2], walk.acc[3]}};
+                qf_decode_units<format, tokens, 1>(units, shift, sums_of);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    walk.acc[i] = sums_of[0][i];
+                }
+            }
+            const int taken = two ? 2 : 1, blocks_on = ((walk.unit + taken) >> unit_shift) - block;
+            walk.unit += taken;
+            at += blocks_on;
+            k += blocks_on;
+            if (k == kbs) {
+                k = 0;
+                tile++;
+            }
         }
         walk.open = false;
         walk.chunk++;
@@ -222,8 +313,7 @@ __device__ __forceinline__ void qf_decode_store(const qf_decode_params &p, int k
     }
     if (slot == 0) { /* the first piece of the first range carries what is added once */
         if (kind == QF_DECODE_QKV) {
-            const float *bias = qf_layer(p, layer)->bias;
-            value += bias ? __ldg(bias + at) : 0.0f;
+            value += qf_saved(p, kind)[tile * 16 + row];
         } else {
             value += qf_saved(p, kind)[(tile * tokens + token) * 16 + row];
         }
@@ -234,7 +324,7 @@ __device__ __forceinline__ void qf_decode_store(const qf_decode_params &p, int k
 }
 
 /* Adds up the warps' sums of one group of row tiles, clears them and stores the results. */
-template <int tokens, int warps>
+template <int tokens>
 __device__ __forceinline__ void qf_decode_finish(const qf_decode_params &p, int kind, int layer, uint32_t epoch,
                                                  int half, int group)
 {
@@ -244,10 +334,10 @@ __device__ __forceinline__ void qf_decode_finish(const qf_decode_params &p, int 
     if (local >= half_tiles || tile >= qf_fixed().phase[kind].local_tiles) {
         return;
     }
-    float *from = qf_red<tokens, warps>(p, half) + local * qf_decode_tile_floats(tokens, warps) + place * vec;
+    float *from = qf_red<tokens>(p, half) + local * qf_decode_tile_floats(tokens) + place * vec;
     float sum[4] = {};
 #pragma unroll
-    for (int w = 0; w < warps; w++) {
+    for (int w = 0; w < QF_DECODE_WARPS; w++) {
         if (tokens == 1) {
             float2 v = *reinterpret_cast<float2 *>(from + w * places * vec);
             sum[0] += v.x;
@@ -270,19 +360,20 @@ __device__ __forceinline__ void qf_decode_finish(const qf_decode_params &p, int 
             break;
         }
         float scale = normed ? multiplier * qf_norm_factors<tokens>(p, kind)[token] : multiplier;
-        float low = sum[i] * scale, high = sum[i + 2] * scale; /* rows g and g + 8 */
+        float high_scale = p.linear[kind].bits == 4 ? scale * 0.0625f : scale; /* see qf_raw_4 */
+        float low = sum[i] * scale, high = sum[i + 2] * high_scale; /* rows g and g + 8 */
         if (kind == QF_DECODE_GATE_UP) { /* of gate and of up */
             float value = low / (1.0f + __expf(-low)) * high;
             qf_ll_store(qf_exchange(p, epoch) + p.ll.act + (int64_t)token * p.act_size +
                             (qf_fixed().phase[kind].tile0 + tile) * 8 + g,
-                        (qf_pack_bf16(0.0f, value) & 0xffff0000u) | (epoch & 0xffffu));
+                        (qf_pack_bf16(0.0f, value * QF_DECODE_X_SCALE) & 0xffff0000u) | (epoch & 0xffffu));
         } else {
             qf_decode_store<tokens>(p, kind, layer, epoch, tile, g, token, low);
             qf_decode_store<tokens>(p, kind, layer, epoch, tile, g + 8, token, high);
         }
     }
 #pragma unroll
-    for (int w = 0; w < warps; w++) {
+    for (int w = 0; w < QF_DECODE_WARPS; w++) {
         if (tokens == 1) {
             *reinterpret_cast<float2 *>(from + w * places * vec) = make_float2(0.0f, 0.0f);
         } else {
@@ -293,32 +384,40 @@ __device__ __forceinline__ void qf_decode_finish(const qf_decode_params &p, int 
 
 /* The whole part. One barrier of all consumer warps for each group of row tiles, the same number for each warp whatever
  * units it has. `half` alternates over all linears. */
-template <int tokens, int warps>
-static __device__ __forceinline__ void qf_decode_linear_part(const qf_decode_params &p, int kind, int layer,
+template <int tokens>
+static __device__ __forceinline__ void qf_decode_linear_part(const qf_decode_params &p, int kind, int step,
                                                              uint32_t epoch, qf_decode_ring &ring, int &half)
 {
     const int bits = p.linear[kind].bits, shift = p.linear[kind].group_shift;
-    const int format = bits == 16 ? QF_FORMAT_16 : bits == 8 ? QF_FORMAT_8 : shift == 0 ? QF_FORMAT_4_128 : QF_FORMAT_4;
+    const int format = bits == 16                 ? QF_FORMAT_16
+                       : bits == 8 && shift == 0 ? QF_FORMAT_8_128
+                       : bits == 8               ? QF_FORMAT_8
+                       : shift == 0              ? QF_FORMAT_4_128
+                                                 : QF_FORMAT_4;
     constexpr int half_tiles = qf_decode_half_tiles(tokens);
     qf_decode_walk walk = {};
     walk.tile = -1;
     for (; walk.group * half_tiles < qf_fixed().phase[kind].local_tiles; walk.group++) {
         switch (format) {
         case QF_FORMAT_4_128:
-            qf_decode_consume<QF_FORMAT_4_128, tokens, warps>(p, kind, half, ring, walk);
+            qf_decode_consume<QF_FORMAT_4_128, tokens>(p, kind, half, ring, walk);
             break;
         case QF_FORMAT_4:
-            qf_decode_consume<QF_FORMAT_4, tokens, warps>(p, kind, half, ring, walk);
+            qf_decode_consume<QF_FORMAT_4, tokens>(p, kind, half, ring, walk);
+            break;
+        case QF_FORMAT_8_128:
+            qf_decode_consume<QF_FORMAT_8_128, tokens>(p, kind, half, ring, walk);
             break;
         case QF_FORMAT_8:
-            qf_decode_consume<QF_FORMAT_8, tokens, warps>(p, kind, half, ring, walk);
+            qf_decode_consume<QF_FORMAT_8, tokens>(p, kind, half, ring, walk);
             break;
         default:
-            qf_decode_consume<QF_FORMAT_16, tokens, warps>(p, kind, half, ring, walk);
+            qf_decode_consume<QF_FORMAT_16, tokens>(p, kind, half, ring, walk);
         }
-        qf_decode_leave<tokens, warps>(p, half, walk);
-        qf_consumer_barrier<warps * 32>();
-        qf_decode_finish<tokens, warps>(p, kind, layer, epoch, half, walk.group);
+        qf_decode_leave<tokens>(p, half, walk);
+        qf_decode_stamp(p, step, QF_STAMP_UNITS); /* the last group's counts */
+        qf_consumer_barrier();
+        qf_decode_finish<tokens>(p, kind, step >> 2, epoch, half, walk.group);
         half ^= 1;
     }
 }

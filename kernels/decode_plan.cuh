@@ -14,10 +14,12 @@
 
 #include "common/launch.cuh"
 
-#define QF_DECODE_MAX_SEQS 8
+#define QF_DECODE_MAX_SEQS 4
 #define QF_DECODE_CHUNK_UNITS 32 /* units of 1,024 bytes a ring stage holds */
 #define QF_DECODE_MAX_STAGES 16
 #define QF_DECODE_MAX_SLOTS 8
+#define QF_DECODE_WARPS 8         /* that consume */
+#define QF_DECODE_X_SCALE 0x1p96f /* what x is stored times; integers count as times 2^-133: see decode_linear.cuh */
 #define QF_DECODE_MAX_SPLITS 32 /* of a sequence's positions */
 
 enum { QF_DECODE_QKV, QF_DECODE_O, QF_DECODE_GATE_UP, QF_DECODE_DOWN, QF_DECODE_HEAD, QF_DECODE_KINDS };
@@ -45,7 +47,7 @@ struct qf_decode_layer_entry {
 };
 
 struct qf_decode_shared_map { /* byte offsets into dynamic shared memory */
-    int32_t layers, ssq, masks, saved_o, saved_down, red, x, ring, total;
+    int32_t layers, ssq, masks, saved_qkv, saved_o, saved_down, red, x, sums, ring, total;
     int32_t stages, stage_bytes;
 };
 
@@ -157,17 +159,23 @@ static inline void qf_decode_plan_parts(qf_decode_linear *l, int splits, int gri
 /* Row tiles that a half of `red` holds, and floats of a row tile there (16 more against bank conflicts). */
 static inline __host__ __device__ constexpr int qf_decode_half_tiles(int tokens)
 {
-    return tokens == 1 ? 8 : tokens == 2 ? 4 : 2;
+    return tokens == 1 ? 16 : tokens == 2 ? 8 : 4;
 }
-static inline __host__ __device__ constexpr int qf_decode_tile_floats(int tokens, int warps)
+static inline __host__ __device__ constexpr int qf_decode_tile_floats(int tokens)
 {
-    return warps * 8 * (tokens == 1 ? 2 : 2 * tokens) + 16;
+    return QF_DECODE_WARPS * 8 * (tokens == 1 ? 2 : 2 * tokens) + 16;
+}
+
+/* Of struct qf_decode_attention_shared. */
+static inline __host__ __device__ constexpr int qf_decode_attention_bytes(int head_dim)
+{
+    return 8 * (head_dim + 8) * 2 + 2 * head_dim * 2 + 512 / head_dim * 8 * (head_dim + 8) * 4 + 8 * 8 * 8;
 }
 
 static inline int qf_decode_align(int bytes) { return (bytes + 127) / 128 * 128; }
 
 /* Places everything in shared memory; false if fewer than two ring stages fit. */
-static inline bool qf_decode_plan_shared(const qf_decode_params *p, int warps, int max_shared, qf_decode_shared_map *m)
+static inline bool qf_decode_plan_shared(const qf_decode_params *p, int max_shared, qf_decode_shared_map *m)
 {
     int tokens = qf_cuda_tile_tokens(p->num_seqs);
     const qf_decode_linear *l = p->linear;
@@ -178,18 +186,19 @@ static inline bool qf_decode_plan_shared(const qf_decode_params *p, int warps, i
     at = qf_decode_align(at + 2 * (tokens * p->hidden_size / 128 + QF_DECODE_MAX_SEQS) * 4);
     m->masks = at;
     at = qf_decode_align(at + l[QF_DECODE_QKV].tiles + l[QF_DECODE_O].tiles + l[QF_DECODE_DOWN].tiles);
+    m->saved_qkv = at;
+    at += qf_decode_local_tiles(&l[QF_DECODE_QKV]) * 64;
     m->saved_o = at;
     at += qf_decode_local_tiles(&l[QF_DECODE_O]) * tokens * 64;
     m->saved_down = at;
     at = qf_decode_align(at + qf_decode_local_tiles(&l[QF_DECODE_DOWN]) * tokens * 64);
     m->red = at;
-    at = qf_decode_align(at + 2 * qf_decode_half_tiles(tokens) * qf_decode_tile_floats(tokens, warps) * 4);
+    at = qf_decode_align(at + 2 * qf_decode_half_tiles(tokens) * qf_decode_tile_floats(tokens) * 4);
     m->x = at;
     int x_blocks = qf_decode_max(l[QF_DECODE_QKV].kb, l[QF_DECODE_O].kb);
     x_blocks = qf_decode_max(x_blocks, qf_decode_range_blocks(&l[QF_DECODE_DOWN]));
-    int attention = 8 * (p->head_dim + 8) * 2 + 2 * p->head_dim * 2 +
-                    2 * (p->head_dim / 64) * 8 * (8192 / p->head_dim + 8) * 4 + 8 * 32 * 16;
-    at = qf_decode_align(at + qf_decode_max(x_blocks * 256 * tokens, attention));
+    m->sums = m->x + x_blocks * 256 * tokens;
+    at = qf_decode_align(m->x + qf_decode_max(x_blocks * (256 + 32) * tokens, qf_decode_attention_bytes(p->head_dim)));
     int scale_bytes = 0;
     for (int i = 0; i < QF_DECODE_KINDS; i++) {
         scale_bytes = qf_decode_max(scale_bytes, l[i].scale_bytes * QF_DECODE_CHUNK_UNITS * 4 / qf_decode_max(l[i].bits, 4));
@@ -246,7 +255,7 @@ static inline bool qf_decode_shapes_ok(const qf_cuda_decode_args *a)
 }
 
 /* Everything but the pointers, for num_seqs sequences. False if it cannot be done. */
-static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_device *device, int num_seqs, int warps,
+static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_device *device, int num_seqs,
                            int down_splits, qf_decode_params *p)
 {
     *p = qf_decode_params{};
@@ -302,7 +311,7 @@ static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_de
     }
     p->partials_ml = (int64_t)QF_DECODE_MAX_SEQS * a->num_heads * p->max_splits * a->head_dim;
     p->partials_half = p->partials_ml + (int64_t)QF_DECODE_MAX_SEQS * a->num_heads * p->max_splits * 2;
-    return qf_decode_plan_shared(p, warps, device->max_shared_bytes, &p->map);
+    return qf_decode_plan_shared(p, device->max_shared_bytes, &p->map);
 }
 
 #endif

@@ -262,13 +262,18 @@ static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p
     constexpr int tile_rows = 8192 / head_dim, pieces = head_dim / 8, rows_a_step = 32 / pieces;
     const int32_t *table = p.block_tables + p.block_table_start[item.seq];
     int length = p.seq_lens[item.seq], start = items.start[item.seq], size = p.block_size;
-    int row0 = lane / pieces, piece = lane % pieces;
+    const int row0 = lane / pieces, piece = lane % pieces, run = min(size, tile_rows), blocks = tile_rows / run;
+    const int shift = 31 - __clz(size); /* a power of two */
+    int next_id = 0;                    /* lane i: the next tile's block i, or the block that holds the tile */
+    if (lane < blocks && item.tile_begin * tile_rows + lane * run < length) {
+        next_id = table[(item.tile_begin * tile_rows + lane * run) >> shift];
+    }
     for (int tile = item.tile_begin; tile < item.tile_end; tile++) {
-        int first = tile * tile_rows, run = min(size, tile_rows), blocks = tile_rows / run;
-        bool whole = first >= start && first + tile_rows < length;
-        int id = 0; /* lane i: the tile's block i, or the block that holds the tile */
-        if (lane < blocks && first + lane * run < length) {
-            id = table[(first + lane * run) / size];
+        const int first = tile * tile_rows, id = next_id, next = first + tile_rows + lane * run;
+        const bool whole = first >= start && first + tile_rows < length;
+        next_id = 0;
+        if (tile + 1 < item.tile_end && lane < blocks && next < length) {
+            next_id = table[next >> shift];
         }
         if (!qf_ring_wait(&qf_fixed().empty[ring.stage], ring.parity ^ 1, &qf_fixed().failed)) {
             return false;
@@ -276,7 +281,7 @@ static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p
         uint32_t to = qf_ring_address(p, ring);
         if (whole) {
             for (int b = 0; b < blocks; b++) {
-                int64_t at = (((int64_t)__shfl_sync(~0u, id, b) * p.num_kv_heads + item.head) * size + first % size) *
+                int64_t at = (((int64_t)__shfl_sync(~0u, id, b) * p.num_kv_heads + item.head) * size + (first & (size - 1))) *
                                  (head_dim * 2) + lane * 16;
                 const char *k = layer->k + at, *v = layer->v + at;
 #pragma unroll 4
@@ -293,7 +298,7 @@ static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p
                 int position = first + r;
                 bool valid = position >= start && position < length - 1;
                 int block = __shfl_sync(~0u, id, r / run);
-                int64_t at = valid ? (((int64_t)block * p.num_kv_heads + item.head) * size + position % size) *
+                int64_t at = valid ? (((int64_t)block * p.num_kv_heads + item.head) * size + (position & (size - 1))) *
                                              (head_dim * 2) + piece * 16
                                    : 0;
                 uint32_t place = to + r * (head_dim * 2) + ((piece ^ (r & 7)) << 4);
@@ -323,16 +328,33 @@ static __device__ __forceinline__ bool qf_produce_attention(const qf_decode_para
     return true;
 }
 
-static __device__ __forceinline__ void qf_decode_produce(const qf_decode_params &p)
+__device__ __forceinline__ void qf_prefetch_l2(const char *p)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+/* Brings a layer's norm weights and bias into L2, where all CTAs will want them at once: a line a CTA. */
+static __device__ __forceinline__ void qf_produce_small(const qf_decode_params &p, const qf_decode_layer_entry *layer,
+                                                        int lane)
+{
+    const int line = (int)blockIdx.x + (lane >> 2) * (int)gridDim.x, which = lane & 3;
+    const float *from = which == 0 ? layer->norm[0] : which == 1 ? layer->norm[1] : which == 2 ? layer->bias : nullptr;
+    if (from != nullptr && line * 32 < (which == 2 ? p.linear[QF_DECODE_QKV].n : p.hidden_size)) {
+        qf_prefetch_l2(reinterpret_cast<const char *>(from + line * 32));
+    }
+}
+
+template <int head_dim> static __device__ __forceinline__ void qf_decode_produce(const qf_decode_params &p)
 {
     qf_decode_ring ring = {0, 0};
     int lane = threadIdx.x & 31;
+    qf_produce_small(p, qf_layer(p, 0), lane);
     for (int layer = 0; layer < p.num_layers; layer++) {
+        qf_produce_small(p, qf_layer(p, layer + 1), lane);
         for (int kind = QF_DECODE_QKV; kind <= QF_DECODE_DOWN; kind++) {
             bool going = true;
             if (kind == QF_DECODE_O) {
-                going = p.head_dim == 64 ? qf_produce_attention<64>(p, qf_layer(p, layer), ring, lane)
-                                         : qf_produce_attention<128>(p, qf_layer(p, layer), ring, lane);
+                going = qf_produce_attention<head_dim>(p, qf_layer(p, layer), ring, lane);
             }
             if (!going || !qf_produce_linear(p, kind, qf_layer(p, layer), ring, lane)) {
                 return;

@@ -87,13 +87,19 @@ static __device__ __forceinline__ void qf_decode_make_items(const qf_decode_para
     items->base[p.num_seqs] = base;
 }
 
+/* Undoes the scales of x and of integers. */
+static __device__ __forceinline__ float qf_decode_unscale(const qf_decode_linear &l)
+{
+    return l.bits == 16 ? 1.0f / QF_DECODE_X_SCALE : 0x1p37f;
+}
+
 static __device__ __forceinline__ void qf_decode_make_entry(const qf_decode_params &p, int layer, qf_decode_layer_entry *e)
 {
     *e = qf_decode_layer_entry{};
     if (layer == p.num_layers) {
         e->data[0] = p.head_data;
         e->scales[0] = p.head_scales;
-        e->multiplier[0] = p.head_multiplier;
+        e->multiplier[0] = p.head_multiplier * qf_decode_unscale(p.linear[QF_DECODE_HEAD]);
         e->norm[0] = p.final_norm;
         return;
     }
@@ -103,7 +109,7 @@ static __device__ __forceinline__ void qf_decode_make_entry(const qf_decode_para
     for (int i = 0; i < 4; i++) {
         e->data[i] = (const char *)weights[i]->data;
         e->scales[i] = (const char *)weights[i]->scales;
-        e->multiplier[i] = weights[i]->scale_multiplier;
+        e->multiplier[i] = weights[i]->scale_multiplier * qf_decode_unscale(p.linear[i]);
     }
     e->norm[0] = from->input_norm;
     e->norm[1] = from->post_attention_norm;
@@ -114,7 +120,7 @@ static __device__ __forceinline__ void qf_decode_make_entry(const qf_decode_para
 }
 
 /* All threads; ends with a barrier of the block. */
-static __device__ __forceinline__ void qf_decode_set_up(const qf_decode_params &p, int consumer_warps, int red_floats)
+static __device__ __forceinline__ void qf_decode_set_up(const qf_decode_params &p, int red_floats)
 {
     qf_decode_fixed *fixed = &qf_fixed();
     qf_decode_layer_entry *layers = reinterpret_cast<qf_decode_layer_entry *>(qf_decode_shared + p.map.layers);
@@ -123,7 +129,7 @@ static __device__ __forceinline__ void qf_decode_set_up(const qf_decode_params &
     if (id == 0) {
         for (int i = 0; i < p.map.stages; i++) {
             qf_mbarrier_init(&fixed->full[i], 32);
-            qf_mbarrier_init(&fixed->empty[i], consumer_warps);
+            qf_mbarrier_init(&fixed->empty[i], QF_DECODE_WARPS);
         }
 #if __CUDA_ARCH__ >= 900
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); /* the copy engine sees them too */
@@ -168,11 +174,10 @@ static __device__ __forceinline__ void qf_decode_set_up(const qf_decode_params &
 
 /* r = 1 / root mean square of each token: warp w's token is warps - 1 - w, so that the warps with the fewest units do
  * it. Read behind the next barrier. */
-template <int tokens, int warps>
-__device__ __forceinline__ void qf_decode_make_r(const qf_decode_params &p, int kind)
+template <int tokens> __device__ __forceinline__ void qf_decode_make_r(const qf_decode_params &p, int kind)
 {
     const float *sums = qf_norm_sums<tokens>(p, kind);
-    const int lane = threadIdx.x & 31, token = warps - 1 - (int)(threadIdx.x >> 5), blocks = p.hidden_size / 128;
+    const int lane = threadIdx.x & 31, token = QF_DECODE_WARPS - 1 - (int)(threadIdx.x >> 5), blocks = p.hidden_size / 128;
     if (token >= tokens || token >= p.num_seqs) {
         return;
     }
@@ -185,14 +190,7 @@ __device__ __forceinline__ void qf_decode_make_r(const qf_decode_params &p, int 
         sum += __shfl_xor_sync(~0u, sum, mask);
     }
     if (lane == 0) {
-        qf_norm_factors<tokens>(p, kind)[token] = 1.0f / sqrtf(sum / (float)p.hidden_size + p.eps);
-    }
-}
-
-__device__ __forceinline__ void qf_decode_stamp(const qf_decode_params &p, int step, int index)
-{
-    if (p.stamps != nullptr && threadIdx.x == 0) {
-        p.stamps[((int64_t)blockIdx.x * (4 * p.num_layers + 1) + step) * 4 + index] = clock64();
+        qf_norm_factors<tokens>(p, kind)[token] = rsqrtf(sum / (float)p.hidden_size + p.eps);
     }
 }
 
@@ -201,10 +199,10 @@ __device__ __forceinline__ void qf_decode_stamp(const qf_decode_params &p, int s
  * all. The last barrier of a part comes when no warp reads x any more, so the next phase may write x at once; what the
  * adding threads still read behind it (r, kept rows) is not written again before the words that they then store have
  * come back as complete results of later phases. */
-template <int tokens, int warps>
+template <int tokens, int head_dim>
 static __device__ __forceinline__ void qf_decode_consume_all(const qf_decode_params &p)
 {
-    constexpr int threads = warps * 32;
+    constexpr int threads = QF_DECODE_WARPS * 32;
     qf_decode_ring ring = {0, 0};
     const uint32_t first_epoch = qf_fixed().region_epoch;
     int half = 0;
@@ -212,29 +210,25 @@ static __device__ __forceinline__ void qf_decode_consume_all(const qf_decode_par
         const int layer = step >> 2, kind = layer == p.num_layers ? (int)QF_DECODE_HEAD : step & 3;
         const uint32_t epoch = first_epoch + layer;
         const bool part = qf_fixed().phase[kind].blocks > 0, normed = kind != QF_DECODE_O && kind != QF_DECODE_DOWN;
-        qf_decode_stamp(p, step, 0);
+        qf_decode_stamp(p, step, QF_STAMP_START);
         if (kind == QF_DECODE_O) {
-            if (p.head_dim == 64) {
-                qf_decode_attention<64, warps>(p, layer, epoch, ring);
-            } else {
-                qf_decode_attention<128, warps>(p, layer, epoch, ring);
-            }
-            qf_decode_stamp(p, step, 1);
+            qf_decode_attention<head_dim>(p, layer, epoch, ring);
         }
         if (normed) {
             qf_gather_residual<tokens, threads>(p, kind, layer, epoch);
         } else if (part) {
             qf_gather_words<tokens, threads>(p, kind, epoch);
         }
-        qf_decode_stamp(p, step, 2);
+        qf_decode_stamp(p, step, QF_STAMP_GATHERED);
         if (part) {
-            qf_consumer_barrier<threads>();
+            qf_consumer_barrier();
+            qf_decode_stamp(p, step, QF_STAMP_X);
             if (normed) {
-                qf_decode_make_r<tokens, warps>(p, kind);
+                qf_decode_make_r<tokens>(p, kind);
             }
-            qf_decode_linear_part<tokens, warps>(p, kind, layer, epoch, ring, half);
+            qf_decode_linear_part<tokens>(p, kind, step, epoch, ring, half);
+            qf_decode_stamp(p, step, QF_STAMP_END);
         }
-        qf_decode_stamp(p, step, 3);
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) { /* everybody has read these: see decode_exchange.cuh */
         p.header[QF_DECODE_EPOCH] = qf_fixed().epoch + p.num_layers;
@@ -242,14 +236,14 @@ static __device__ __forceinline__ void qf_decode_consume_all(const qf_decode_par
     }
 }
 
-template <int tokens, int warps>
-__global__ void __launch_bounds__((warps + 1) * 32, 1) qf_decode_kernel(const __grid_constant__ qf_decode_params p)
+template <int tokens, int head_dim>
+__global__ void __launch_bounds__((QF_DECODE_WARPS + 1) * 32, 1) qf_decode_kernel(const __grid_constant__ qf_decode_params p)
 {
-    qf_decode_set_up(p, warps, 2 * qf_decode_half_tiles(tokens) * qf_decode_tile_floats(tokens, warps));
-    if (threadIdx.x < warps * 32) {
-        qf_decode_consume_all<tokens, warps>(p);
+    qf_decode_set_up(p, 2 * qf_decode_half_tiles(tokens) * qf_decode_tile_floats(tokens));
+    if (threadIdx.x < QF_DECODE_WARPS * 32) {
+        qf_decode_consume_all<tokens, head_dim>(p);
     } else {
-        qf_decode_produce(p);
+        qf_decode_produce<head_dim>(p);
     }
 }
 
@@ -257,15 +251,16 @@ __global__ void __launch_bounds__((warps + 1) * 32, 1) qf_decode_kernel(const __
 
 typedef void (*qf_decode_kernel_fn)(const qf_decode_params);
 
-static qf_decode_kernel_fn qf_decode_kernel_of(int tokens, int warps)
+template <int head_dim> static qf_decode_kernel_fn qf_decode_kernel_for(int tokens)
 {
-    if (warps == 8) {
-        return tokens == 1 ? qf_decode_kernel<1, 8> : nullptr;
-    }
-    return tokens == 1   ? qf_decode_kernel<1, 16>
-           : tokens == 2 ? qf_decode_kernel<2, 16>
-           : tokens == 4 ? qf_decode_kernel<4, 16>
-                         : qf_decode_kernel<8, 16>;
+    return tokens == 1   ? qf_decode_kernel<1, head_dim>
+           : tokens == 2 ? qf_decode_kernel<2, head_dim>
+                         : qf_decode_kernel<4, head_dim>;
+}
+
+static qf_decode_kernel_fn qf_decode_kernel_of(int tokens, int head_dim)
+{
+    return head_dim == 64 ? qf_decode_kernel_for<64>(tokens) : qf_decode_kernel_for<128>(tokens);
 }
 
 /* ---- host ------------------------------------------------------------------------------------------------------ */
@@ -276,7 +271,7 @@ extern "C" bool qf_cuda_decode_supported(const qf_cuda_decode_args *args, const 
 {
     qf_decode_params p;
     return args != nullptr && device != nullptr && device->compute_capability >= 80 && qf_decode_shapes_ok(args) &&
-           qf_decode_plan(args, device, args->num_seqs, 16, 0, &p);
+           qf_decode_plan(args, device, args->num_seqs, 0, &p);
 }
 
 /* Header, attention's partials, then an exchange buffer for each num_seqs. */
@@ -288,10 +283,10 @@ static size_t qf_decode_exchange_offset(const qf_cuda_decode_args *args, const q
     qf_decode_params p;
     size_t bytes = QF_DECODE_HEADER_BYTES;
     for (int i = 1; i < num_seqs; i++) {
-        qf_decode_plan(args, device, i, 16, splits, &p);
+        qf_decode_plan(args, device, i, splits, &p);
         bytes += (size_t)p.ll.words * 8;
     }
-    qf_decode_plan(args, device, 1, 16, splits, &p);
+    qf_decode_plan(args, device, 1, splits, &p);
     return bytes + (size_t)p.partials_half * 16;
 }
 
@@ -362,9 +357,8 @@ qf_status qf_cuda_decode_with(const qf_cuda_decode_args *args, const qf_cuda_dec
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "decode: num_seqs is %d, must be 1 to %d",
                        args ? args->num_seqs : 0, QF_DECODE_MAX_SEQS);
     }
-    int warps = options->warps == 8 ? 8 : 16;
     qf_decode_params p;
-    if (!qf_decode_shapes_ok(args) || !qf_decode_plan(args, device, args->num_seqs, warps, options->splits, &p)) {
+    if (!qf_decode_shapes_ok(args) || !qf_decode_plan(args, device, args->num_seqs, options->splits, &p)) {
         return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
                        "decode: no plan for hidden size %d, %d heads of %d, %d sequences in %d bytes of shared memory",
                        args->hidden_size, args->num_heads, args->head_dim, args->num_seqs, device->max_shared_bytes);
@@ -374,15 +368,11 @@ qf_status qf_cuda_decode_with(const qf_cuda_decode_args *args, const qf_cuda_dec
         p.map.total -= (p.map.stages - options->max_stages) * p.map.stage_bytes;
         p.map.stages = options->max_stages;
     }
-    qf_decode_kernel_fn kernel = qf_decode_kernel_of(qf_cuda_tile_tokens(args->num_seqs), warps);
-    if (kernel == nullptr) {
-        return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED, "decode: no kernel of %d warps for %d sequences", warps,
-                       args->num_seqs);
-    }
+    qf_decode_kernel_fn kernel = qf_decode_kernel_of(qf_cuda_tile_tokens(args->num_seqs), args->head_dim);
     QF_TRY(qf_allow_shared("decode", kernel, (size_t)p.map.total, err));
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)qf_decode_grid(&p));
-    config.blockDim = dim3((unsigned)(warps + 1) * 32);
+    config.blockDim = dim3((QF_DECODE_WARPS + 1) * 32);
     config.dynamicSmemBytes = (size_t)p.map.total;
     config.stream = stream;
     cudaLaunchAttribute attribute[1];
@@ -397,6 +387,6 @@ qf_status qf_cuda_decode_with(const qf_cuda_decode_args *args, const qf_cuda_dec
 extern "C" qf_status qf_cuda_decode(const qf_cuda_decode_args *args, const qf_cuda_device *device, cudaStream_t stream,
                                     qf_error *err)
 {
-    const qf_cuda_decode_options options = {0, 0, -1, 0, nullptr};
+    const qf_cuda_decode_options options = {0, -1, 0, nullptr};
     return qf_cuda_decode_with(args, &options, device, stream, err);
 }

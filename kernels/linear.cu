@@ -11,7 +11,7 @@
 /* Smallest num_tokens that wgmma takes, by bits of the weights. */
 static const struct {
     int32_t bits, min_tokens;
-} qf_linear_wgmma_from[] = {{4, 9}, {8, 9}, {16, 17}};
+} qf_linear_wgmma_from[] = {{4, 33}, {8, 33}, {16, 33}};
 
 static bool qf_linear_takes_wgmma(const qf_cuda_device *device, int32_t bits, int32_t num_tokens, bool batch_invariant)
 {

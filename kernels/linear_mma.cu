@@ -5,7 +5,7 @@
  * the A operand of mma.m16n8k16, so a lane reads its fragments from global memory in 16-byte loads and nothing moves
  * between lanes; x is the B operand, and a core matrix of the tiled layout is what ldmatrix gives.
  *
- * Roofline: n k bits / 8 bytes of weights, 2 n k num_tokens operations. Up to about 16 tokens the weights' bytes are
+ * Roofline: n k bits / 8 bytes of weights, 2 n k num_tokens operations. Up to about 32 tokens the weights' bytes are
  * the bound (H200: 4.4 TB/s; 7B gate_up of 4 bits: 16 us); from 64 tokens on the tensor cores (mma.sync reaches about
  * 0.6 of Hopper's peak). At 4 bits a block of 16 x 128 costs about 150 issue slots of the 216 that an SM of an
  * H200 has while the block's 1,024 bytes arrive: integer work on the weights must stay small. Targets: 0.85 of the
@@ -27,6 +27,17 @@
  *   warp) pairs has its own. After a barrier the slots of a row tile are added in the order of k and written. At most
  *   80 registers a thread, so that with 12 warps the next kernel's CTA fits beside this one and its first weights
  *   arrive while this one ends.
+ *
+ * batch (9 to 32 tokens; linear_mma_batch.cuh). Grid (row_groups, num_splits), one CTA an SM.
+ *
+ *   row tile   blocks of the share: 0 1 2 3 | 4 5 6 7 | ..     A warp has a row tile (of 4 bits and over 16 tokens two)
+ *      r         warp (r, slice):   0 1 0 1 | 0 1 0 1 |        and, where rows are few, every slices-th block of k. Its
+ *      r + 1                        0 1 0 1 | 0 1 0 1 |        weights go through a ring in registers as in "stream".
+ *                x in shared memory:  chunk      chunk
+ *
+ *   x would fill shared memory, so it passes through it in 3 stages of about 16 KB that all the warps use in step: one
+ *   barrier a chunk, while each warp's ring of weights runs on. A CTA with more rows than warps goes over k again for
+ *   the next ones (passes); the ring does not stop in between. Sums are stored straight from registers.
  *
  * tile (any number of tokens; linear_mma_tile.cuh). Grid (token passes, row groups, num_splits); 8 warps, or 4
  * where that leaves fewer SMs idle at the end.
@@ -126,9 +137,11 @@ static bool qf_batch_plan_make(const qf_cuda_device *device, int32_t row_tiles, 
             plan->slot_offset + (plan->slices - 1) * plan->row_warps * qf_batch_slot_bytes(tokens, rows);
         if (plan->shared_bytes <= device->max_shared_bytes) {
             const double kilobytes = (double)plan->passes * plan->row_warps * rows * share * (bits / 4);
-            /* A piece of a warp takes 0.35 us at best, however few there are. */
+            const double x_kilobytes = (double)plan->passes * share * num_tiles * 2;
+            /* An SM's weights come at 30 GB/s, with x from L2 at 45. A warp's piece takes 0.35 us at best. */
             const double turns = (double)plan->passes * qf_ceil_div(share, plan->slices) * (bits / 4);
-            const double busy_us = 0.033 * kilobytes, latency_us = 0.35 * turns;
+            const double memory_us = kilobytes * 0.033, l2_us = (kilobytes + x_kilobytes) * 0.022;
+            const double busy_us = memory_us > l2_us ? memory_us : l2_us, latency_us = 0.35 * turns;
             plan->cost_us = (busy_us > latency_us ? busy_us : latency_us) +
                             num_splits * (0.06 + 2.0 * num_tokens * row_tiles * 64 / 3e6);
             return true;

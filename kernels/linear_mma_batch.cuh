@@ -22,7 +22,9 @@ __host__ __device__ constexpr int qf_batch_max_warps(int bits, int group_size, i
 /* Pieces (of every row tile of the warp) in flight a warp. */
 __device__ constexpr int qf_batch_depth(int bits, int groups, int tokens, int rows)
 {
-    return bits == 16 || (bits == 8 && tokens == 4 && groups == 1) ? 4 : rows == 1 && (groups == 1 || tokens == 4) ? 3 : 2;
+    return bits == 16 || (bits == 8 && tokens == 4 && groups == 1) ? 4
+           : rows == 1 && (groups == 1 || tokens == 4)              ? 3
+                                                                    : 2;
 }
 /* Bytes of x in a k block. */
 __host__ __device__ constexpr int qf_batch_x_bytes(int num_tiles) { return num_tiles * 2048; }
@@ -233,7 +235,9 @@ static __global__ void __launch_bounds__(qf_batch_max_warps(bits, bits == 4 ? 12
                 }
                 if (unit < mine && tile < p.row_tiles) {
                     uint32_t from = x + in_chunk / block_pieces * p.slices * block_bytes;
-                    from += bits == 8 ? in_chunk % 2 * half : bits == 16 ? in_chunk / 2 % 2 * half + in_chunk % 2 * 512 : 0;
+                    from += bits == 8    ? in_chunk % 2 * half
+                            : bits == 16 ? in_chunk / 2 % 2 * half + in_chunk % 2 * 512
+                                         : 0;
                     qf_batch_multiply<bits, groups, tokens, rows>(acc, ring[i], from, half, others, lane);
                 }
                 /* The ring's place i: this row's piece `depth` further on, or piece i of the next pass's row. */

@@ -22,8 +22,9 @@ struct qf_linear_mma_params {
     int32_t group_size;
     int32_t group_tiles, larger_groups; /* stream kernel: row tiles of a CTA; the first CTAs have one more */
     int32_t slot_offset; /* stream and batch kernels: bytes of shared memory before the partial sums */
-    int32_t row_warps, slices, passes;                /* batch kernel: warps along rows and k, runs over k */
-    int32_t chunk_blocks, chunk_columns, stage_bytes; /* batch kernel: k blocks of x in a chunk, a warp's pieces of it */
+    /* batch kernel: warps along rows and along k, runs over k; a chunk's k blocks, a warp's pieces, bytes of x */
+    int32_t row_warps, slices, passes;
+    int32_t chunk_blocks, chunk_columns, stage_bytes;
     int32_t token_warps; /* tile kernel: warps side by side along the tokens */
     float multiplier;
 };
@@ -87,8 +88,8 @@ __device__ __forceinline__ uint32_t qf_fma_bf16(uint32_t a, uint32_t b, uint32_t
 }
 
 /* qf_dequant_4 with one shift for four registers, where integer work is the bound: row g + 8's nibbles stay 4 bits up.
- * Below 2^-125 bf16 is evenly spaced by 2^-133, so that 16 q by itself is the number q 2^-129: times 2^127, less zero / 4,
- * it is (q - zero) / 4, exact. `scales`: of qf_quick_scales. */
+ * Below 2^-125 bf16 is evenly spaced by 2^-133, so that the bits 16 q are the number q 2^-129: times 2^127, less
+ * zero / 4, it is (q - zero) / 4, exact. `scales`: of qf_quick_scales. */
 __device__ __forceinline__ void qf_quick_dequant_4(uint32_t word, const qf_row_scales &scales, uint32_t (&a)[4])
 {
 #pragma unroll

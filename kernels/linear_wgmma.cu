@@ -231,9 +231,11 @@ extern "C" int32_t qf_cuda_linear_wgmma_splits(const qf_cuda_device *device, int
         }
         return splits;
     }
-    int32_t best = 1;
+    /* Prefill of 1,024 tokens and more has two: the room for partial sums is that of the largest step. */
+    int32_t best = 1, limit = 2048 / num_tokens;
+    limit = limit < 2 ? 2 : limit > QF_CUDA_MAX_SPLITS ? QF_CUDA_MAX_SPLITS : limit;
     double best_cost = 0;
-    for (int32_t splits = 1; splits <= (num_tokens > 256 ? 2 : QF_CUDA_MAX_SPLITS) && splits <= blocks; splits++) {
+    for (int32_t splits = 1; splits <= limit && splits <= blocks; splits++) {
         double cost;
         (void)qf_wg_width(device, n, k, bits, num_tokens, splits, &cost);
         if (splits == 1 || cost < best_cost) {

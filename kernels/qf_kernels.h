@@ -209,7 +209,7 @@ qf_status qf_cuda_rope_kv_write(const qf_cuda_rope_kv_write_args *args, const qf
                                 cudaStream_t stream, qf_error *err);
 
 /* A piece of attention work, made by qf_cuda_attention_plan on the host: rows first_row .. of one sequence against the
- * positions of one split. Positions are cut at multiples of QF_CUDA_SPLIT_TOKENS, whatever the batch. */
+ * positions of one split. Prefill and batch_invariant rows are cut at multiples of QF_CUDA_SPLIT_TOKENS. */
 #define QF_CUDA_SPLIT_TOKENS 256
 typedef struct qf_cuda_attention_item {
     int32_t seq, first_row, num_rows; /* rows of the batch */
@@ -247,7 +247,7 @@ typedef struct qf_cuda_attention_args {
     const void *q;                       /* (num_tokens, num_heads, head_dim) bf16 */
     uint16_t *out;                       /* tiled (out_k, num_tokens) */
     int32_t out_k;                       /* num_heads * head_dim up to the next 128; zeros beyond */
-    const qf_cuda_attention_item *items; /* decode items, then prefill items at items + prefill_offset */
+    const qf_cuda_attention_item *items; /* decode items (room for max_decode_items), prefill: + prefill_offset */
     const int32_t *num_items;            /* (2) decode and prefill counts, read by the device */
     int32_t prefill_offset;
     int32_t max_decode_items, max_prefill_items; /* bounds the grids; 0: that kernel is not launched */

@@ -15,15 +15,15 @@
  * model with one split move 57 MB, 13 us at 4.4 TB/s; one token is a launch and one trip to memory, target 2 us.
  *
  * Plan: one thread rotates `width` (4; 1 for float32) neighbouring pairs of one head, so it loads and stores vectors of
- * both halves of the head; threads in a row take neighbouring vectors, then heads, then tokens. All loads of up to 4
- * splits go out before the first addition. Sums, rotations and rounding have one order, whatever the batch.
+ * both halves of the head; threads in a row take neighbouring vectors, then heads, then tokens. All loads of up to 8
+ * splits, and those of cosines and sines, go out before the first addition. Sums, rotations and rounding have one order, whatever the batch.
  *
  * Measured: see PERF.md. */
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 
 #define THREADS 256
-#define SPLIT_BATCH 4
+#define SPLIT_BATCH 8
 
 template <int width> struct floats {
     float v[width];
@@ -85,10 +85,9 @@ static __device__ __forceinline__ void store_vector(uint16_t *p, const floats<4>
 }
 
 template <int width>
-static __device__ __forceinline__ void rotate(const float *cos_sin, int32_t half, floats<width> &low,
+static __device__ __forceinline__ void rotate(const floats<width> &c, const floats<width> &s, floats<width> &low,
                                               floats<width> &high)
 {
-    const floats<width> c = load_floats(cos_sin, floats<width>()), s = load_floats(cos_sin + half, floats<width>());
 #pragma unroll
     for (int i = 0; i < width; i++) {
         const float x = low.v[i], y = high.v[i];
@@ -106,22 +105,21 @@ static __global__ void __launch_bounds__(THREADS) rope_kv_write_kernel(qf_cuda_r
     const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     const int32_t token = (int32_t)(index / per_token), rest = (int32_t)(index - (int64_t)token * per_token);
     const int32_t head = rest / vectors, j = (rest - head * vectors) * width;
+    /* Slots were copied before the step's first kernel, an ordinary launch: they may be read before the wait. */
+    const int32_t slot = head < a.num_heads ? 0 : token < a.num_tokens ? __ldcg(a.slot_mapping + token) : -1;
     qf_grid_dependency_wait();
-    if (token >= a.num_tokens) {
+    if (token >= a.num_tokens || slot < 0) {
         return;
     }
-    int32_t slot = 0;
-    if (head >= a.num_heads) {
-        slot = a.slot_mapping[token];
-        if (slot < 0) {
-            return;
-        }
+    floats<width> low, high, cosine, sine;
+    if (head < a.num_heads + num_kv_heads) {
+        cosine = load_floats(a.cos_sin + (int64_t)token * head_dim + j, floats<width>());
+        sine = load_floats(a.cos_sin + (int64_t)token * head_dim + half + j, floats<width>());
     }
-    floats<width> low, high;
     sum_splits<width>(a.qkv + (int64_t)token * a.qkv_stride + head * head_dim + j, half,
                       (int64_t)a.num_tokens * a.qkv_stride, a.num_splits, low, high);
     if (head < a.num_heads + num_kv_heads) {
-        rotate<width>(a.cos_sin + (int64_t)token * head_dim + j, half, low, high);
+        rotate<width>(cosine, sine, low, high);
     }
     T *to;
     if (head < a.num_heads) {

@@ -152,9 +152,10 @@ static void check_plan(const qf_cuda_attention_shape &shape, const std::vector<i
         good &= it.first_row >= loc[(size_t)it.seq] && it.first_row + it.num_rows <= loc[(size_t)it.seq + 1];
         good &= it.first_position == start + it.first_row - loc[(size_t)it.seq];
         good &= it.split >= 0 && it.split < it.num_splits && it.kv_begin < it.kv_end && it.kv_begin >= 0;
-        good &= it.split == 0 || it.kv_begin % QF_CUDA_SPLIT_TOKENS == 0;
+        const int unit = decode ? 64 : QF_CUDA_SPLIT_TOKENS;
+        good &= it.split == 0 || it.kv_begin % unit == 0;
         good &= it.split == it.num_splits - 1 ? it.kv_end == it.first_position + it.num_rows
-                                              : it.kv_end % QF_CUDA_SPLIT_TOKENS == 0;
+                                              : it.kv_end % unit == 0;
         good &= !invariant || it.num_splits == 1 ||
                 it.kv_begin / QF_CUDA_SPLIT_TOKENS == (it.kv_end - 1) / QF_CUDA_SPLIT_TOKENS;
         for (int r = 0; r < it.num_rows && good; r++) {
@@ -163,9 +164,9 @@ static void check_plan(const qf_cuda_attention_shape &shape, const std::vector<i
             seen[(size_t)(it.first_row + r)] +=
                 std::max(0, std::min(it.kv_end, position + 1) - std::max(it.kv_begin, begin));
             if (it.num_splits > 1) {
-                size_t unit = (size_t)(it.partial + it.split * it.num_rows + r);
-                good &= unit < unit_used.size() && !unit_used[unit];
-                unit_used[unit] = 1;
+                size_t place = (size_t)(it.partial + it.split * it.num_rows + r);
+                good &= place < unit_used.size() && !unit_used[place];
+                unit_used[place] = 1;
             }
         }
     }
@@ -218,7 +219,7 @@ static void test_plans()
     qf_cuda_attention_shape shape = {28, 4, 128, 32, 0};
     CHECK(qf_cuda_attention_workspace_bytes(&shape, 256, 8192, 131072) < (size_t)32 << 20);
     CHECK(qf_cuda_attention_max_items(&shape, 256, 8192, 131072) < 4096);
-    CHECK(qf_cuda_attention_max_items(&shape, 1, 1, 4096) <= 16);
+    CHECK(qf_cuda_attention_max_items(&shape, 1, 1, 4096) <= 64);
 }
 
 /* --- attention ------------------------------------------------------------------------------------------------- */
@@ -242,14 +243,14 @@ static std::vector<uint16_t> attend(const World &w, const std::vector<Piece> &pi
     q.resize((size_t)padded * width, 0xffff);
     Planned p = make_plan(shape, loc, lens, invariant, max_len);
     int num_items = p.plan.num_decode_items + p.plan.num_prefill_items;
-    p.items.resize((size_t)num_items);
+    bool captured = padding >= 0;
+    p.items.resize((size_t)(captured ? std::max(p.max_items, num_items) : num_items));
     Device<uint16_t> device_q(q), out((size_t)qf_cuda_tiled_size(out_k, padded));
     Device<qf_cuda_attention_item> items(p.items);
     Device<int32_t> counts(std::vector<int32_t>{p.plan.num_decode_items, p.plan.num_prefill_items});
     Device<int32_t> device_starts(starts);
     Device<float> workspace(p.workspace_bytes / 4);
     workspace.zero();
-    bool captured = padding >= 0;
     qf_cuda_attention_args args = {};
     args.shape = shape;
     args.kv = {w.device_k->data, w.device_v->data, shape.block_size, shape.num_kv_heads, shape.head_dim, false};
@@ -642,6 +643,43 @@ static void bench(const int *m, int num_seqs, int rows, int context, bool invari
     }
 }
 
+/* Several times over, in buffers of their own. */
+static void bench_rope(const int *m, int tokens, int splits)
+{
+    const int width = (m[0] + 2 * m[1]) * m[2], block_size = 32, blocks = (tokens + block_size - 1) / block_size;
+    const size_t qkv_size = (size_t)splits * tokens * width, q_size = (size_t)tokens * m[0] * m[2];
+    const size_t cache_size = (size_t)blocks * m[1] * block_size * m[2], table_size = (size_t)tokens * m[2];
+    const size_t bytes = (qkv_size + table_size) * 4 + (q_size + 2 * (size_t)tokens * m[1] * m[2]) * 2;
+    const int copies = (int)std::min<size_t>(400, ((size_t)300 << 20) / bytes + 1);
+    Device<float> qkv(qkv_size * copies), table(table_size * copies);
+    Device<uint16_t> q(q_size * copies), k(cache_size * copies), v(cache_size * copies);
+    std::vector<int32_t> slots;
+    for (int t = 0; t < tokens; t++) {
+        slots.push_back(t);
+    }
+    Device<int32_t> device_slots(slots);
+    qkv.zero();
+    table.zero();
+    qf_cuda_rope_kv_write_args args = {};
+    args.num_splits = splits;
+    args.qkv_stride = width;
+    args.slot_mapping = device_slots.data;
+    args.num_tokens = tokens;
+    args.num_heads = m[0];
+    double us = time_us(
+        [&](cudaStream_t stream, int i) {
+            const size_t at = (size_t)(i % copies);
+            args.qkv = qkv.data + at * qkv_size;
+            args.cos_sin = table.data + at * table_size;
+            args.q = q.data + at * q_size;
+            args.kv = {k.data + at * cache_size, v.data + at * cache_size, block_size, m[1], m[2], false};
+            CHECK_OK(qf_cuda_rope_kv_write(&args, &options.device, stream, &check_error));
+        },
+        std::max(20, copies));
+    printf("%2d/%d/%3d rope %5d tokens, %d splits  %9.1f us  %6.0f GB/s  %3.0f %%\n", m[0], m[1], m[2], tokens, splits, us,
+           bytes / us * 1e-3, bytes / us * 1e-3 / 44.0);
+}
+
 int main(int argc, char **argv)
 {
     options = check_options(argc, argv);
@@ -654,7 +692,11 @@ int main(int argc, char **argv)
     int status = check_report("attention");
     for (int i = 0; options.bench && i < 2; i++) {
         const int *m = models[1 - i];
+        bench_rope(m, 1, 1);
+        bench_rope(m, 1, 8);
+        bench_rope(m, 2048, 1);
         bench(m, 1, 1, 384);
+        bench(m, 1, 1, 1024);
         bench(m, 16, 1, 384);
         bench(m, 64, 1, 384);
         bench(m, 256, 1, 384);

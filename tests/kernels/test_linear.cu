@@ -412,7 +412,7 @@ int main(int argc, char **argv)
     }
     check_shape(o, {"0.5B head", 151936, 896, false}, 16, 128, {1, 8, 9, 32}, 48, false);
     for (int bits : {4, 8, 16}) {
-        for (int num_tokens : {1, 6, 20, 100}) {
+        for (int num_tokens : {1, 6, 12, 20, 100}) {
             check_chain(o, bits, num_tokens);
         }
     }

@@ -214,11 +214,15 @@ static void check_shapes(const qf_cuda_device &device)
         PackedWeight o = random_weight(896, 896, 8, 64, seed++, true);
         check_store(qf_cuda_linear_wgmma, device, o, 896, 896, num_tokens, 1, 2e-4, seed++);
     }
-    for (int bits : {4, 8, 16}) { /* tiles of 128, 192 and 256 tokens, several a block */
+    for (int bits : {4, 8, 16}) { /* tiles of 128 to 256 tokens, several a block */
         PackedWeight qkv = random_weight(4608, 3584, bits, 128, seed++, true);
         for (int num_tokens : {64, 257, 520, 1100, 2048}) {
             check_store(qf_cuda_linear_wgmma, device, qkv, 4608, 3584, num_tokens, num_tokens == 520 ? 2 : 1, 3e-4,
                         seed++);
+        }
+        PackedWeight fine = random_weight(3584, 640, bits, bits == 16 ? 128 : 32, seed++, true);
+        for (int num_tokens : {300, 1100, 2040}) {
+            check_store(qf_cuda_linear_wgmma, device, fine, 3584, 640, num_tokens, 1, 2e-4, seed++);
         }
         PackedWeight down = random_weight(272, 18944, bits, 128, seed++);
         check_store(qf_cuda_linear_wgmma, device, down, 272, 18944, 130, 4, 1e-3, seed++);

@@ -2,14 +2,14 @@
  *
  * A row tile is one decode row, or up to qf_attention_tile_tokens() rows of one sequence. It sees the positions from
  * the first row's window to its last row, and is one item; or, where the batch alone gives the device too little to do,
- * one item for each chunk of positions, whose partial results take rows x chunks units of the workspace. Chunks are
- * multiples of QF_CUDA_SPLIT_TOKENS and start at multiples of their size.
+ * one item for each chunk of positions, whose partial results take rows x chunks units of the workspace. Chunks start at
+ * multiples of their size, a multiple of QF_CUDA_SPLIT_TOKENS (prefill) or QF_ATTENTION_DECODE_TOKENS (decode rows).
  *
  * batch_invariant: every row is a row of a prefill tile, and each QF_CUDA_SPLIT_TOKENS positions of it are computed
  * from scratch and merged in order: by the kernel, in one item, or by the last of several items, which is the same
  * arithmetic. So how a tile is cut does not show in its results.
  *
- * Bounds, with n sequences (d of them decode rows), t tokens, S = ceil(max_model_len / QF_CUDA_SPLIT_TOKENS):
+ * Bounds, with n sequences (d of them decode rows), t tokens, S = ceil(max_model_len / QF_ATTENTION_DECODE_TOKENS):
  *   tiles        <= min(t, t / tile + n):  ceil(r / tile) <= r, and < r / tile + 1, summed over sequences
  *   decode items <= 2 d + WORK_ITEMS / num_kv_heads + 1:  the chunk grows until that holds; d is always reached
  *   prefill items <= tiles + MAX_SPLIT_ITEMS:  tiles left whole, and the items of cut ones, counted down
@@ -32,7 +32,7 @@ static int32_t min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
 static int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int32_t ceil_div(int32_t a, int32_t b) { return (int32_t)(((int64_t)a + b - 1) / b); }
-static int32_t whole_splits(int32_t a) { return ceil_div(a, QF_CUDA_SPLIT_TOKENS) * QF_CUDA_SPLIT_TOKENS; }
+static int32_t round_up(int32_t a, int32_t unit) { return ceil_div(a, unit) * unit; }
 
 static int64_t units_bound(int32_t num_seqs) { return SPARE_UNITS + 2 * (int64_t)num_seqs; }
 
@@ -136,7 +136,8 @@ static void emit_all(planner *p)
     }
 }
 
-/* The smallest chunk that makes no more decode items than the bound. */
+/* The smallest chunk that makes no more decode items than the bound; and, where some chunk does, no more than give each
+ * multiprocessor two CTAs: these all start at once. */
 static void choose_decode_chunk(planner *p)
 {
     int64_t positions = 0;
@@ -150,9 +151,13 @@ static void choose_decode_chunk(planner *p)
         }
     }
     int64_t bound = decode_items_bound(p->shape, rows);
-    int32_t chunk = rows * p->shape->num_kv_heads < WORK_ITEMS ? QF_CUDA_SPLIT_TOKENS : MIN_BUSY_CHUNK;
-    chunk = max_i32(chunk, whole_splits((int32_t)(positions / bound)));
-    for (;; chunk = whole_splits(chunk + chunk / 8 + 1)) {
+    bool idle = (int64_t)rows * p->shape->num_kv_heads < WORK_ITEMS;
+    if (idle && rows > 0) {
+        bound = min_i64(bound, max_i32(WORK_ITEMS / p->shape->num_kv_heads, rows));
+    }
+    int32_t chunk = idle ? QF_ATTENTION_DECODE_TOKENS : MIN_BUSY_CHUNK;
+    chunk = max_i32(chunk, round_up((int32_t)(positions / bound), QF_ATTENTION_DECODE_TOKENS));
+    for (;; chunk = round_up(chunk + chunk / 16 + 1, QF_ATTENTION_DECODE_TOKENS)) {
         int64_t items = 0;
         for (int32_t seq = 0; seq < p->num_seqs; seq++) {
             if (is_decode(p, seq)) {
@@ -169,23 +174,25 @@ static void choose_decode_chunk(planner *p)
 
 static void choose_prefill_chunk(planner *p)
 {
-    int64_t tiles = 0;
+    int64_t tiles = 0, total = 0;
     for (int32_t seq = 0; seq < p->num_seqs; seq++) {
         int32_t rows = p->query_start_loc[seq + 1] - p->query_start_loc[seq];
         for (int32_t first = 0; !is_decode(p, seq) && first < rows; first += p->tile_tokens) {
             qf_cuda_attention_item tile = tile_of(p, seq, first, min_i32(rows - first, p->tile_tokens));
             p->longest_prefill = max_i32(p->longest_prefill, tile.kv_end - tile.kv_begin);
             tiles++;
+            total += tile.num_rows;
         }
     }
     p->prefill_chunk = 0;
     if (tiles == 0 || tiles * p->shape->num_kv_heads * 2 > WORK_ITEMS) {
         return;
     }
-    int32_t wanted = (int32_t)(WORK_ITEMS / (tiles * p->shape->num_kv_heads)); /* items of a tile: 2 or more */
-    p->prefill_chunk = p->batch_invariant ? QF_CUDA_SPLIT_TOKENS
-                                          : max_i32(whole_splits(ceil_div(p->longest_prefill, wanted)),
-                                                    MIN_PREFILL_CHUNK);
+    /* Items of a tile: 2 or more for the device; and all tiles are cut, for one left whole takes longer than all. */
+    int64_t wanted = WORK_ITEMS / (tiles * p->shape->num_kv_heads), units = SPARE_UNITS / 2 / total;
+    wanted = wanted < units ? wanted : units;
+    int32_t chunk = round_up(ceil_div(p->longest_prefill, wanted > 0 ? (int32_t)wanted : 1), QF_CUDA_SPLIT_TOKENS);
+    p->prefill_chunk = p->batch_invariant ? QF_CUDA_SPLIT_TOKENS : max_i32(chunk, MIN_PREFILL_CHUNK);
 }
 
 /* Counts become places, from `first` on. Returns the place after the last. */
@@ -231,13 +238,13 @@ int32_t qf_cuda_attention_max_items(const qf_cuda_attention_shape *shape, int32_
 {
     int64_t tiles = max_tiles(shape, max_num_seqs, max_num_batched_tokens);
     int64_t cut = decode_items_bound(shape, max_num_seqs) + MAX_SPLIT_ITEMS;
-    return (int32_t)min_i64(tiles + cut, tiles * ceil_div(max_model_len, QF_CUDA_SPLIT_TOKENS));
+    return (int32_t)min_i64(tiles + cut, tiles * ceil_div(max_model_len, QF_ATTENTION_DECODE_TOKENS));
 }
 
 size_t qf_cuda_attention_workspace_bytes(const qf_cuda_attention_shape *shape, int32_t max_num_seqs,
                                          int32_t max_num_batched_tokens, int32_t max_model_len)
 {
-    int64_t splits = ceil_div(max_model_len, QF_CUDA_SPLIT_TOKENS);
+    int64_t splits = ceil_div(max_model_len, QF_ATTENTION_DECODE_TOKENS);
     int64_t units = min_i64(units_bound(max_num_seqs), max_num_batched_tokens * splits);
     return (size_t)units * sizeof(float) *
            (size_t)qf_attention_unit_words(shape->num_heads, shape->num_kv_heads, shape->head_dim);

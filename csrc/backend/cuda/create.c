@@ -1,5 +1,6 @@
 /* A CUDA backend's beginning and end: memory plan, arena, loading. */
 #include <stdio.h>
+#include <stdlib.h>
 
 #include "backend/cuda/cuda.h"
 #include "backend/cuda/cuda_backend.h"
@@ -10,7 +11,7 @@
 static bool wants_decode_kernel(const qf_cuda_backend *self)
 {
     const qf_backend_options *options = &self->options;
-    return !options->float32 && !options->batch_invariant && !options->enforce_eager && !self->any_perm &&
+    return getenv("QF_X_CHAIN") == NULL && !options->float32 && !options->batch_invariant && !options->enforce_eager && !self->any_perm &&
            self->layout.num_host_layers == 0;
 }
 
@@ -250,9 +251,14 @@ static qf_status prepare_decode(qf_cuda_backend *self, qf_error *err)
     }
     QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.decode_layers, self->decode_layers, count * sizeof *self->decode_layers,
                                   cudaMemcpyHostToDevice, self->stream));
-    qf_cuda_decode_args args;
-    qf_cuda_decode_fill(self, 8, &args);
-    self->decode_kernel = qf_cuda_decode_supported(&args, &self->device);
+    for (int32_t num_seqs = 1; num_seqs <= QF_CUDA_DECODE_MOST_SEQS; num_seqs++) {
+        qf_cuda_decode_args args;
+        qf_cuda_decode_fill(self, num_seqs, &args);
+        if (!qf_cuda_decode_supported(&args, &self->device)) {
+            break;
+        }
+        self->decode_max_seqs = num_seqs;
+    }
     return QF_OK;
 }
 

@@ -10,6 +10,7 @@
 #define QF_CUDA_STEPS_IN_FLIGHT 2
 #define QF_CUDA_MAX_GRAPHS 64 /* more than the ladder has sizes, greedy and not */
 #define QF_CUDA_MAX_TOP_LOGPROBS 64
+#define QF_CUDA_DECODE_MOST_SEQS 8 /* no more are ever asked of the decode kernel */
 
 #define QF_CUDA_CHECK(call)                                                                                        \
     do {                                                                                                           \
@@ -131,7 +132,8 @@ typedef struct qf_cuda_backend {
     float *host_logits;  /* (vocab_size) */
     qf_cuda_graph graphs[QF_CUDA_MAX_GRAPHS];
     qf_cuda_decode_layer *decode_layers; /* (num_layers), as ws.decode_layers */
-    bool decode_kernel;  /* qf_cuda_decode serves small batches */
+    int32_t decode_max_seqs; /* batches up to here decode in one kernel; 0: none */
+    bool decode_kernel;      /* planned for: its workspace is there */
     char description[256];
 } qf_cuda_backend;
 
