@@ -32,7 +32,7 @@ static __device__ __forceinline__ uint4 load_now(const uint16_t *p)
 
 /* What a warp holds of its item. heads8: groups of 8 heads. */
 template <int head_dim, int heads8> struct decode_state {
-    uint4 q[heads8][head_dim / 32];  /* head g, columns 32 c + 8 t .. */
+    uint4 *q; /* in shared memory, this lane's: [32 (head_dim / 32 n + c)] is head 8 n + g, columns 32 c + 8 t .. */
     uint4 k[2][head_dim / 32];       /* positions g and g + 8 */
     uint4 v[4][head_dim / 64];       /* positions 2t, 2t + 1, 2t + 8, 2t + 9 */
     float o[heads8][head_dim / 16][4];
@@ -100,8 +100,9 @@ static __device__ __forceinline__ void scores(const decode_state<head_dim, heads
         const uint32_t high[4] = {s.k[0][c].z, s.k[1][c].z, s.k[0][c].w, s.k[1][c].w};
 #pragma unroll
         for (int n = 0; n < heads8; n++) {
-            qf_mma_bf16(x[n], low, s.q[n][c].x, s.q[n][c].y);
-            qf_mma_bf16(x[n], high, s.q[n][c].z, s.q[n][c].w);
+            const uint4 q = s.q[32 * (head_dim / 32 * n + c)];
+            qf_mma_bf16(x[n], low, q.x, q.y);
+            qf_mma_bf16(x[n], high, q.z, q.w);
         }
     }
 }
@@ -210,31 +211,28 @@ static __device__ __forceinline__ void decode_warp(const attention_params &p, co
     const int32_t shift = p.block_shift - 4;
     int32_t blocks = __ldcg(table + (min(start + ATTENTION_WARPS * lane, end - 1) >> shift));
     int32_t block = __shfl_sync(0xffffffffu, blocks, 0);
-    const bool early = start < end && (start + 1) * DECODE_TILE <= item.first_position;
-    if (early) {
-        load_keys<head_dim, heads8>(s, r, start * DECODE_TILE, block);
-        load_values<head_dim, heads8>(s, r, start * DECODE_TILE, block);
-    }
-    if (first_unit) {
+    const bool early = (start + 1) * DECODE_TILE <= item.first_position;
+    if (first_unit && !early) {
         qf_grid_dependency_wait();
     }
-    if (start >= end) { /* keys and values are not used */
-        clear<head_dim, heads8>(s);
-        return;
+    load_keys<head_dim, heads8>(s, r, start * DECODE_TILE, block); /* not used if start >= end */
+    load_values<head_dim, heads8>(s, r, start * DECODE_TILE, block);
+    if (first_unit && early) {
+        qf_grid_dependency_wait();
     }
-    if (!early) {
-        load_keys<head_dim, heads8>(s, r, start * DECODE_TILE, block);
-        load_values<head_dim, heads8>(s, r, start * DECODE_TILE, block);
+    clear<head_dim, heads8>(s);
+    if (start >= end) {
+        return;
     }
 #pragma unroll
     for (int n = 0; n < heads8; n++) {
 #pragma unroll
         for (int c = 0; c < head_dim / 32; c++) {
             const int head = 8 * n + g;
-            s.q[n][c] = head < p.group ? load_now(q + head * head_dim + 32 * c) : make_uint4(0, 0, 0, 0);
+            s.q[32 * (head_dim / 32 * n + c)] =
+                head < p.group ? load_now(q + head * head_dim + 32 * c) : make_uint4(0, 0, 0, 0);
         }
     }
-    clear<head_dim, heads8>(s);
 #pragma unroll 1
     for (int32_t i = 0, tile = start; tile < end; i++, tile += ATTENTION_WARPS) {
         const int32_t next = tile + ATTENTION_WARPS;
@@ -295,6 +293,16 @@ static __device__ __forceinline__ void put_warp(const decode_state<head_dim, hea
     }
 }
 
+/* acc and sum take in a partial result, whose maximum the weight stands for. */
+static __device__ __forceinline__ void add_weighted(float4 &acc, float &sum, const float4 &x, float x_sum, float weight)
+{
+    sum = __fmaf_rn(x_sum, weight, sum);
+    acc.x = __fmaf_rn(x.x, weight, acc.x);
+    acc.y = __fmaf_rn(x.y, weight, acc.y);
+    acc.z = __fmaf_rn(x.z, weight, acc.z);
+    acc.w = __fmaf_rn(x.w, weight, acc.w);
+}
+
 /* Merges the warps in order; the item's result goes out, or to the workspace. */
 template <int head_dim, int heads8>
 static __device__ __forceinline__ void merge_warps(const attention_params &p, const qf_cuda_attention_item &item,
@@ -302,18 +310,16 @@ static __device__ __forceinline__ void merge_warps(const attention_params &p, co
 {
     for (int32_t i = threadIdx.x; i < p.group * (head_dim / 4); i += ATTENTION_THREADS) {
         const int32_t local = i / (head_dim / 4), d = i % (head_dim / 4) * 4, head = kv_head * p.group + local;
-        float maximum = -INFINITY, sum = 0.0f;
+        float maximum = shared.maximum[0][local], sum = 0.0f; /* warp 0 has a position, others may have none: -inf */
         float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
+        for (int w = 1; w < ATTENTION_WARPS; w++) {
+            maximum = fmaxf(maximum, shared.maximum[w][local]);
+        }
+#pragma unroll
         for (int w = 0; w < ATTENTION_WARPS; w++) {
-            if (shared.maximum[w][local] != -INFINITY) {
-                const merge_weights m = merge_split(maximum, sum, shared.maximum[w][local], shared.sum[w][local]);
-                const float4 x = *reinterpret_cast<const float4 *>(&shared.values[w][local][d]);
-                acc.x = merge_value(acc.x, x.x, m);
-                acc.y = merge_value(acc.y, x.y, m);
-                acc.z = merge_value(acc.z, x.z, m);
-                acc.w = merge_value(acc.w, x.w, m);
-            }
+            add_weighted(acc, sum, *reinterpret_cast<const float4 *>(&shared.values[w][local][d]),
+                         shared.sum[w][local], power_of_two(shared.maximum[w][local] - maximum));
         }
         if (item.num_splits == 1) {
             store_out(p, head * head_dim + d, item.first_row, acc, sum);
@@ -361,17 +367,22 @@ static __device__ __forceinline__ void merge_partials(const attention_params &p,
             }
             __syncthreads();
 #pragma unroll
-            for (int b = 0; b < MERGE_FAN; b++) {
+            for (int c = 0; c < 2; c++) {
+                float2 w[MERGE_FAN]; /* maximum, then weight; sum. A row has a position in each split: maxima are finite */
+                float next = maximum[c];
 #pragma unroll
-                for (int c = 0; c < 2; c++) {
-                    const float2 s = sums[b][at[c] / vectors];
-                    if (from + b < count && s.x != -INFINITY) {
-                        const merge_weights w = merge_split(maximum[c], sum[c], s.x, s.y);
-                        acc[c].x = merge_value(acc[c].x, x[b][c].x, w);
-                        acc[c].y = merge_value(acc[c].y, x[b][c].y, w);
-                        acc[c].z = merge_value(acc[c].z, x[b][c].z, w);
-                        acc[c].w = merge_value(acc[c].w, x[b][c].w, w);
-                    }
+                for (int b = 0; b < MERGE_FAN; b++) {
+                    w[b] = sums[b][at[c] / vectors];
+                    w[b].x = from + b < count ? w[b].x : -INFINITY;
+                    next = fmaxf(next, w[b].x);
+                }
+                const float old = power_of_two(maximum[c] - next);
+                maximum[c] = next;
+                sum[c] = __fmul_rn(sum[c], old);
+                acc[c] = make_float4(acc[c].x * old, acc[c].y * old, acc[c].z * old, acc[c].w * old);
+#pragma unroll
+                for (int b = 0; b < MERGE_FAN; b++) {
+                    add_weighted(acc[c], sum[c], x[b][c], w[b].y, power_of_two(w[b].x - next));
                 }
             }
             __syncthreads(); /* sums are written anew */
@@ -406,19 +417,28 @@ template <int head_dim>
 static __device__ __forceinline__ void merge_item(const attention_params &p, const qf_cuda_attention_item &item,
                                                   int32_t kv_head)
 {
-    const int32_t first = item.split / MERGE_FAN * MERGE_FAN, members = min(MERGE_FAN, item.num_splits - first);
     const int32_t groups = (item.num_splits + MERGE_FAN - 1) / MERGE_FAN;
-    if (groups > 1 && members > 1) {
-        if (!last_to_arrive(p, item.partial + first + 1, kv_head, members)) {
-            return;
+    bool last = groups == 1;
+    int32_t first = item.split / MERGE_FAN * MERGE_FAN, count = min(MERGE_FAN, item.num_splits - first), step = 1;
+    int32_t counter = last ? item.counter : item.partial + first + 1;
+#pragma unroll 1
+    for (;;) {
+        if (count > 1) { /* else: the last split, alone in its group */
+            if (!last_to_arrive(p, counter, kv_head, count)) {
+                return;
+            }
+            merge_partials<head_dim>(p, item, kv_head, first, step, count, last);
         }
-        merge_partials<head_dim>(p, item, kv_head, first, 1, members, false);
+        if (last) {
+            break;
+        }
+        first = 0;
+        count = groups;
+        step = MERGE_FAN;
+        counter = item.counter;
+        last = true;
     }
-    const int32_t count = groups > 1 ? groups : item.num_splits;
-    if (last_to_arrive(p, item.counter, kv_head, count)) {
-        merge_partials<head_dim>(p, item, kv_head, 0, groups > 1 ? MERGE_FAN : 1, count, true);
-        zero_padding(p, item, kv_head);
-    }
+    zero_padding(p, item, kv_head);
 }
 
 template <int head_dim, int heads8>
@@ -443,7 +463,10 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, heads8 == 1 ? 3 : 2)
         if (threadIdx.x == 0) {
             shared_item = item;
         }
+        /* A warp's queries stand where its results will. */
+        s.q = reinterpret_cast<uint4 *>(shared.values[threadIdx.x / 32]) + threadIdx.x % 32;
         decode_warp<head_dim, heads8>(p, item, kv_head, unit == (int32_t)blockIdx.x, s);
+        __syncwarp();
         put_warp<head_dim, heads8>(s, shared);
         __syncthreads();
         merge_warps<head_dim, heads8>(p, shared_item, kv_head, shared);

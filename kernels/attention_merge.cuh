@@ -102,6 +102,14 @@ static __device__ __forceinline__ float *unit_values(const attention_params &p, 
     return unit + p.unit_sums + head * p.a.shape.head_dim;
 }
 
+/* Acquire and release at the device's scope: less than two __threadfence() cost. */
+static __device__ __forceinline__ uint32_t add_one(uint32_t *counter)
+{
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 /* Called by all threads when the CTA's partial results have been stored: true in the CTA that is the last of `expected`
  * to come to the counter of a unit, which sees the results of all. The counter is zero again after it. */
 static __device__ bool last_to_arrive(const attention_params &p, int32_t unit, int32_t kv_head, int32_t expected)
@@ -111,12 +119,10 @@ static __device__ bool last_to_arrive(const attention_params &p, int32_t unit, i
     if (threadIdx.x == 0) {
         uint32_t *counter = static_cast<uint32_t *>(p.a.workspace) + (int64_t)unit * p.unit_words + p.unit_counters +
                             kv_head;
-        __threadfence(); /* behind the barrier: for the whole CTA's stores */
-        arrived = atomicAdd(counter, 1u);
+        arrived = add_one(counter); /* behind the barrier: releases the whole CTA's stores */
         if (arrived + 1 == (uint32_t)expected) {
             *counter = 0;
         }
-        __threadfence();
     }
     __syncthreads();
     return arrived + 1 == (uint32_t)expected;

@@ -599,59 +599,81 @@ static double bench_step(Step &step, const qf_cuda_decode_options &options, cons
     return us;
 }
 
-/* Mean over all layers but the first of: waiting and gathering (attention apart), and the rest, of the mean and of the
- * slowest CTA, in microseconds (by the whole step's time and clocks). */
-static void timeline(Step &step, qf_cuda_decode_options options, double us, const Options &o)
+/* The layer's critical path: when the earliest, the mean and the latest CTA come by each stamp, in microseconds after the
+ * earliest start of the layer's qkv; means over all layers but the first. Clocks of different multiprocessors are put on
+ * one scale by the common nanoseconds, whose steps are coarse: the largest difference seen is the nearest. */
+static void timeline(Step &step, qf_cuda_decode_options options, const Options &o)
 {
-    static const char *const names[5] = {"qkv", "o", "gate_up", "down", "head"};
-    int steps = 4 * step.m.s.layers + 1, ctas = o.device.sm_count;
-    long long *stamps = allocate<long long>((size_t)ctas * steps * 4);
-    std::vector<long long> v((size_t)ctas * steps * 4);
-    CHECK_CUDA(cudaMemset(stamps, 0, v.size() * 8));
+    static const char *const kinds[5] = {"qkv", "o", "gate_up", "down", "head"};
+    static const char *const names[QF_STAMP_GLOBAL] = {"start", "q", "tiles", "published", "gathered", "x", "units", "end"};
+    const int steps = 4 * step.m.s.layers + 1, ctas = o.device.sm_count;
+    const size_t count = (size_t)ctas * steps * QF_STAMPS;
+    long long *stamps = allocate<long long>(count);
+    std::vector<long long> v(count);
+    CHECK_CUDA(cudaMemset(stamps, 0, count * 8));
     options.stamps = stamps;
     for (int i = 0; i < 3; i++) {
         CHECK_OK(qf_cuda_decode_with(&step.args, &options, &o.device, 0, &check_error));
     }
     CHECK_CUDA(cudaDeviceSynchronize());
-    CHECK_CUDA(cudaMemcpy(v.data(), stamps, v.size() * 8, cudaMemcpyDeviceToHost));
-    double clocks = (double)(v[(size_t)(steps - 1) * 4 + 3] - v[0]), scale = us / clocks;
-    printf("    timeline (us a layer; mean over CTAs | slowest):");
-    for (int kind = 0; kind < 5; kind++) {
-        double gather = 0, attention = 0, work = 0, slow_gather = 0, slow_work = 0, total = 0;
-        int count = 0;
-        for (int i = kind == 4 ? steps - 1 : 4 + kind; i < steps; i += 4) {
-            if (kind != 4 && i == steps - 1) {
-                break;
-            }
-            double most_gather = 0, most_work = 0;
-            for (int c = 0; c < ctas; c++) {
-                const long long *at = &v[((size_t)c * steps + i) * 4];
-                if (at[0] == 0) {
-                    continue;
-                }
-                double a = kind == 1 ? (double)(at[1] - at[0]) : 0, w = (double)(at[3] - at[2]);
-                double g = (double)(at[2] - at[0]) - a;
-                attention += a / ctas;
-                gather += g / ctas;
-                work += w / ctas;
-                most_gather = std::max(most_gather, g);
-                most_work = std::max(most_work, w);
-            }
-            slow_gather += most_gather;
-            slow_work += most_work;
-            count++;
-        }
-        if (count > 0) {
-            double k = scale / count;
-            total = (gather + attention + work) * k;
-            printf(" %s wait %.2f%s", names[kind], gather * k, kind == 1 ? "" : "");
-            if (kind == 1) {
-                printf(" att %.2f", attention * k);
-            }
-            printf(" work %.2f | %.2f %.2f = %.2f;", work * k, slow_gather * k, slow_work * k, total);
+    CHECK_CUDA(cudaMemcpy(v.data(), stamps, count * 8, cudaMemcpyDeviceToHost));
+    auto at = [&](int cta, int i, int stamp) { return v[((size_t)cta * steps + i) * QF_STAMPS + stamp]; };
+    double clocks = 0, nanoseconds = 0;
+    int used = 0;
+    for (int c = 0; c < ctas; c++) {
+        if (at(c, 0, 0) != 0) {
+            clocks += (double)(at(c, steps - 1, QF_STAMP_START) - at(c, 0, QF_STAMP_START));
+            nanoseconds += (double)(at(c, steps - 1, QF_STAMP_GLOBAL) - at(c, 0, QF_STAMP_GLOBAL));
+            used++;
         }
     }
-    printf(" %.2f GHz\n", clocks / us / 1000);
+    const double period = nanoseconds / clocks; /* nanoseconds a clock */
+    std::vector<double> offset(ctas, -1e30);
+    for (int c = 0; c < ctas; c++) {
+        for (int i = 0; i < steps && at(c, 0, 0) != 0; i++) {
+            offset[c] = std::max(offset[c], (double)(at(c, i, QF_STAMP_GLOBAL) - at(0, 0, QF_STAMP_GLOBAL)) -
+                                                (double)(at(c, i, QF_STAMP_START) - at(c, 0, QF_STAMP_START)) * period);
+        }
+    }
+    auto time = [&](int cta, int i, int stamp) {
+        return offset[cta] + (double)(at(cta, i, stamp) - at(cta, 0, QF_STAMP_START)) * period;
+    };
+    printf("    timeline, us after the layer's start: earliest mean latest (CTAs); %.2f GHz\n", 1 / period);
+    for (int kind = 0; kind < 5; kind++) {
+        printf("      %-8s", kinds[kind]);
+        for (int stamp = 0; stamp < QF_STAMP_GLOBAL; stamp++) {
+            double first = 0, mean = 0, last = 0, have = 0;
+            int layers = 0;
+            for (int i = kind == 4 ? steps - 1 : 4 + kind; i < steps - (kind != 4); i += 4) {
+                double base = 1e30, low = 1e30, high = -1e30, sum = 0;
+                int n = 0;
+                for (int c = 0; c < ctas; c++) {
+                    if (at(c, 0, 0) != 0) {
+                        base = std::min(base, time(c, i - (kind == 4 ? 0 : kind), QF_STAMP_START));
+                    }
+                    if (at(c, i, stamp) != 0) {
+                        double t = time(c, i, stamp);
+                        low = std::min(low, t);
+                        high = std::max(high, t);
+                        sum += t;
+                        n++;
+                    }
+                }
+                if (n > 0) {
+                    first += low - base;
+                    last += high - base;
+                    mean += sum / n - base;
+                    have += n;
+                    layers++;
+                }
+            }
+            if (layers > 0) {
+                double k = 1e-3 / layers;
+                printf("| %s %.2f %.2f %.2f (%.0f) ", names[stamp], first * k, mean * k, last * k, have / layers);
+            }
+        }
+        printf("\n");
+    }
 }
 
 static void bench_line(Model &m, const char *what, const std::vector<int> &lengths, const qf_cuda_decode_options &options,
@@ -670,7 +692,7 @@ static void bench_line(Model &m, const char *what, const std::vector<int> &lengt
            lengths.size(), lengths[0], us, 1e6 * (double)lengths.size() / us, bytes / 1e9, bytes / us / 1e6,
            bytes / us / 1e6 / 4.4 * 100);
     if (with_timeline) {
-        timeline(step, options, us, o);
+        timeline(step, options, o);
     }
     fflush(stdout);
 }

@@ -1,6 +1,5 @@
 /* A CUDA backend's beginning and end: memory plan, arena, loading. */
 #include <stdio.h>
-#include <stdlib.h>
 
 #include "backend/cuda/cuda.h"
 #include "backend/cuda/cuda_backend.h"
@@ -11,7 +10,7 @@
 static bool wants_decode_kernel(const qf_cuda_backend *self)
 {
     const qf_backend_options *options = &self->options;
-    return getenv("QF_X_CHAIN") == NULL && !options->float32 && !options->batch_invariant && !options->enforce_eager && !self->any_perm &&
+    return !options->float32 && !options->batch_invariant && !options->enforce_eager && !self->any_perm &&
            self->layout.num_host_layers == 0;
 }
 
