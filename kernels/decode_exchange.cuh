@@ -135,6 +135,18 @@ __device__ __forceinline__ bool qf_ll_give_up(const qf_decode_params &p, uint32_
     return false;
 }
 
+/* Polls one place of four words until all bear the tag: what is waited for first, where polling for everything would
+ * take bandwidth from the weights. */
+__device__ __forceinline__ void qf_ll_await(const qf_decode_params &p, const uint32_t *from, uint32_t tag, uint32_t mask)
+{
+    for (uint32_t n = 1;; n++) {
+        const uint4 v = qf_ll_load(from);
+        if ((((v.x ^ tag) | (v.y ^ tag) | (v.z ^ tag) | (v.w ^ tag)) & mask) == 0 || qf_ll_give_up(p, n)) {
+            break;
+        }
+    }
+}
+
 /* Polls `count` places of four words, those with from[i] not NULL, all at once, until all bear the tag. */
 template <int count>
 __device__ __forceinline__ void qf_ll_get(const qf_decode_params &p, uint4 (&v)[count],
@@ -314,6 +326,9 @@ __device__ __forceinline__ void qf_gather_rows(const qf_decode_params &p, int ki
             at[j] = token[j] * p.hidden_size + 4 * i[j];
             w[j] = all && q < total ? __ldg(norm + i[j]) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
+        if (ahead > 1 && p.backoff_ns != 0 && slots[0] != 0) {
+            qf_ll_await(p, words + at[0] + (31 - __clz(slots[0])) * (p.num_seqs * p.hidden_size), tag, 3);
+        }
         qf_ll_sum<4>(p, h, words, at, slots, p.num_seqs * p.hidden_size, tag);
 #pragma unroll
         for (int j = 0; j < ahead; j++) {
@@ -387,6 +402,9 @@ __device__ __forceinline__ void qf_gather_words_by(const qf_decode_params &p, in
             i[j] = q - token[j] * vectors;
             from[j] = q < total && first + 4 * i[j] < width ? words + (int64_t)token[j] * width + first + 4 * i[j]
                                                             : nullptr;
+        }
+        if (ahead > 1 && p.backoff_ns != 0 && from[0] != nullptr) {
+            qf_ll_await(p, from[0], epoch & 0xffffu, 0xffffu);
         }
         qf_ll_get(p, v, from, epoch & 0xffffu, 0xffffu);
 #pragma unroll

@@ -21,17 +21,6 @@ __device__ __forceinline__ uint4 qf_lds_128(uint32_t address)
     return v;
 }
 
-/* For the first lanes of a warp; the others' registers keep whatever they hold. */
-__device__ __forceinline__ uint4 qf_lds_128_if(uint32_t address, bool wanted)
-{
-    uint4 v;
-    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address), "r"((uint32_t)wanted)
-                 : "memory");
-    return v;
-}
-
 __device__ __forceinline__ uint32_t qf_lds_32(uint32_t address)
 {
     uint32_t v;
@@ -137,8 +126,7 @@ __device__ __forceinline__ void qf_decode_units(const qf_decode_unit_at (&at)[co
     for (int j = 0; j < steps / 2; j++) { /* 32 k */
 #pragma unroll
         for (int u = 0; u < count; u++) {
-            /* only lanes with a token's column: the rest makes columns that nobody reads, and would cost bandwidth */
-            const uint4 b = qf_lds_128_if(at[u].x + j * tokens * 64, (threadIdx.x & 31) < 4 * tokens);
+            const uint4 b = qf_lds_128(at[u].x + j * tokens * 64);
             uint32_t a[4];
             if (bits == 16) {
                 const uint32_t a0[4] = {words[u][0], words[u][1], words[u][2], words[u][3]};
