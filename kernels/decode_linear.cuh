@@ -167,8 +167,11 @@ __device__ __forceinline__ void qf_decode_units(const qf_decode_unit_at (&at)[co
                 acc[u][i] += odd[u][i];
             }
         } else if (whole) {
-            const int slot = bits == 4 ? 4 : 5 + at[u].first_32 / 2;
-            qf_apply_scales<bits, tokens>(at[u].scales, qf_x_sums<tokens>(at[u].sums, slot), even[u], odd[u], acc[u]);
+            float2 s = qf_x_sums<tokens>(at[u].sums, 4);
+            if (bits == 8 && at[u].first_32 == 0) { /* a block's sum counts once, with its second half */
+                s = make_float2(0.0f, 0.0f);
+            }
+            qf_apply_scales<bits, tokens>(at[u].scales, s, even[u], odd[u], acc[u]);
         }
     }
 }

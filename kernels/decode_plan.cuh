@@ -73,7 +73,7 @@ struct qf_decode_params {
     int32_t qkv_slots, o_slots, down_slots;
     float eps, scale_log2;
     uint32_t backoff_ns;
-    bool bulk;
+    bool bulk, fine_sums;
     long long *stamps; /* (grid, 4 num_layers + 1, 4) clocks, or NULL */
 };
 
@@ -134,13 +134,16 @@ static inline void qf_decode_plan_weight(const qf_cuda_weight *w, qf_decode_line
     }
 }
 
-/* Cuts a linear whose results are partial sums. Runs shorter than two rounds of 16 warps end at tile boundaries, or at
- * equal shares of tiles, so that few pieces arise; longer ones are all equally long. */
+/* Cuts a linear whose results are partial sums. Short runs end at tile boundaries, or at equal shares of tiles, and so
+ * does what that makes little longer, so that few pieces arise; others are all equally long. */
 static inline void qf_decode_plan_parts(qf_decode_linear *l, int splits, int grid)
 {
     l->splits = splits;
     int kbs = l->kb / splits, room = grid / splits;
-    if (l->tiles > room || l->tiles * kbs >= 32 * room) {
+    int each = (l->tiles + room - 1) / room; /* whole tiles */
+    if (l->tiles % each == 0 && each * kbs <= l->tiles * kbs / room + 12) {
+        l->parts = l->tiles / each;
+    } else if (l->tiles > room || l->tiles * kbs >= 32 * room) {
         l->parts = qf_decode_min(room, l->tiles * kbs);
     } else {
         l->parts = l->tiles * qf_decode_max(1, qf_decode_min(room / l->tiles, kbs / 16));
@@ -265,6 +268,9 @@ static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_de
         qf_decode_plan_weight(weights[i], &p->linear[i]);
     }
     qf_decode_linear *l = p->linear;
+    for (int i = 0; i < QF_DECODE_KINDS; i++) {
+        p->fine_sums |= l[i].group_shift != 0;
+    }
     int grid = qf_decode_min(device->sm_count, qf_decode_min(l[QF_DECODE_GATE_UP].tiles, l[QF_DECODE_HEAD].tiles));
     p->num_layers = a->num_layers;
     p->hidden_size = a->hidden_size;

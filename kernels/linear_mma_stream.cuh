@@ -4,10 +4,6 @@
 
 #include "linear_mma_common.cuh"
 
-#ifndef QF_QUICK
-#define QF_QUICK 1
-#endif
-
 #define QF_STREAM_MAX_WARPS 24
 #define QF_STREAM_PIECE_BYTES 1024
 #define QF_STREAM_TOKEN_STRIDE 20 /* floats a token of 16 rows takes in a slot: a warp's writes meet no bank twice */
@@ -79,7 +75,7 @@ __device__ __forceinline__ qf_row_scales qf_stream_scales(const qf_stream_piece 
         high = __shfl_sync(0xffffffffu, high, (lane & 28) + group);
     }
     qf_row_scales scales = qf_unpack_scales<bits == 16 ? 4 : bits>(low, high);
-    if (bits == 4 && QF_QUICK) {
+    if (bits == 4) {
         qf_quick_scales(scales, high);
     }
     return scales;
@@ -90,7 +86,7 @@ template <int bits>
 __device__ __forceinline__ void qf_stream_fragment(uint32_t (&a)[4], const qf_stream_piece &piece, int step,
                                                    const qf_row_scales &scales)
 {
-    if constexpr (bits == 4 && QF_QUICK) {
+    if constexpr (bits == 4) {
         qf_quick_dequant_4(piece.words[step], scales, a);
     } else {
         qf_fragment<bits>(a, piece.words, step, scales);

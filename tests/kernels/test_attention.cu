@@ -676,8 +676,8 @@ static void bench_rope(const int *m, int tokens, int splits)
             CHECK_OK(qf_cuda_rope_kv_write(&args, &options.device, stream, &check_error));
         },
         std::max(20, copies));
-    printf("%2d/%d/%3d rope %5d tokens, %d splits  %9.1f us  %6.0f GB/s  %3.0f %%\n", m[0], m[1], m[2], tokens, splits, us,
-           bytes / us * 1e-3, bytes / us * 1e-3 / 44.0);
+    printf("%2d/%d/%3d rope %5d tokens, %d splits  %9.1f us  %6.0f GB/s  %3.0f %%\n", m[0], m[1], m[2], tokens, splits,
+           us, bytes / us * 1e-3, bytes / us * 1e-3 / 44.0);
 }
 
 int main(int argc, char **argv)

@@ -2,8 +2,8 @@
  *
  * A row tile is one decode row, or up to qf_attention_tile_tokens() rows of one sequence. It sees the positions from
  * the first row's window to its last row, and is one item; or, where the batch alone gives the device too little to do,
- * one item for each chunk of positions, whose partial results take rows x chunks units of the workspace. Chunks start at
- * multiples of their size, a multiple of QF_CUDA_SPLIT_TOKENS (prefill) or QF_ATTENTION_DECODE_TOKENS (decode rows).
+ * one item for each chunk of positions, whose partial results take rows x chunks units of the workspace. Chunks start
+ * at multiples of their size, a multiple of QF_CUDA_SPLIT_TOKENS (prefill) or QF_ATTENTION_DECODE_TOKENS (decode rows).
  *
  * batch_invariant: every row is a row of a prefill tile, and each QF_CUDA_SPLIT_TOKENS positions of it are computed
  * from scratch and merged in order: by the kernel, in one item, or by the last of several items, which is the same
@@ -136,8 +136,8 @@ static void emit_all(planner *p)
     }
 }
 
-/* The smallest chunk that makes no more decode items than the bound; and, where some chunk does, no more than give each
- * multiprocessor two CTAs: these all start at once. */
+/* The smallest chunk that makes no more decode items than the bound; where the rows alone keep less than half of the
+ * device busy, no more than two CTAs for each multiprocessor, which all start at once. */
 static void choose_decode_chunk(planner *p)
 {
     int64_t positions = 0;
@@ -151,11 +151,12 @@ static void choose_decode_chunk(planner *p)
         }
     }
     int64_t bound = decode_items_bound(p->shape, rows);
-    bool idle = (int64_t)rows * p->shape->num_kv_heads < WORK_ITEMS;
-    if (idle && rows > 0) {
+    int64_t ctas = (int64_t)rows * p->shape->num_kv_heads;
+    int32_t chunk = ctas < WORK_ITEMS ? MIN_BUSY_CHUNK / 2 : MIN_BUSY_CHUNK;
+    if (2 * ctas <= WORK_ITEMS) {
+        chunk = QF_ATTENTION_DECODE_TOKENS;
         bound = min_i64(bound, max_i32(WORK_ITEMS / p->shape->num_kv_heads, rows));
     }
-    int32_t chunk = idle ? QF_ATTENTION_DECODE_TOKENS : MIN_BUSY_CHUNK;
     chunk = max_i32(chunk, round_up((int32_t)(positions / bound), QF_ATTENTION_DECODE_TOKENS));
     for (;; chunk = round_up(chunk + chunk / 16 + 1, QF_ATTENTION_DECODE_TOKENS)) {
         int64_t items = 0;

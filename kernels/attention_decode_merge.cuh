@@ -1,0 +1,129 @@
+/* Decode attention's last step: the partial results of one row's splits, added in two levels of a fixed order. */
+#ifndef QF_ATTENTION_DECODE_MERGE_CUH
+#define QF_ATTENTION_DECODE_MERGE_CUH
+
+#include "attention_merge.cuh"
+
+#define MERGE_FAN 8
+
+/* acc and sum take in a partial result, whose maximum the weight stands for. */
+static __device__ __forceinline__ void add_weighted(float4 &acc, float &sum, const float4 &x, float x_sum, float weight)
+{
+    sum = __fmaf_rn(x_sum, weight, sum);
+    acc.x = __fmaf_rn(x.x, weight, acc.x);
+    acc.y = __fmaf_rn(x.y, weight, acc.y);
+    acc.z = __fmaf_rn(x.z, weight, acc.z);
+    acc.w = __fmaf_rn(x.w, weight, acc.w);
+}
+
+
+/* Merges `count` partial results of a row, of splits first, first + step, .., in order: to the output, or in place of
+ * split first's. All loads of MERGE_FAN of them, for two vectors a thread, are in flight at once. */
+template <int head_dim>
+static __device__ __forceinline__ void merge_partials(const attention_params &p, const qf_cuda_attention_item &item,
+                                                      int32_t kv_head, int32_t first, int32_t step, int32_t count,
+                                                      bool to_output)
+{
+    constexpr int vectors = head_dim / 4;
+    __shared__ float2 merged[QF_ATTENTION_MAX_GROUP], sums[MERGE_FAN][QF_ATTENTION_MAX_GROUP];
+    static_assert(MERGE_FAN * QF_ATTENTION_MAX_GROUP == ATTENTION_THREADS, "a thread loads one maximum and sum");
+    const int32_t columns = p.group * vectors, stride = step * p.unit_words;
+    const int32_t my_split = threadIdx.x / QF_ATTENTION_MAX_GROUP, my_head = threadIdx.x % QF_ATTENTION_MAX_GROUP;
+    float *unit = unit_of(p, item, first, 0), *values = unit_values(p, unit, kv_head * p.group);
+#pragma unroll 1
+    for (int32_t begin = 0; begin < columns; begin += 2 * ATTENTION_THREADS) {
+        const int32_t i = begin + threadIdx.x;
+        const int32_t at[2] = {min(i, columns - 1), min(i + ATTENTION_THREADS, columns - 1)};
+        float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+        float4 acc[2] = {make_float4(0.0f, 0.0f, 0.0f, 0.0f), make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+#pragma unroll 1
+        for (int32_t from = 0; from < count; from += MERGE_FAN) {
+            float4 x[MERGE_FAN][2];
+#pragma unroll
+            for (int b = 0; b < MERGE_FAN; b++) {
+                const float *split = values + (int64_t)min(from + b, count - 1) * stride;
+                x[b][0] = __ldcg(reinterpret_cast<const float4 *>(split) + at[0]);
+                x[b][1] = __ldcg(reinterpret_cast<const float4 *>(split) + at[1]);
+            }
+            if (my_head < p.group) {
+                sums[my_split][my_head] = __ldcg(reinterpret_cast<const float2 *>(
+                    unit + (int64_t)min(from + my_split, count - 1) * stride + 2 * (kv_head * p.group + my_head)));
+            }
+            __syncthreads();
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                /* maximum, then weight; sum. A row has a position in each split: maxima are finite. */
+                float2 w[MERGE_FAN];
+                float next = maximum[c];
+#pragma unroll
+                for (int b = 0; b < MERGE_FAN; b++) {
+                    w[b] = sums[b][at[c] / vectors];
+                    w[b].x = from + b < count ? w[b].x : -INFINITY;
+                    next = fmaxf(next, w[b].x);
+                }
+                const float old = power_of_two(maximum[c] - next);
+                maximum[c] = next;
+                sum[c] = __fmul_rn(sum[c], old);
+                acc[c] = make_float4(acc[c].x * old, acc[c].y * old, acc[c].z * old, acc[c].w * old);
+#pragma unroll
+                for (int b = 0; b < MERGE_FAN; b++) {
+                    add_weighted(acc[c], sum[c], x[b][c], w[b].y, power_of_two(w[b].x - next));
+                }
+            }
+            __syncthreads(); /* sums are written anew */
+        }
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            if (i + c * ATTENTION_THREADS >= columns) {
+                continue;
+            }
+            if (to_output) {
+                store_out(p, kv_head * p.group * head_dim + at[c] * 4, item.first_row, acc[c], sum[c]);
+            } else {
+                reinterpret_cast<float4 *>(values)[at[c]] = acc[c];
+                if (at[c] % vectors == 0) {
+                    merged[at[c] / vectors] = make_float2(maximum[c], sum[c]);
+                }
+            }
+        }
+    }
+    if (!to_output) {
+        __syncthreads(); /* merged is there, and all have read what it replaces */
+        if ((int32_t)threadIdx.x < p.group) {
+            reinterpret_cast<float2 *>(unit)[kv_head * p.group + threadIdx.x] = merged[threadIdx.x];
+        }
+    }
+}
+
+/* What follows an item's partial results: where there are more than MERGE_FAN splits, neighbours are merged first, each
+ * MERGE_FAN by the last of them (their counter: the second one's), then those results by the last of these. Cut like
+ * this, no CTA reads much, and the order of a merge still depends on the number of splits alone. */
+template <int head_dim>
+static __device__ __forceinline__ void merge_item(const attention_params &p, const qf_cuda_attention_item &item,
+                                                  int32_t kv_head)
+{
+    const int32_t groups = (item.num_splits + MERGE_FAN - 1) / MERGE_FAN;
+    bool last = groups == 1;
+    int32_t first = item.split / MERGE_FAN * MERGE_FAN, count = min(MERGE_FAN, item.num_splits - first), step = 1;
+    int32_t counter = last ? item.counter : item.partial + first + 1;
+#pragma unroll 1
+    for (;;) {
+        if (count > 1) { /* else: the last split, alone in its group */
+            if (!last_to_arrive(p, counter, kv_head, count)) {
+                return;
+            }
+            merge_partials<head_dim>(p, item, kv_head, first, step, count, last);
+        }
+        if (last) {
+            break;
+        }
+        first = 0;
+        count = groups;
+        step = MERGE_FAN;
+        counter = item.counter;
+        last = true;
+    }
+    zero_padding(p, item, kv_head);
+}
+
+#endif
