@@ -5,7 +5,19 @@
  * how many tokens on it wins; sm_80's path has no second kernel. With batch_invariant one kernel serves every
  * num_tokens, so that a token's sums have one order: wgmma where it is, mma elsewhere.
  *
- * Measured: see PERF.md. */
+ * Measured, H200, 2026-11-22, cold L2, us of mma | wgmma, the larger linears of 7B:
+ *
+ *     n x k         bits |    16 tokens       32 tokens       64 tokens
+ *     37888 x 3584     4 |  31.9 | 48.3     48.1 | 52.1    144.0 | 60.9
+ *                      8 |  53.1 | 57.0     93.0 | 61.6    147.9 | 74.3
+ *                     16 |  67.0 | 77.4     68.3 | 77.7     94.6 | 83.3
+ *     3584 x 18944     4 |  20.0 | 36.4     26.9 | 36.5     49.5 | 28.2
+ *                      8 |  32.7 | 40.3     38.2 | 43.7     56.1 | 34.9
+ *                     16 |  36.7 | 48.0     38.9 | 42.7    103.9 | 53.4
+ *
+ * So mma has up to 32 tokens and wgmma the rest. Against that rule stand 8 bits of 37888 x 3584 at 32 tokens, and at 16
+ * and 32 tokens, by 0.4 to 1.4 us, some linears of 4608 x 3584 and less. 0.5B's gate_up and down are 1.2 to 2.5 times
+ * as fast by mma at 32 tokens. */
 #include "common/launch.cuh"
 
 /* Smallest num_tokens that wgmma takes, by bits of the weights. */

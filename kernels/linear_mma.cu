@@ -58,9 +58,7 @@
  *
  * Tried and lost: bulk copies of 2 KB of weights per warp into shared memory for the GEMV (a sketch ran at half the
  * speed of loads into registers). */
-#include "linear_mma_batch.cuh"
-#include "linear_mma_stream.cuh"
-#include "linear_mma_tile.cuh"
+#include "linear_mma_plan.cuh"
 
 typedef void (*qf_linear_mma_kernel)(qf_linear_mma_params);
 
@@ -121,7 +119,8 @@ static qf_linear_mma_kernel qf_tile_kernel_of(int32_t bits, int32_t tokens)
 
 /* ---- launcher ------------------------------------------------------------------------------------------------- */
 
-static qf_status qf_linear_mma_check(const qf_cuda_linear_args *args, qf_error *err)
+/* needs_x: false for qf_cuda_norm_linear, which makes x itself. */
+static qf_status qf_linear_mma_check(const qf_cuda_linear_args *args, bool needs_x, qf_error *err)
 {
     const qf_cuda_weight *w = &args->weight;
     if (w->bits != 4 && w->bits != 8 && w->bits != 16) {
@@ -150,14 +149,16 @@ static qf_status qf_linear_mma_check(const qf_cuda_linear_args *args, qf_error *
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: unknown epilogue %d", (int)args->epilogue);
     }
     const void *output = args->epilogue == QF_CUDA_STORE ? (const void *)args->out : (const void *)args->act;
-    if (w->data == nullptr || args->x == nullptr || output == nullptr || (w->bits != 16 && w->scales == nullptr)) {
+    const void *x = needs_x ? args->x : w->data;
+    if (w->data == nullptr || x == nullptr || output == nullptr || (w->bits != 16 && w->scales == nullptr)) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: null pointer: data %p, scales %p, x %p, output %p",
-                       w->data, (const void *)w->scales, (const void *)args->x, output);
+                       w->data, (const void *)w->scales, x, output);
     }
-    if (((uintptr_t)w->data | (uintptr_t)args->x | (uintptr_t)output | (uintptr_t)w->scales) % 16 != 0) {
+    if (((uintptr_t)w->data | (uintptr_t)x | (uintptr_t)output | (uintptr_t)w->scales | (uintptr_t)w->bias) % 16 !=
+        0) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
-                       "linear_mma: data %p, scales %p, x %p and output %p have to be aligned to 16 bytes", w->data,
-                       (const void *)w->scales, (const void *)args->x, output);
+                       "linear_mma: data %p, scales %p, bias %p, x %p and output %p have to be aligned to 16 bytes",
+                       w->data, (const void *)w->scales, (const void *)w->bias, x, output);
     }
     return QF_OK;
 }
@@ -200,30 +201,38 @@ static qf_status qf_linear_mma_prepare(qf_linear_mma_kernel kernel, const qf_cud
     return qf_allow_shared("linear_mma", kernel, (size_t)device->max_shared_bytes, err);
 }
 
+static qf_status qf_stream_launch(qf_linear_mma_params *p, const qf_stream_plan *plan, int32_t bits,
+                                  int32_t num_splits, const qf_cuda_device *device, cudaStream_t stream, qf_error *err)
+{
+    qf_linear_mma_kernel kernel = qf_stream_kernel_of(bits, p->group_size);
+    p->group_tiles = p->row_tiles / plan->row_groups;
+    p->larger_groups = p->row_tiles % plan->row_groups;
+    p->table_offset = plan->table_offset;
+    p->slot_offset = plan->slot_offset;
+    QF_TRY(qf_linear_mma_prepare(kernel, device, err));
+    return qf_launch("linear_mma", kernel, dim3(plan->row_groups, num_splits), dim3(32 * plan->warps),
+                     (size_t)plan->shared_bytes, device->dependent_launch, stream, err, *p);
+}
+
 extern "C" qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const qf_cuda_device *device,
                                         cudaStream_t stream, qf_error *err)
 {
-    QF_TRY(qf_linear_mma_check(args, err));
+    QF_TRY(qf_linear_mma_check(args, true, err));
     qf_linear_mma_params p = qf_linear_mma_params_of(args);
     const int32_t bits = args->weight.bits;
+    qf_stream_plan streaming;
+    if (!args->batch_invariant && p.num_tokens <= 8 &&
+        qf_stream_plan_make(device, p.row_tiles, p.blocks, bits, p.num_tokens, args->num_splits, NULL, &streaming)) {
+        return qf_stream_launch(&p, &streaming, bits, args->num_splits, device, stream, err);
+    }
     qf_linear_mma_kernel kernel;
     dim3 grid;
     int32_t warps, shared_bytes;
-    qf_stream_plan streaming;
     qf_batch_plan batch;
     qf_tile_plan tile;
-    if (!args->batch_invariant && p.num_tokens <= 8 &&
-        qf_stream_plan_make(device, p.row_tiles, p.blocks, bits, p.num_tokens, args->num_splits, &streaming)) {
-        kernel = qf_stream_kernel_of(bits, p.group_size);
-        grid = dim3(streaming.row_groups, args->num_splits);
-        p.group_tiles = p.row_tiles / streaming.row_groups;
-        p.larger_groups = p.row_tiles % streaming.row_groups;
-        p.slot_offset = streaming.slot_offset;
-        warps = streaming.warps;
-        shared_bytes = streaming.shared_bytes;
-    } else if (!args->batch_invariant && p.num_tokens > 8 && p.num_tokens <= QF_BATCH_MAX_TOKENS &&
-               qf_batch_plan_make(device, p.row_tiles, p.blocks, bits, p.group_size, p.num_tokens, args->num_splits,
-                                  &batch)) {
+    if (!args->batch_invariant && p.num_tokens > 8 && p.num_tokens <= QF_BATCH_MAX_TOKENS &&
+        qf_batch_plan_make(device, p.row_tiles, p.blocks, bits, p.group_size, p.num_tokens, args->num_splits,
+                           &batch)) {
         kernel = qf_batch_kernel_of(bits, p.group_size, p.num_tokens);
         grid = dim3(batch.row_groups, args->num_splits);
         p.row_warps = batch.row_warps;
@@ -250,4 +259,103 @@ extern "C" qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const q
     QF_TRY(qf_linear_mma_prepare(kernel, device, err));
     return qf_launch("linear_mma", kernel, grid, dim3(32 * warps), (size_t)shared_bytes, device->dependent_launch,
                      stream, err, p);
+}
+
+/* ---- with the norm before it -------------------------------------------------------------------------------- */
+
+static qf_linear_norm qf_linear_norm_of(const qf_cuda_norm_linear_args *args)
+{
+    /* As rmsnorm.cu cuts a row: up to 512 threads, float4s a thread a power of two. */
+    const int32_t vectors = args->hidden_size / 4;
+    int32_t each = 1;
+    while (each * 512 < vectors) {
+        each *= 2;
+    }
+    qf_linear_norm norm = {};
+    norm.residual = args->residual;
+    norm.delta = args->delta;
+    norm.weight = args->norm_weight;
+    norm.residual_out = args->residual_out;
+    norm.hidden_size = args->hidden_size;
+    norm.num_splits = args->num_splits;
+    norm.delta_stride = args->delta_stride;
+    norm.threads = (qf_ceil_div(vectors, each) + 31) / 32 * 32;
+    norm.eps = args->eps;
+    norm.inverse_size = 1.0f / (float)args->hidden_size;
+    return norm;
+}
+
+static bool qf_norm_linear_plan(const qf_cuda_norm_linear_args *args, const qf_cuda_device *device,
+                                qf_stream_plan *plan)
+{
+    const qf_cuda_weight *w = &args->linear.weight;
+    const qf_linear_norm norm = qf_linear_norm_of(args);
+    return args->linear.num_tokens >= 1 && args->linear.num_tokens <= 8 && args->linear.num_splits >= 1 &&
+           w->n >= 16 && w->k >= 128 && !args->linear.batch_invariant &&
+           qf_stream_plan_make(device, w->n / 16, w->k / 128, w->bits, args->linear.num_tokens,
+                               args->linear.num_splits, &norm, plan);
+}
+
+static qf_status qf_norm_linear_check(const qf_cuda_norm_linear_args *args, qf_error *err)
+{
+    const int32_t hidden = args->hidden_size;
+    if (hidden < 4 || hidden % 4 != 0 || hidden > 8192 || (hidden + 127) / 128 * 128 != args->linear.weight.k ||
+        args->linear.weight.perm != NULL) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "norm_linear: hidden_size %d for k = %d; expected a multiple of 4 up to 8192, k the next multiple "
+                       "of 128, and no order of columns",
+                       hidden, args->linear.weight.k);
+    }
+    if (args->num_splits < 0 || args->num_splits > QF_CUDA_MAX_SPLITS ||
+        (args->delta != NULL) != (args->num_splits > 0)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "norm_linear: %d splits, delta %s; expected 0 and null, or 1 .. %d", args->num_splits,
+                       args->delta != NULL ? "given" : "null", QF_CUDA_MAX_SPLITS);
+    }
+    if (args->delta != NULL && (args->delta_stride < hidden || args->delta_stride % 4 != 0)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "norm_linear: delta_stride %d; expected a multiple of 4 that is at least hidden_size, %d",
+                       args->delta_stride, hidden);
+    }
+    const void *pointers[] = {args->residual, args->norm_weight, args->residual_out, args->delta};
+    for (int i = 0; i < 4; i++) {
+        if ((uintptr_t)pointers[i] % 16 != 0 || (pointers[i] == NULL && i < 3)) {
+            return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                           "norm_linear: a pointer is %p; expected a multiple of 16, not null", pointers[i]);
+        }
+    }
+    if (args->residual_out == args->residual) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "norm_linear: residual_out is residual, %p, which every CTA reads", (const void *)args->residual);
+    }
+    return QF_OK;
+}
+
+extern "C" bool qf_cuda_norm_linear_supported(const qf_cuda_norm_linear_args *args, const qf_cuda_device *device)
+{
+    const qf_cuda_weight *w = &args->linear.weight;
+    qf_stream_plan plan;
+    if (w->perm != NULL || !qf_norm_linear_plan(args, device, &plan)) {
+        return false;
+    }
+    const int64_t bytes = (int64_t)(1 + args->num_splits) * args->linear.num_tokens * args->hidden_size * 4;
+    return bytes * plan.row_groups * args->linear.num_splits <= (int64_t)device->sm_count * QF_NORM_MAX_BYTES;
+}
+
+extern "C" qf_status qf_cuda_norm_linear_mma(const qf_cuda_norm_linear_args *args, const qf_cuda_device *device,
+                                             cudaStream_t stream, qf_error *err)
+{
+    QF_TRY(qf_linear_mma_check(&args->linear, false, err));
+    QF_TRY(qf_norm_linear_check(args, err));
+    qf_stream_plan plan;
+    if (!qf_norm_linear_plan(args, device, &plan)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "norm_linear: %d tokens of %d, %d splits, batch_invariant %d; expected up to 8 tokens that fit %d "
+                       "bytes of shared memory, not batch-invariant",
+                       args->linear.num_tokens, args->hidden_size, args->num_splits, args->linear.batch_invariant,
+                       device->max_shared_bytes);
+    }
+    qf_linear_mma_params p = qf_linear_mma_params_of(&args->linear);
+    p.norm = qf_linear_norm_of(args);
+    return qf_stream_launch(&p, &plan, args->linear.weight.bits, args->linear.num_splits, device, stream, err);
 }

@@ -3,6 +3,7 @@
 #define QF_LINEAR_MMA_STREAM_CUH
 
 #include "linear_mma_common.cuh"
+#include "linear_mma_norm.cuh"
 
 #define QF_STREAM_MAX_WARPS 24
 #define QF_STREAM_PIECE_BYTES 1024
@@ -151,53 +152,76 @@ __device__ __forceinline__ void qf_stream_put(float *slot, float (&acc)[4], int 
     }
 }
 
-/* Adds the shares of row tile r in the order of k. */
-__device__ __forceinline__ float qf_stream_sum(const float *slots, int slot_stride, const qf_stream_split &split, int r,
-                                               int element)
+/* A CTA's tables in shared memory, made before the wait: biases of its rows, and for each row tile the warps that have
+ * shares of it, first | last << 16. */
+struct qf_stream_tables {
+    float *bias;
+    int *ranges;
+};
+
+/* The biases arrive with the next committed group. */
+static __device__ __forceinline__ void qf_stream_make_tables(const qf_linear_mma_params &p,
+                                                             const qf_stream_tables &tables,
+                                                             const qf_stream_split &split, int first_tile, int tiles)
 {
-    int first = qf_stream_warp_of(split, r * split.columns);
-    int last = qf_stream_warp_of(split, (r + 1) * split.columns - 1);
+    for (int r = threadIdx.x; r < tiles; r += blockDim.x) {
+        const int first = qf_stream_warp_of(split, r * split.columns);
+        tables.ranges[r] = first | qf_stream_warp_of(split, (r + 1) * split.columns - 1) << 16;
+    }
+    if (p.bias != nullptr && blockIdx.y == 0) {
+        for (int i = threadIdx.x; i < tiles * 4; i += blockDim.x) {
+            qf_cp_async_16(tables.bias + i * 4, p.bias + first_tile * 16 + i * 4);
+        }
+    }
+}
+
+/* Adds the shares of a row tile in the order of k: `slots` at this lane's element of slot (row tile + 0). */
+static __device__ __forceinline__ float qf_stream_sum(const float *slots, int slot_stride, int range)
+{
+    const int last = range >> 16;
     float sum = 0.0f;
-    for (int w = first; w <= last; w++) {
-        sum += slots[(r + w) * slot_stride + element];
+    for (int w = range & 0xffff; w <= last; w += 4) {
+        float share[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            share[i] = w + i <= last ? slots[(w + i) * slot_stride] : 0.0f; /* + 0 changes no sum that began at 0 */
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            sum += share[i];
+        }
     }
     return sum;
 }
 
-static __device__ __forceinline__ void qf_stream_store(const qf_linear_mma_params &p, const float *slots,
-                                                       const qf_stream_split &split, int first_tile, int tiles)
+/* A warp has 16 rows of two tokens at a time, one element a lane: this is all latency, so few dependent steps. */
+static __device__ __forceinline__ void qf_stream_finish(const qf_linear_mma_params &p, const qf_stream_tables &tables,
+                                                        const float *slots, int first_tile, int tiles)
 {
-    const int stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE, n = p.row_tiles * 16, share = blockIdx.y;
-    for (int i = threadIdx.x; i < tiles * p.num_tokens * 16; i += blockDim.x) {
-        int row = i % 16, token = qf_divide_small(i / 16, tiles), r = i / 16 - token * tiles;
-        float sum = qf_stream_sum(slots, stride, split, r, token * QF_STREAM_TOKEN_STRIDE + row);
-        int out_row = (first_tile + r) * 16 + row;
-        p.out[((int64_t)share * p.num_tokens + token) * n + out_row] =
-            qf_finish(sum, p.multiplier, p.bias, out_row, share == 0);
-    }
-}
-
-static __device__ __forceinline__ void qf_stream_silu(const qf_linear_mma_params &p, const float *slots,
-                                                      const qf_stream_split &split, int first_tile, int tiles)
-{
-    const int stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE;
-    for (int i = threadIdx.x; i < tiles * p.num_tokens * 4; i += blockDim.x) {
-        int pair = i % 4, r = qf_divide_small(i / 4, p.num_tokens), token = i / 4 - r * p.num_tokens;
-        float value[2];
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            float half[2];
-#pragma unroll
-            for (int up = 0; up < 2; up++) {
-                int row = 8 * up + 2 * pair + j;
-                float sum = qf_stream_sum(slots, stride, split, r, token * QF_STREAM_TOKEN_STRIDE + row);
-                half[up] = qf_finish(sum, p.multiplier, p.bias, (first_tile + r) * 16 + row, true);
-            }
-            value[j] = qf_silu_mul(half[0], half[1]);
+    const int lane = threadIdx.x % 32, row = lane % 16, stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE;
+    const int shift = p.tile_tokens > 4 ? 2 : p.tile_tokens > 2 ? 1 : 0; /* log2 of the pairs of tokens */
+    for (int i = threadIdx.x / 32; i < tiles << shift; i += blockDim.x / 32) {
+        const int r = i >> shift, token = (i - (r << shift)) * 2 + lane / 16;
+        const bool real = token < p.num_tokens;
+        float sum = 0.0f;
+        if (real) {
+            sum = qf_stream_sum(slots + r * stride + token * QF_STREAM_TOKEN_STRIDE + row, stride, tables.ranges[r]);
         }
-        p.act[((first_tile + r) * p.tile_tokens + token) * 4 + pair] = qf_pack_bf16(value[0], value[1]);
+        sum = qf_finish(sum, p.multiplier, p.bias == nullptr ? nullptr : tables.bias, r * 16 + row, blockIdx.y == 0);
+        if (p.act == nullptr) {
+            if (real) {
+                p.out[((int64_t)blockIdx.y * p.num_tokens + token) * (p.row_tiles * 16) + (first_tile + r) * 16 + row] =
+                    sum;
+            }
+        } else { /* gate in rows 0 .. 7, up in rows 8 .. 15 */
+            const float value = qf_silu_mul(sum, __shfl_down_sync(0xffffffffu, sum, 8));
+            const float next = __shfl_down_sync(0xffffffffu, value, 1);
+            if (real && row < 8 && row % 2 == 0) {
+                p.act[((first_tile + r) * p.tile_tokens + token) * 4 + row / 2] = qf_pack_bf16(value, next);
+            }
+        }
     }
-    if (first_tile + tiles == p.row_tiles) { /* act's padding along k */
+    if (p.act != nullptr && first_tile + tiles == p.row_tiles) { /* act's padding along k */
         int begin = p.row_tiles * p.tile_tokens * 4, end = p.act_tiles * p.tile_tokens * 4;
         for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
             p.act[i] = 0;
@@ -249,13 +273,22 @@ static __global__ void __launch_bounds__(QF_STREAM_MAX_WARPS * 32, 1)
         qf_shared_address(shared) + (real ? lane / 8 * 16 * p.tile_tokens + lane % 8 * 16 : x_bytes);
     const uint32_t x_stride = real ? 64 * p.tile_tokens : 0;
     uint32_t x_row = x_start + column * (16 / bits) * x_stride;
-    qf_grid_dependency_wait();
-    const uint8_t *x = p.x + (int64_t)first_block * 256 * p.tile_tokens;
-    for (int i = threadIdx.x * 16; i < x_bytes; i += blockDim.x * 16) {
-        qf_cp_async_16(shared + i, x + i);
+    qf_stream_tables tables;
+    float *sums = reinterpret_cast<float *>(shared + p.table_offset); /* of the norm */
+    tables.bias = sums + p.num_tokens * QF_NORM_MAX_WARPS;
+    tables.ranges = reinterpret_cast<int *>(tables.bias + (p.group_tiles + 1) * 16);
+    qf_stream_make_tables(p, tables, split, first_tile, tiles);
+    if (p.norm.residual != nullptr) {
+        qf_stream_norm(p, shared, sums, first_block, share_blocks);
+    } else {
+        qf_grid_dependency_wait();
+        const uint8_t *x = p.x + (int64_t)first_block * 256 * p.tile_tokens;
+        for (int i = threadIdx.x * 16; i < x_bytes; i += blockDim.x * 16) {
+            qf_cp_async_16(shared + i, x + i);
+        }
+        qf_cp_async_commit();
+        qf_cp_async_wait<0>();
     }
-    qf_cp_async_commit();
-    qf_cp_async_wait<0>();
     __syncthreads();
 
     float *slots = reinterpret_cast<float *>(shared + p.slot_offset);
@@ -281,11 +314,7 @@ static __global__ void __launch_bounds__(QF_STREAM_MAX_WARPS * 32, 1)
         }
     }
     __syncthreads();
-    if (p.act == nullptr) {
-        qf_stream_store(p, slots, split, first_tile, tiles);
-    } else {
-        qf_stream_silu(p, slots, split, first_tile, tiles);
-    }
+    qf_stream_finish(p, tables, slots, first_tile, tiles);
 }
 
 #endif

@@ -29,13 +29,39 @@
  * N = 232 is there for 2,048 tokens: 14 row groups (n = 3,584) make 126 tiles for 66 clusters, two rounds of 232 tokens
  * where N = 256 makes two of 256.
  *
- * Lost: bulk copies of weights and scales by the producer. A bulk copy takes uniform registers, so the lanes' copies of
- * 16 pieces a stage went one after the other, about 100 cycles each: 1,650 cycles for 64 k of 4 bits, where the tensor
- * cores need 1,024 at N = 256 and the bandwidth 260 at N = 8. In wide tiles, 64 k unpacked behind four wgmma in a row:
- * their times added up (about 1,450 cycles for 64 k of 4 bits at N = 256, 1,220 at N = 128), and warpgroups that took
- * turns did not help. In the epilogue, divisions with a branch each, which run one after the other.
+ * Tried and lost:
+ *   - Bulk copies of weights and scales by the producer. A bulk copy takes uniform registers, so the lanes' copies of
+ *     17 pieces a stage went one after the other, about 100 cycles each: 1,650 cycles for 64 k of 4 bits, where the
+ *     tensor cores need 1,024 at N = 256 and the bandwidth 260 at N = 8. At 16 bits the kernel with bulk copies took 10
+ *     to 23 % longer where N = 128 is best, and at N = 256 between 22 % longer (k = 896) and 12 % less (k = 18,944); a
+ *     7B layer's four linears took 4 % less at 8,192 tokens, 2 % less at 2,048, as long at 512, longer below.
+ *   - 64 k unpacked behind four wgmma in a row in wide tiles: their times added up (about 1,450 cycles for 64 k of 4
+ *     bits at N = 256, 1,220 at N = 128). Warpgroups that took turns did not help.
+ *   - The loop of the wide tiles, and its stages of 64 k, at N = 64: 26 % slower at 4 bits, 13 % at 8, 4 % at 16.
+ *   - Divisions with a branch each in the epilogue, which run one after the other.
+ *   - Unpacking to a 16-bit scratch first: not built, by arithmetic. A 7B layer's 233 million weights, read at 4 bits
+ *     and written at 16, take 132 us at full bandwidth; 4 bits cost 48 us more than 16 at 512 tokens, 176 at 2,048, 322
+ *     at 8,192. That leaves 3 % at most, from 2,048 tokens on, for a scratch of 272 MB.
  *
- * Measured: see PERF.md. */
+ * Measured, H200, 2026-11-22, cold L2: us, and % of the larger of bytes / 4.4 TB/s and FLOPs / 770 TFLOP/s.
+ *
+ *     n x k           bits |  64 tokens        128        256        512       2,048       8,192
+ *     37888 x 3584       4 |   60.9 37%   97.8 46%  138.8 65%  225.0 80%   781.6 92%  3395.6 85%
+ *     (SILU_MUL)         8 |   74.3 43%  120.7 37%  147.9 61%  239.0 76%   846.8 85%  3925.1 74%
+ *                       16 |   83.3 74%   88.5 70%  127.0 71%  205.1 88%   721.7 100% 3266.0 88%
+ *     3584 x 18944       4 |   28.2 40%   51.1 44%   61.7 73%  117.2 77%   445.6 81%  1702.3 85%
+ *                        8 |   34.9 46%   54.4 41%   65.7 69%  125.3 72%   491.1 74%  1723.0 84%
+ *                       16 |   53.4 58%   42.6 72%   56.6 80%  102.2 88%   368.2 98%  1572.4 92%
+ *     4608 x 3584        4 |    9.6 29%   16.4 34%   20.1 55%   41.7 53%   123.1 71%   414.0 85%
+ *                        8 |   11.9 33%   17.5 31%   21.7 51%   47.3 46%   140.0 63%   445.5 79%
+ *                       16 |   13.1 57%   14.1 53%   19.2 57%   31.8 69%    98.3 89%   379.2 93%
+ *     3584 x 3584        4 |    8.5 25%   13.1 33%   16.8 51%   26.9 64%    89.9 76%   322.1 85%
+ *                        8 |   10.0 30%   13.8 31%   17.8 48%   28.8 59%    99.7 69%   345.5 79%
+ *                       16 |   10.7 55%   11.8 49%   15.9 54%   24.1 71%    76.1 90%   294.2 93%
+ *
+ * 97.8, 16.8, 17.8 and 26.9 us are those of a sweep over tiles and shares of k, for choices made since the benchmark.
+ * 53.4 us is that of 5 shares of k; the table of times below takes 6, which was not measured (8 took 40.9 us). The
+ * target at 64 tokens, 60 % of the bandwidth, is met by the one wide linear of 16 bits; 4 bits reach 25 to 40 %. */
 #include "linear_wgmma_tile.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -157,17 +183,17 @@ static const struct {
     float alone[QF_WG_WIDTHS], share[QF_WG_WIDTHS], end[QF_WG_WIDTHS];
 } qf_wg_times[3] = {
     /* 4 bits */
-    {{474, 417, 564, 531, 420, 520, 590, 630},
-     {206, 289, 260, 312, 420, 520, 590, 630},
-     {320, 755, 769, 360, 1400, 1900, 2300, 2500}},
+    {{336, 392, 538, 537, 636, 694, 729, 771},
+     {196, 272, 298, 331, 636, 694, 729, 771},
+     {354, 708, 421, 421, 1045, 1251, 2137, 2137}},
     /* 8 bits */
-    {{813, 516, 948, 678, 440, 540, 605, 645},
-     {248, 339, 254, 388, 440, 540, 605, 645},
-     {428, 389, 681, 744, 1400, 1900, 2300, 2500}},
+    {{752, 422, 692, 677, 671, 764, 790, 800},
+     {147, 326, 300, 378, 671, 764, 790, 800},
+     {409, 462, 250, 279, 1000, 1200, 1900, 2100}},
     /* 16 bits */
-    {{533, 462, 601, 502, 440, 510, 580, 620},
-     {219, 283, 228, 277, 440, 510, 580, 620},
-     {607, 467, 868, 822, 1400, 1900, 2300, 2500}}};
+    {{640, 452, 601, 535, 461, 552, 665, 708},
+     {142, 280, 242, 285, 461, 552, 665, 708},
+     {469, 571, 727, 768, 1503, 1503, 1507, 2044}}};
 
 /* Nanoseconds that the whole takes with tiles of `tokens` tokens: full rounds of blocks over the SMs and the rest, not
  * less than reading the weights, and the partial sums written here and read by the next kernel. */

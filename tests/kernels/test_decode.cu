@@ -472,7 +472,7 @@ static void run_checked(Step &step, const qf_cuda_decode_options &options, const
     CHECK(memcmp(first.data(), second.data(), first.size() * 4) == 0);
 }
 
-static const qf_cuda_decode_options plain = {0, -1, 0, nullptr};
+static const qf_cuda_decode_options plain = {0, 0, 0, nullptr};
 
 static const std::vector<std::vector<int>> batches = {
     {1}, {5}, {64}, {65}, {128}, {300}, {1000}, {1, 300}, {5, 64, 1000}, {1, 257, 129},
@@ -714,9 +714,9 @@ static void bench_model(const Shape &shape, int head_bits, int max_len, bool var
         struct {
             const char *name;
             qf_cuda_decode_options options;
-        } list[] = {{"  2 stages", {2, -1, 0, nullptr}},       {"  3 stages", {3, -1, 0, nullptr}},
-                    {"  no back-off", {0, 0, 0, nullptr}},     {"  back-off 32 ns", {0, 32, 0, nullptr}},
-                    {"  down in 1 range", {0, -1, 1, nullptr}}, {"  down in 4 ranges", {0, -1, 4, nullptr}}};
+        } list[] = {{"  2 stages", {2, 0, 0, nullptr}},       {"  3 stages", {3, 0, 0, nullptr}},
+                    {"  back-off 32 ns", {0, 32, 0, nullptr}},
+                    {"  down in 1 range", {0, 0, 1, nullptr}}, {"  down in 4 ranges", {0, 0, 4, nullptr}}};
         for (auto &v : list) {
             bench_line(m, v.name, {256}, v.options, o, false);
         }

@@ -1,0 +1,146 @@
+/* What the decode kernel puts into shared memory before it starts: barriers, its parts of the linears, attention's items,
+ * the table of layers, and which pieces of which row tile exist. */
+#ifndef QF_DECODE_SETUP_CUH
+#define QF_DECODE_SETUP_CUH
+
+#include "decode_exchange.cuh"
+
+static __device__ __forceinline__ void qf_decode_make_phase(const qf_decode_linear &l, qf_decode_phase *ph)
+{
+    *ph = qf_decode_phase{};
+    int index = (int)blockIdx.x - l.rotation;
+    if (index < 0) {
+        index += (int)gridDim.x;
+    }
+    if (index >= l.splits * l.parts) {
+        ph->kbs = 1;
+        return;
+    }
+    int split = index / l.parts, part = index % l.parts, begin, end;
+    ph->split = split;
+    ph->ks0 = qf_decode_range_begin(l, split);
+    ph->kbs = qf_decode_range_begin(l, split + 1) - ph->ks0;
+    if (l.by_tile) {
+        begin = (int)((int64_t)l.tiles * part / l.parts) * ph->kbs;
+        end = (int)((int64_t)l.tiles * (part + 1) / l.parts) * ph->kbs;
+    } else {
+        int64_t blocks = (int64_t)l.tiles * ph->kbs;
+        begin = (int)(blocks * part / l.parts);
+        end = (int)(blocks * (part + 1) / l.parts);
+    }
+    ph->blocks = end - begin;
+    ph->tile0 = begin / ph->kbs;
+    ph->offset = begin % ph->kbs;
+    ph->local_tiles = ph->blocks == 0 ? 0 : (end - 1) / ph->kbs - ph->tile0 + 1;
+    ph->reciprocal = (uint32_t)(0x100000000ull / (uint32_t)ph->kbs + 1);
+    ph->slot = split * l.max_pieces;
+    ph->first_slot = ph->slot;
+    if (ph->offset != 0) {
+        ph->first_slot += part - qf_decode_part_of(ph->tile0 * ph->kbs, l.parts, l.tiles * ph->kbs);
+    }
+}
+
+/* Attention's items for one sliding window: at least 256 positions each, and at most max_splits a sequence. */
+static __device__ __forceinline__ void qf_decode_make_items(const qf_decode_params &p, int window, qf_decode_items *items)
+{
+    int rows = 8192 / p.head_dim, least = 256 / rows, base = 0;
+#pragma unroll 1
+    for (int s = 0; s < p.num_seqs; s++) {
+        int length = p.seq_lens[s], start = window > 0 ? max(0, length - window) : 0, splits = 1;
+        items->base[s] = base;
+        items->start[s] = start;
+        items->first_tile[s] = start / rows;
+        items->tiles[s] = length > 0 ? (length - 1) / rows - start / rows + 1 : 0;
+        items->per_split[s] = max(least, (items->tiles[s] + p.max_splits - 1) / p.max_splits);
+        if (items->tiles[s] > 0) {
+            splits = (items->tiles[s] + items->per_split[s] - 1) / items->per_split[s];
+        }
+        base += splits * p.num_kv_heads;
+    }
+    items->base[p.num_seqs] = base;
+}
+
+/* Undoes the scales of x and of integers. */
+static __device__ __forceinline__ float qf_decode_unscale(const qf_decode_linear &l)
+{
+    return l.bits == 16 ? 1.0f / QF_DECODE_X_SCALE : 0x1p37f;
+}
+
+static __device__ __forceinline__ void qf_decode_make_entry(const qf_decode_params &p, int layer, qf_decode_layer_entry *e)
+{
+    *e = qf_decode_layer_entry{};
+    if (layer == p.num_layers) {
+        e->data[0] = p.head_data;
+        e->scales[0] = p.head_scales;
+        e->multiplier[0] = p.head_multiplier * qf_decode_unscale(p.linear[QF_DECODE_HEAD]);
+        e->norm[0] = p.final_norm;
+        return;
+    }
+    const qf_cuda_decode_layer *from = p.layers + layer;
+    const qf_cuda_weight *weights[4] = {&from->qkv, &from->o, &from->gate_up, &from->down};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        e->data[i] = (const char *)weights[i]->data;
+        e->scales[i] = (const char *)weights[i]->scales;
+        e->multiplier[i] = weights[i]->scale_multiplier * qf_decode_unscale(p.linear[i]);
+    }
+    e->norm[0] = from->input_norm;
+    e->norm[1] = from->post_attention_norm;
+    e->bias = from->qkv.bias;
+    e->k = (char *)from->k;
+    e->v = (char *)from->v;
+    e->window = from->sliding_window;
+}
+
+/* All threads; ends with a barrier of the block. */
+static __device__ __forceinline__ void qf_decode_set_up(const qf_decode_params &p, int red_floats)
+{
+    qf_decode_fixed *fixed = &qf_fixed();
+    qf_decode_layer_entry *layers = reinterpret_cast<qf_decode_layer_entry *>(qf_decode_shared + p.map.layers);
+    uint8_t *masks = reinterpret_cast<uint8_t *>(qf_decode_shared + p.map.masks);
+    const int id = threadIdx.x, threads = blockDim.x;
+    if (id == 0) {
+        for (int i = 0; i < p.map.stages; i++) {
+            qf_mbarrier_init(&fixed->full[i], 32);
+            qf_mbarrier_init(&fixed->empty[i], QF_DECODE_WARPS);
+        }
+#if __CUDA_ARCH__ >= 900
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); /* the copy engine sees them too */
+#endif
+    } else if (id == 32) {
+        fixed->failed = p.header[QF_DECODE_ERROR] != 0;
+        fixed->epoch = p.header[QF_DECODE_EPOCH];
+        fixed->region_epoch = 2 + p.header[QF_DECODE_REGION_EPOCH + p.num_seqs];
+    } else if (id == 64 || id == 96) { /* the first layer's window, and the other if there is another */
+        int window = p.layers[0].sliding_window;
+        if (id == 96) {
+            int l = 0;
+            while (l < p.num_layers - 1 && p.layers[l].sliding_window == window) {
+                l++;
+            }
+            window = p.layers[l].sliding_window;
+        }
+        fixed->window[id / 96] = window;
+        qf_decode_make_items(p, window, &fixed->items[id / 96]);
+    } else if (id >= 128 && id < 128 + 32 * QF_DECODE_KINDS && id % 32 == 0) {
+        qf_decode_make_phase(p.linear[id / 32 - 4], &fixed->phase[id / 32 - 4]);
+    }
+#pragma unroll 1
+    for (int i = id; i <= p.num_layers; i += threads) {
+        qf_decode_make_entry(p, i, layers + i);
+    }
+    const int n0 = p.linear[QF_DECODE_QKV].tiles, n1 = n0 + p.linear[QF_DECODE_O].tiles;
+#pragma unroll 1
+    for (int i = id; i < n1 + p.linear[QF_DECODE_DOWN].tiles; i += threads) {
+        masks[i] = (uint8_t)(i < n0   ? qf_decode_slot_mask(p.linear[QF_DECODE_QKV], i)
+                             : i < n1 ? qf_decode_slot_mask(p.linear[QF_DECODE_O], i - n0)
+                                      : qf_decode_slot_mask(p.linear[QF_DECODE_DOWN], i - n1));
+    }
+    float *red = reinterpret_cast<float *>(qf_decode_shared + p.map.red);
+    for (int i = id; i < red_floats; i += threads) {
+        red[i] = 0.0f;
+    }
+    __syncthreads();
+}
+
+#endif
