@@ -1,21 +1,29 @@
-/* Attention of the decode kernel. An item is one kv head of one sequence and a run of tiles of positions (8192 /
- * head_dim positions, one ring stage, each); all its query heads (at most 8) share the tiles. Each consumer warp works
- * for itself on an eighth of the positions of every tile, by mma.m16n8k16 with the heads as rows (8 .. 15 are nought):
+/* Attention of the decode kernel. A CTA has one kv head and a run of tiles of positions (8192 / head_dim positions, one
+ * ring stage, each), or nothing; all query heads of the kv head (at most 8) share the tiles. Each consumer warp works for
+ * itself on an eighth of the positions of every tile, by mma.m16n8k16 with the heads as rows (8 .. 15 are nought):
  *
  *   S (8 heads, 16 or 8 positions) = q K^T;  running maximum and sum of each head;  O (8 heads, head_dim) += P V
  *
  * where S as it comes out of the first product is, rounded, the A operand of the second. Behind the last tile the warps'
- * (m, l, O) meet in shared memory; two barriers an item (three for head_dim 128), none a tile.
+ * (m, l, O) meet in shared memory; three barriers in all (four for head_dim 128), none a tile.
  *
  * The newest key and value come from qkv's results, not from the cache (where the last split's CTA writes them); the warp
  * whose rows they are puts them into the tile, which has zeros there.
  *
- * The splits of a sequence depend on its length alone: at least 256 positions, and at most max_splits. With several, an
- * item leaves (m, l, O) and warps all over the grid merge them, in order of split. */
+ * The splits of the positions depend on the length alone: at least 256 each, and at most max_splits. With several, a CTA
+ * leaves (m, l, O) and warps all over the grid merge them, in order of split. */
 #ifndef QF_DECODE_ATTENTION_CUH
 #define QF_DECODE_ATTENTION_CUH
 
 #include "decode_linear.cuh"
+
+/* 2^x; what is too small becomes 0. */
+__device__ __forceinline__ float qf_exp2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 /* Shared memory of an item, in place of x. */
 template <int head_dim> struct qf_decode_attention_shared {
@@ -29,51 +37,60 @@ template <int head_dim> struct qf_decode_attention_shared {
 static_assert(sizeof(qf_decode_attention_shared<64>) == qf_decode_attention_bytes(64), "see qf_decode_plan_shared");
 static_assert(sizeof(qf_decode_attention_shared<128>) == qf_decode_attention_bytes(128), "see qf_decode_plan_shared");
 
-/* Gathers q of the item's heads and, if `newest`, the new key and value; rotates; rounds; stores to the cache. */
+__device__ __forceinline__ float4 qf_ll_add(const uint4 &a, const uint4 &b)
+{
+    return make_float4(qf_ll_decode(a.x) + qf_ll_decode(b.x), qf_ll_decode(a.y) + qf_ll_decode(b.y),
+                       qf_ll_decode(a.z) + qf_ll_decode(b.z), qf_ll_decode(a.w) + qf_ll_decode(b.w));
+}
+
+/* Gathers q of the item's heads and, if the new token is its own, the new key and value; rotates; rounds; stores to the
+ * cache. A thread has four neighbours in the first half of a head and the four that they rotate with, or four of v. */
 template <int head_dim>
-static __device__ __forceinline__ void qf_attention_gather(const qf_decode_params &p, const qf_decode_item &item,
-                                                           uint32_t epoch, const qf_decode_layer_entry *layer,
-                                                           bool newest, qf_decode_attention_shared<head_dim> &sh)
+__device__ __forceinline__ void qf_attention_gather(const qf_decode_params &p, const qf_decode_item &item, uint32_t epoch,
+                                                    const qf_decode_layer_entry *layer,
+                                                    qf_decode_attention_shared<head_dim> &sh)
 {
     constexpr int half = head_dim / 2, quads = half / 4;
-    static_assert(9 * quads + head_dim / 4 <= QF_DECODE_WARPS * 32, "one round");
+    static_assert(9 * quads + head_dim / 4 <= QF_DECODE_THREADS, "one round");
     const int group = p.num_heads / p.num_kv_heads, n = p.linear[QF_DECODE_QKV].n, id = threadIdx.x;
+    const bool newest = item.fresh >= 0;
     const int rotated = (group + (newest ? 1 : 0)) * quads, plain = newest ? head_dim / 4 : 0;
-    if (id < rotated + plain) {
-        const uint8_t *masks = reinterpret_cast<const uint8_t *>(qf_decode_shared + p.map.masks);
-        const int slot = newest ? p.slot_mapping[item.seq] : -1;
-        const int64_t place = (((int64_t)(slot / p.block_size) * p.num_kv_heads + item.head) * p.block_size +
-                               slot % p.block_size) * (head_dim * 2);
-        const bool rotate = id < rotated; /* else v: two quads of it are summed, both are the same */
-        const int head = id / quads, j = rotate ? id % quads * 4 : (id - rotated) * 4;
-        const int row = !rotate        ? (p.num_heads + p.num_kv_heads + item.head) * head_dim
-                        : head < group ? (item.head * group + head) * head_dim
-                                       : (p.num_heads + item.head) * head_dim;
-        const int other = rotate ? half : 0;
-        const int32_t at[2] = {item.seq * n + row + j, item.seq * n + row + j + other};
-        uint32_t slots[2] = {masks[(row + j) >> 4], rotate ? masks[(row + j + other) >> 4] : 0u};
-        float4 c = make_float4(1.0f, 1.0f, 1.0f, 1.0f), s = make_float4(0.0f, 0.0f, 0.0f, 0.0f), sums[2];
-        if (rotate) {
-            c = *reinterpret_cast<const float4 *>(p.cos_sin + item.seq * head_dim + j);
-            s = *reinterpret_cast<const float4 *>(p.cos_sin + item.seq * head_dim + half + j);
-        }
-        qf_ll_sum<2>(p, sums, qf_exchange(p, epoch) + p.ll.qkv, at, slots, p.num_seqs * n, qf_sum_tag(epoch));
-        const float4 a = sums[0], b = sums[1];
-        uint2 low = make_uint2(qf_pack_bf16(a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y),
-                               qf_pack_bf16(a.z * c.z - b.z * s.z, a.w * c.w - b.w * s.w));
-        uint2 high = make_uint2(qf_pack_bf16(b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y),
-                                qf_pack_bf16(b.z * c.z + a.z * s.z, b.w * c.w + a.w * s.w));
-        __nv_bfloat16 *to = !rotate ? sh.newest[1] : head < group ? sh.q + head * sh.stride : sh.newest[0];
-        *reinterpret_cast<uint2 *>(to + j) = low;
-        if (rotate) {
-            *reinterpret_cast<uint2 *>(to + half + j) = high;
-        }
-        if (slot >= 0 && !(rotate && head < group)) {
-            char *cache = (rotate ? layer->k : layer->v) + place;
-            *reinterpret_cast<uint2 *>(cache + j * 2) = low;
-            if (rotate) {
-                *reinterpret_cast<uint2 *>(cache + (half + j) * 2) = high;
-            }
+    if (id >= rotated + plain) {
+        return;
+    }
+    const uint8_t *masks = reinterpret_cast<const uint8_t *>(qf_decode_shared + p.map.masks);
+    const bool rotate = id < rotated;
+    const int head = id / quads, j = rotate ? id % quads * 4 : (id - rotated) * 4;
+    const int row = (!rotate        ? (p.num_heads + p.num_kv_heads + item.head) * head_dim
+                     : head < group ? (item.head * group + head) * head_dim
+                                    : (p.num_heads + item.head) * head_dim) + j;
+    const int at[4] = {row, row + n, row + half, row + half + n};
+    uint4 v[4];
+    float4 c = make_float4(1.0f, 1.0f, 1.0f, 1.0f), s = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    uint32_t wanted = masks[row >> 4];
+    if (rotate) {
+        const float4 *rope = reinterpret_cast<const float4 *>(qf_decode_shared + p.map.rope + j * 4);
+        c = rope[0];
+        s = rope[half / 4];
+        wanted |= (uint32_t)masks[(row + half) >> 4] << 2;
+    }
+    qf_ll_get(p, v, qf_exchange(p, epoch) + p.ll.qkv, at, wanted, qf_sum_tag(epoch), 3u);
+    const float4 a = qf_ll_add(v[0], v[1]), b = qf_ll_add(v[2], v[3]);
+    const uint2 low = make_uint2(qf_pack_bf16(a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y),
+                                 qf_pack_bf16(a.z * c.z - b.z * s.z, a.w * c.w - b.w * s.w));
+    const uint2 high = make_uint2(qf_pack_bf16(b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y),
+                                  qf_pack_bf16(b.z * c.z + a.z * s.z, b.w * c.w + a.w * s.w));
+    __nv_bfloat16 *to = (!rotate ? sh.newest[1] : head < group ? sh.q + head * sh.stride : sh.newest[0]) + j;
+    char *cache = (rotate ? layer->k : layer->v) + item.place + j * 2;
+    const bool store = item.place >= 0 && !(rotate && head < group);
+    *reinterpret_cast<uint2 *>(to) = low;
+    if (store) {
+        *reinterpret_cast<uint2 *>(cache) = low;
+    }
+    if (rotate) {
+        *reinterpret_cast<uint2 *>(to + half) = high;
+        if (store) {
+            *reinterpret_cast<uint2 *>(cache + head_dim) = high;
         }
     }
 }
@@ -154,12 +171,12 @@ __device__ __forceinline__ void qf_attention_tile(float scale_log2, uint32_t til
     }
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    const float m = fmaxf(state.m, largest), shift = m == -INFINITY ? 0.0f : m, factor = exp2f(state.m - shift);
+    const float m = fmaxf(state.m, largest), shift = m == -INFINITY ? 0.0f : m, factor = qf_exp2(state.m - shift);
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < groups; n++) {
-        s[n][0] = exp2f(s[n][0] - shift);
-        s[n][1] = exp2f(s[n][1] - shift);
+        s[n][0] = qf_exp2(s[n][0] - shift);
+        s[n][1] = qf_exp2(s[n][1] - shift);
         sum += s[n][0] + s[n][1];
     }
     state.m = m;
@@ -206,7 +223,7 @@ __device__ __forceinline__ void qf_attention_leave(qf_decode_attention_shared<he
         if (warp < slots) {
             const float2 other = sh.ml[warp + slots][g];
             const float m = fmaxf(state.m, other.x), shift = m == -INFINITY ? 0.0f : m;
-            const float mine = exp2f(state.m - shift), theirs = exp2f(other.x - shift);
+            const float mine = qf_exp2(state.m - shift), theirs = qf_exp2(other.x - shift);
 #pragma unroll
             for (int i = 0; i < head_dim / 8; i++) {
                 float2 v = *reinterpret_cast<float2 *>(o + i * 8);
@@ -230,31 +247,31 @@ __device__ __forceinline__ void qf_attention_publish(const qf_decode_params &p, 
 {
     constexpr int slots = qf_decode_attention_shared<head_dim>::slots, pairs = head_dim / 2;
     const int group = p.num_heads / p.num_kv_heads;
-    for (int u = threadIdx.x; u < group * pairs; u += QF_DECODE_WARPS * 32) {
+#pragma unroll 1
+    for (int u = threadIdx.x; u < group * pairs; u += QF_DECODE_THREADS) {
         const int g = u / pairs, d = u % pairs * 2, head = item.head * group + g;
-        float2 ml[slots], o[slots];
         float m = -INFINITY, l = 0.0f, x = 0.0f, y = 0.0f;
 #pragma unroll
         for (int w = 0; w < slots; w++) {
-            ml[w] = sh.ml[w][g];
-            o[w] = *reinterpret_cast<const float2 *>(&sh.o[w][g][d]);
-            m = fmaxf(m, ml[w].x);
+            m = fmaxf(m, sh.ml[w][g].x);
         }
+        const float shift = m == -INFINITY ? 0.0f : m;
 #pragma unroll
-        for (int w = 0; w < slots; w++) { /* an item has a position that counts, so m is finite */
-            const float weight = exp2f(ml[w].x - m);
-            l += ml[w].y * weight;
-            x += o[w].x * weight;
-            y += o[w].y * weight;
+        for (int w = 0; w < slots; w++) {
+            const float2 ml = sh.ml[w][g], o = *reinterpret_cast<const float2 *>(&sh.o[w][g][d]);
+            const float weight = qf_exp2(ml.x - shift);
+            l += ml.y * weight;
+            x += o.x * weight;
+            y += o.y * weight;
         }
-        if (item.num_splits == 1) {
-            const float factor = QF_DECODE_X_SCALE / l;
+        if (item.num_splits == 1) { /* no position at all: padding, which gives zeros */
+            const float factor = l > 0.0f ? __fdividef(QF_DECODE_X_SCALE, l) : 0.0f;
             const uint32_t pair = qf_pack_bf16(x * factor, y * factor);
-            qf_ll_store(qf_exchange(p, epoch) + p.ll.attention + ((int64_t)item.seq * p.num_heads + head) * head_dim + d,
-                        pair << 16 | (epoch & 0xffffu), (pair & 0xffff0000u) | (epoch & 0xffffu));
+            qf_ll_store(qf_exchange(p, epoch) + p.ll.attention + head * head_dim + d, pair << 16 | (epoch & 0xffffu),
+                        (pair & 0xffff0000u) | (epoch & 0xffffu));
             continue;
         }
-        const int64_t index = ((int64_t)item.seq * p.num_heads + head) * p.max_splits + item.split;
+        const int index = head * p.max_splits + item.split;
         uint2 *partials = p.partials + (epoch & 1) * p.partials_half, *to = partials + index * head_dim + d;
         qf_ll_store_pair(to, x, partial_tag);
         qf_ll_store_pair(to + 1, y, partial_tag);
@@ -276,6 +293,7 @@ __device__ __forceinline__ void qf_pair_get(const qf_decode_params &p, float (&v
     for (int i = 0; i < count; i++) {
         v[i] = from[i] ? qf_ll_load_pair(from[i]) : make_uint2(0, tag);
     }
+#pragma unroll 1
     for (uint32_t n = 1;; n++) {
         uint32_t differs = 0;
 #pragma unroll
@@ -298,24 +316,19 @@ __device__ __forceinline__ void qf_pair_get(const qf_decode_params &p, float (&v
     }
 }
 
-/* Merges the splits of the sequences that have several: a warp takes 32 columns of one head of one sequence; lane i
- * weighs split i. */
+/* Merges the splits: a warp takes 32 columns of a head; lane i weighs split i. */
 template <int head_dim>
-static __device__ __forceinline__ void qf_attention_merge(const qf_decode_params &p, const qf_decode_items &items,
-                                                          uint32_t epoch, uint32_t tag)
+static __device__ __noinline__ void qf_attention_merge(const qf_decode_params &p, int splits, uint32_t epoch, uint32_t tag)
 {
     static_assert(QF_DECODE_MAX_SPLITS == 32, "a lane for each");
     constexpr int slices = head_dim / 32, ahead = 8;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, count = p.num_seqs * p.num_heads * slices;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const uint2 *partials = p.partials + (epoch & 1) * p.partials_half;
-    for (int u = qf_decode_first_item(p) + warp * (int)gridDim.x; u < count; u += QF_DECODE_WARPS * (int)gridDim.x) {
-        int slice = u % slices, row = u / slices, seq = row / p.num_heads;
-        int splits = (items.base[seq + 1] - items.base[seq]) / p.num_kv_heads;
-        if (splits == 1) {
-            continue;
-        }
-        const uint2 *ml = partials + p.partials_ml + ((int64_t)row * p.max_splits + lane) * 2;
-        const uint2 *from = partials + (int64_t)row * p.max_splits * head_dim + slice * 32 + lane;
+#pragma unroll 1
+    for (int u = (int)blockIdx.x + warp * (int)gridDim.x; u < p.num_heads * slices; u += QF_DECODE_WARPS * (int)gridDim.x) {
+        const int slice = u % slices, head = u / slices;
+        const uint2 *ml = partials + p.partials_ml + (head * p.max_splits + lane) * 2;
+        const uint2 *from = partials + head * p.max_splits * head_dim + slice * 32 + lane;
         const uint2 *const both[2] = {lane < splits ? ml : nullptr, lane < splits ? ml + 1 : nullptr};
         float pair[2], acc = 0.0f;
         qf_pair_get(p, pair, both, tag);
@@ -324,17 +337,18 @@ static __device__ __forceinline__ void qf_attention_merge(const qf_decode_params
         for (int mask = 16; mask != 0; mask >>= 1) {
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, mask));
         }
-        float weight = exp2f(m - largest), sum = pair[1] * weight;
+        float weight = qf_exp2(m - largest), sum = pair[1] * weight;
 #pragma unroll
         for (int mask = 16; mask != 0; mask >>= 1) {
             sum += __shfl_xor_sync(~0u, sum, mask);
         }
+#pragma unroll 1
         for (int first = 0; first < splits; first += ahead) {
             const uint2 *places[ahead];
             float values[ahead];
 #pragma unroll
             for (int j = 0; j < ahead; j++) {
-                places[j] = first + j < splits ? from + (int64_t)(first + j) * head_dim : nullptr;
+                places[j] = first + j < splits ? from + (first + j) * head_dim : nullptr;
             }
             qf_pair_get(p, values, places, tag);
 #pragma unroll
@@ -342,48 +356,37 @@ static __device__ __forceinline__ void qf_attention_merge(const qf_decode_params
                 acc += values[j] * __shfl_sync(~0u, weight, (first + j) & 31);
             }
         }
-        qf_ll_store(qf_exchange(p, epoch) + p.ll.attention + (int64_t)row * head_dim + slice * 32 + lane,
+        qf_ll_store(qf_exchange(p, epoch) + p.ll.attention + head * head_dim + slice * 32 + lane,
                     (qf_pack_bf16(0.0f, acc * (QF_DECODE_X_SCALE / sum)) & 0xffff0000u) | (epoch & 0xffffu));
     }
 }
 
-/* The attention of this CTA in one layer. Barriers of all consumer warps, per item with tiles: one when q is there, those
- * of qf_attention_leave, one at the end (behind which q, newest and x may be written again). */
+/* The attention of this CTA in one layer. Barriers of all consumer warps, where it has an item: one when q is there,
+ * those of qf_attention_leave, one at the end (behind which q, newest and x may be written again). */
 template <int head_dim>
-static __device__ __forceinline__ void qf_decode_attention(const qf_decode_params &p, int layer_index, uint32_t epoch,
-                                                           qf_decode_ring &ring)
+__device__ __forceinline__ void qf_decode_attention(const qf_decode_params &p, int layer_index, uint32_t epoch,
+                                                    qf_decode_ring &ring)
 {
     typedef qf_decode_attention_shared<head_dim> shape;
     shape &sh = *reinterpret_cast<shape *>(qf_decode_shared + p.map.x);
     const qf_decode_layer_entry *layer = qf_layer(p, layer_index);
-    const qf_decode_items &items = qf_fixed().items[layer->window == qf_fixed().window[0] ? 0 : 1];
-    const uint32_t partial_tag = (qf_fixed().epoch + layer_index) | 0x80000000u;
-    const int count = items.base[p.num_seqs];
-    for (int j = qf_decode_first_item(p); j < count; j += (int)gridDim.x) {
-        const qf_decode_item item = qf_decode_find_item(p, items, j);
-        const int length = p.seq_lens[item.seq], start = items.start[item.seq];
-        if (item.tile_begin == item.tile_end) { /* padding: a row of zeros */
-            int width = p.num_heads / p.num_kv_heads * head_dim;
-            uint32_t *out = qf_exchange(p, epoch) + p.ll.attention + (int64_t)item.seq * (p.num_heads * head_dim);
-            for (int i = threadIdx.x; i < width; i += QF_DECODE_WARPS * 32) {
-                qf_ll_store(out + item.head * width + i, epoch & 0xffffu);
-            }
-            continue;
-        }
-        const bool newest = item.split == item.num_splits - 1;
-        qf_attention_gather<head_dim>(p, item, epoch, layer, newest, sh);
+    const qf_decode_item &item = qf_fixed().items[layer->other_window];
+    const uint32_t partial_tag = epoch | 0x80000000u;
+    if (item.head >= 0) {
+        qf_attention_gather<head_dim>(p, item, epoch, layer, sh);
         qf_consumer_barrier();
         qf_decode_stamp(p, 4 * layer_index + 1, QF_STAMP_Q);
         qf_attention_state<head_dim> state;
         qf_attention_begin<head_dim>(sh, state);
+#pragma unroll 1
         for (int tile = item.tile_begin; tile < item.tile_end; tile++) {
-            const int first = tile * shape::rows, fresh = newest ? length - 1 - first : -1; /* beyond: another tile's */
+            const int first = tile * shape::rows, fresh = item.fresh - first; /* beyond 0 .. rows - 1: another tile's */
             const uint32_t at = qf_ring_address(p, ring);
             qf_ring_wait(&qf_fixed().full[ring.stage], ring.parity, &qf_fixed().failed);
             if (fresh >= 0 && fresh / state.reach == (int)threadIdx.x >> 5) {
                 qf_attention_put_newest<head_dim>(sh, at, fresh);
             }
-            qf_attention_tile<head_dim>(p.scale_log2, at, first, start, length, state);
+            qf_attention_tile<head_dim>(p.scale_log2, at, first, item.start, item.length, state);
             __syncwarp();
             if ((threadIdx.x & 31) == 0) {
                 qf_mbarrier_arrive(&qf_fixed().empty[ring.stage]);
@@ -396,12 +399,8 @@ static __device__ __forceinline__ void qf_decode_attention(const qf_decode_param
         qf_decode_stamp(p, 4 * layer_index + 1, QF_STAMP_ATTENTION);
         qf_consumer_barrier();
     }
-    bool several = false;
-    for (int s = 0; s < p.num_seqs; s++) {
-        several |= items.base[s + 1] - items.base[s] > p.num_kv_heads;
-    }
-    if (several) {
-        qf_attention_merge<head_dim>(p, items, epoch, partial_tag);
+    if (item.num_splits > 1) {
+        qf_attention_merge<head_dim>(p, item.num_splits, epoch, partial_tag);
     }
 }
 

@@ -5,10 +5,10 @@
  *   partial sums (float32): the two lowest bits of the mantissa hold the tag, epoch / 2 mod 4; what is lost is 2^-22.
  *   bf16 values: upper half the value, lower half the tag, epoch mod 2^16.
  *   attention's partials: pairs of a float32 and a 32-bit tag, stored as 8 bytes.
- * The epoch counts layers, over all steps; the exchange buffer has two halves used in turn, by epoch & 1. Each num_seqs
- * has its own buffer and its own epoch, because the short tags need that every word of a buffer is written each time
- * the buffer is used: the word then bears the tag of two layers ago until the new one comes. (Memory starts as zeros,
- * epochs at 2.) Attention's partials, whose number varies, are shared by all and have tags that do not come again.
+ * The epoch counts layers, over all steps; the exchange buffer has two halves used in turn, by epoch & 1. The short tags
+ * need that every word of a half is written each time the half is used: the word then bears the tag of two layers ago
+ * until the new one comes. (Memory starts as zeros, epochs at 2.) Attention's partials, whose number varies, have tags that
+ * do not come again.
  *
  * No word is overwritten while somebody may still read its last value. Let X(e + 2) overwrite X(e), X any of qkv,
  * attention (and its partials), o, act, down. Every part of qkv(e + 2) and of o(e + 2) first reads complete rows of
@@ -16,11 +16,9 @@
  * X(e + 2) knows of a complete row of down(e + 1), which needs all of act(e + 1), and every CTA has row tiles of
  * gate_up: so every CTA had stored its share of act(e + 1). Before it stored that, it had, in its program order, read
  * what it needs of every phase of layer e and of down(e) (words are in registers before their tags are accepted, and a
- * barrier of all its warps comes before the store). Only the zeros of padding in attention(e + 2) wait for nothing in
- * layer e + 2; but their CTA has read all of o(e + 1), whose parts read complete rows of down(e), which, likewise, needs
- * that every CTA has read all of o(e), which is complete when the last reader of attention(e) has read it.
- * The kernel's end orders one step before the next. The epochs are advanced by CTA 0 in its head phase, when it has read
- * all of down(last): by then every CTA has read them. Keys and values written to the cache are read by nobody within
+ * barrier of all its warps comes before the store).
+ * The kernel's end orders one step before the next. The epoch is advanced by CTA 0 behind its head, when it has read all
+ * of down(last): by then every CTA has read the epoch. Keys and values written to the cache are read by nobody within
  * the step: who needs the newest row takes it from qkv's results.
  *
  * Polls are bounded; a poll that gives up sets the error word, which is never cleared, and everybody who waits looks
@@ -31,7 +29,7 @@
 #include "decode_ring.cuh"
 #include "decode_step.cuh"
 
-enum { QF_DECODE_ERROR = 0, QF_DECODE_EPOCH = 1, QF_DECODE_REGION_EPOCH = 2 }; /* words of the header */
+enum { QF_DECODE_ERROR = 0, QF_DECODE_EPOCH = 1 }; /* words of the header */
 
 #define QF_DECODE_PATIENCE_POLLS (1u << 20) /* half a second or more */
 
@@ -99,67 +97,37 @@ __device__ __forceinline__ void qf_consumer_barrier()
     qf_named_barrier(1, QF_DECODE_WARPS * 32);
 }
 
+static __device__ __noinline__ void qf_decode_put_stamp(long long *to, int index)
+{
+    to[index] = clock64();
+    if (index == QF_STAMP_START) {
+        to[QF_STAMP_GLOBAL] = (long long)qf_global_nanoseconds();
+    }
+}
+
 /* For measurements: when this CTA's first thread came by. */
 __device__ __forceinline__ void qf_decode_stamp(const qf_decode_params &p, int step, int index)
 {
     if (p.stamps != nullptr && threadIdx.x == 0) {
-        long long *to = p.stamps + ((int64_t)blockIdx.x * (4 * p.num_layers + 1) + step) * QF_STAMPS;
-        to[index] = clock64();
-        if (index == QF_STAMP_START) {
-            to[QF_STAMP_GLOBAL] = (long long)qf_global_nanoseconds();
-        }
+        qf_decode_put_stamp(p.stamps + ((int64_t)blockIdx.x * (4 * p.num_layers + 1) + step) * QF_STAMPS, index);
     }
+}
+
+static __device__ __noinline__ bool qf_ll_lose_patience(uint32_t *error, uint32_t n)
+{
+    volatile int32_t *failed = &qf_fixed().failed;
+    volatile uint32_t *shared_by_all = error;
+    if (!*failed && (n & 4095u) == 0 && (*shared_by_all != 0 || n >= QF_DECODE_PATIENCE_POLLS)) {
+        *shared_by_all = 1;
+        *failed = 1;
+    }
+    return *failed != 0;
 }
 
 /* True once it is time to give up; n counts this wait's polls. */
 __device__ __forceinline__ bool qf_ll_give_up(const qf_decode_params &p, uint32_t n)
 {
-    if (p.backoff_ns != 0) {
-        __nanosleep(p.backoff_ns);
-    }
-    if ((n & 63u) != 0) {
-        return false;
-    }
-    volatile int32_t *failed = &qf_fixed().failed;
-    if (*failed) {
-        return true;
-    }
-    if ((n & 4095u) == 0) {
-        volatile uint32_t *error = p.header + QF_DECODE_ERROR;
-        if (*error != 0 || n >= QF_DECODE_PATIENCE_POLLS) {
-            *error = 1;
-            *failed = 1;
-            return true;
-        }
-    }
-    return false;
-}
-
-/* Polls `count` places of four words, those with from[i] not NULL, all at once, until all bear the tag. */
-template <int count>
-__device__ __forceinline__ void qf_ll_get(const qf_decode_params &p, uint4 (&v)[count],
-                                          const uint32_t *const (&from)[count], uint32_t tag, uint32_t mask)
-{
-#pragma unroll
-    for (int i = 0; i < count; i++) {
-        v[i] = from[i] ? qf_ll_load(from[i]) : make_uint4(tag, tag, tag, tag);
-    }
-    for (uint32_t n = 1;; n++) {
-        uint32_t differs = 0;
-#pragma unroll
-        for (int i = 0; i < count; i++) {
-            differs |= ((v[i].x ^ tag) | (v[i].y ^ tag) | (v[i].z ^ tag) | (v[i].w ^ tag)) & mask;
-        }
-        if (differs == 0 || qf_ll_give_up(p, n)) {
-            break;
-        }
-#pragma unroll
-        for (int i = 0; i < count; i++) {
-            if ((((v[i].x ^ tag) | (v[i].y ^ tag) | (v[i].z ^ tag) | (v[i].w ^ tag)) & mask) != 0) {
-                v[i] = qf_ll_load(from[i]);
-            }
-        }
-    }
+    return (n & 63u) == 0 && qf_ll_lose_patience(p.header + QF_DECODE_ERROR, n);
 }
 
 __device__ __forceinline__ uint32_t qf_ll_differs(const uint4 &v, uint32_t tag)
@@ -167,58 +135,33 @@ __device__ __forceinline__ uint32_t qf_ll_differs(const uint4 &v, uint32_t tag)
     return (v.x ^ tag) | (v.y ^ tag) | (v.z ^ tag) | (v.w ^ tag);
 }
 
-/* sums[i] = four neighbouring sums at words + at[i] over the slots in slots[i], in order of slot. All are polled at
- * once, `width` slots of each a time. */
-template <int width, int count>
-__device__ __forceinline__ void qf_ll_sum(const qf_decode_params &p, float4 (&sums)[count], const uint32_t *words,
-                                          const int32_t (&at)[count], uint32_t (&slots)[count], int32_t stride,
-                                          uint32_t tag)
+/* Loads `count` places of four words, those that are wanted, again and again until each bears the tag, all that are
+ * missing at once. What is not wanted is 0. */
+template <int count>
+__device__ __forceinline__ void qf_ll_get(const qf_decode_params &p, uint4 (&v)[count], const uint32_t *words,
+                                          const int32_t (&at)[count], uint32_t wanted, uint32_t tag, uint32_t mask)
 {
 #pragma unroll
     for (int i = 0; i < count; i++) {
-        sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        v[i] = make_uint4(0, 0, 0, 0);
     }
-    for (;;) { /* again only where there are more than `width` slots */
-        uint4 v[count][width];
-        uint32_t more = 0;
+#pragma unroll 1
+    for (uint32_t n = 1; wanted != 0; n++) {
 #pragma unroll
-        for (int i = 0; i < width * count; i++) {
-            v[i / width][i % width] = make_uint4(~tag, tag, tag, tag); /* differs: is loaded */
-        }
-        for (uint32_t n = 1;; n++) {
-            uint32_t differs = 0;
-#pragma unroll
-            for (int i = 0; i < width * count; i++) {
-                if ((slots[i / width] >> (i % width) & 1) != 0 && (qf_ll_differs(v[i / width][i % width], tag) & 3u) != 0) {
-                    v[i / width][i % width] = qf_ll_load(words + at[i / width] + (i % width) * stride);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < width * count; i++) {
-                differs |= (slots[i / width] >> (i % width) & 1) != 0 ? qf_ll_differs(v[i / width][i % width], tag) & 3u : 0u;
-            }
-            if (differs == 0 || qf_ll_give_up(p, n)) {
-                break;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < width * count; i++) {
-            if ((slots[i / width] >> (i % width) & 1) != 0) {
-                sums[i / width].x += qf_ll_decode(v[i / width][i % width].x);
-                sums[i / width].y += qf_ll_decode(v[i / width][i % width].y);
-                sums[i / width].z += qf_ll_decode(v[i / width][i % width].z);
-                sums[i / width].w += qf_ll_decode(v[i / width][i % width].w);
+        for (int i = 0; i < count; i++) {
+            if (wanted >> i & 1) {
+                v[i] = qf_ll_load(words + at[i]);
             }
         }
 #pragma unroll
         for (int i = 0; i < count; i++) {
-            slots[i] >>= width;
-            more |= slots[i];
+            if ((qf_ll_differs(v[i], tag) & mask) == 0) {
+                wanted &= ~(1u << i);
+            }
         }
-        if (more == 0) {
+        if (wanted != 0 && qf_ll_give_up(p, n)) {
             break;
         }
-        words += width * (int64_t)stride;
     }
 }
 
@@ -230,20 +173,14 @@ __device__ __forceinline__ uint32_t *qf_exchange(const qf_decode_params &p, uint
     return p.exchange + (epoch & 1) * (int64_t)p.ll.words;
 }
 
-/* Sums of squares of 128 k of one token (token, hidden_size / 128), and behind them 1 / root mean square of the tokens;
- * gate_up has its own. */
-template <int tokens> __device__ __forceinline__ float *qf_norm_sums(const qf_decode_params &p, int kind)
+/* Sums of squares of each 128 of the residual, and behind them 1 / its root mean square; gate_up has its own. */
+__device__ __forceinline__ float *qf_norm_squares(const qf_decode_params &p, int kind)
 {
-    return reinterpret_cast<float *>(qf_decode_shared + p.map.ssq) +
-           (kind == QF_DECODE_GATE_UP ? tokens * p.hidden_size / 128 + QF_DECODE_MAX_SEQS : 0);
-}
-template <int tokens> __device__ __forceinline__ float *qf_norm_factors(const qf_decode_params &p, int kind)
-{
-    return qf_norm_sums<tokens>(p, kind) + tokens * p.hidden_size / 128;
+    return reinterpret_cast<float *>(qf_decode_shared + p.map.squares) +
+           (kind == QF_DECODE_GATE_UP ? p.hidden_size / 128 + 1 : 0);
 }
 
-/* What is added once to this CTA's rows: the residual, of o and down, (local tile, token, 16); qkv's bias (local tile,
- * 16). */
+/* What is added once to this CTA's rows: the residual, of o and down, and qkv's bias: (local tile, 16). */
 __device__ __forceinline__ float *qf_saved(const qf_decode_params &p, int kind)
 {
     return reinterpret_cast<float *>(qf_decode_shared + (kind == QF_DECODE_QKV ? p.map.saved_qkv

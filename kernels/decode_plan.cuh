@@ -14,10 +14,8 @@
 
 #include "common/launch.cuh"
 
-#define QF_DECODE_MAX_SEQS 4
 #define QF_DECODE_CHUNK_UNITS 32 /* units of 1,024 bytes a ring stage holds */
 #define QF_DECODE_MAX_STAGES 16
-#define QF_DECODE_MAX_SLOTS 8
 #define QF_DECODE_WARPS 8         /* that consume */
 #define QF_DECODE_X_SCALE 0x1p96f /* what x is stored times; integers count as times 2^-133: see decode_linear.cuh */
 #define QF_DECODE_MAX_SPLITS 32 /* of a sequence's positions */
@@ -31,8 +29,7 @@ struct qf_decode_linear {
     int32_t max_pieces;    /* results of a row tile in one range, at most */
     int32_t by_tile;       /* parts end between row tiles */
     int32_t rotation;      /* part p is CTA (p + rotation) % grid's */
-    int32_t bits, group_shift; /* scale groups of a block: 1 << group_shift */
-    int32_t scale_bytes;   /* of a block */
+    int32_t bits, scale_bytes; /* scale_bytes: of a block */
 };
 
 /* What the kernel needs of a layer, in shared memory; entry num_layers is the head's. */
@@ -43,12 +40,12 @@ struct qf_decode_layer_entry {
     const float *bias; /* of qkv, or NULL */
     char *k, *v;
     float multiplier[4];
-    int32_t window, pad;
+    int32_t other_window, pad; /* its sliding window is not that of the first layer */
 };
 
 struct qf_decode_shared_map { /* byte offsets into dynamic shared memory */
-    int32_t layers, ssq, masks, saved_qkv, saved_o, saved_down, red, x, sums, ring, total;
-    int32_t stages, stage_bytes;
+    int32_t layers, rope, squares, masks, saved_qkv, saved_o, saved_down, red, x, sums, ring, total;
+    int32_t stages, stage_bytes, red_tiles;
 };
 
 struct qf_decode_ll_map { /* word offsets into one of the two halves of the exchange buffer */
@@ -65,16 +62,14 @@ struct qf_decode_params {
     const float *final_norm, *residual, *cos_sin;
     float *logits;
     const int32_t *slot_mapping, *seq_lens, *block_tables, *block_table_start;
-    uint32_t *header;   /* error, epoch, then an epoch per num_seqs */
+    uint32_t *header;   /* error, epoch */
     uint32_t *exchange; /* (2, ll.words) */
-    uint2 *partials;    /* accumulators (2, num_seqs, num_heads, max_splits, head_dim), then m and l (.., 2) */
+    uint2 *partials;    /* accumulators (2, num_heads, max_splits, head_dim), then m and l (.., 2) */
     int64_t partials_half, partials_ml; /* pairs */
-    int32_t num_layers, hidden_size, act_size, num_heads, num_kv_heads, head_dim, block_size, num_seqs, max_splits;
-    int32_t qkv_slots, o_slots, down_slots;
+    int32_t num_layers, hidden_size, act_size, num_heads, num_kv_heads, block_size, max_splits;
     float eps, scale_log2;
-    uint32_t backoff_ns;
-    bool bulk, fine_sums;
-    long long *stamps; /* (grid, 4 num_layers + 1, 4) clocks, or NULL */
+    bool bulk;
+    long long *stamps; /* see decode_step.cuh, or NULL */
 };
 
 /* Which row tiles' results `first .. first + count - 1` of one range exist. */
@@ -129,8 +124,7 @@ static inline void qf_decode_plan_weight(const qf_cuda_weight *w, qf_decode_line
     l->bits = w->bits;
     l->splits = l->parts = l->max_pieces = 1;
     if (w->bits != 16) {
-        l->group_shift = w->group_size == 128 ? 0 : w->group_size == 64 ? 1 : 2;
-        l->scale_bytes = 64 << l->group_shift;
+        l->scale_bytes = 64;
     }
 }
 
@@ -146,7 +140,7 @@ static inline void qf_decode_plan_parts(qf_decode_linear *l, int splits, int gri
     } else if (l->tiles > room || l->tiles * kbs >= 32 * room) {
         l->parts = qf_decode_min(room, l->tiles * kbs);
     } else {
-        l->parts = l->tiles * qf_decode_max(1, qf_decode_min(room / l->tiles, kbs / 16));
+        l->parts = l->tiles * qf_decode_max(1, qf_decode_min(qf_decode_min(room / l->tiles, kbs / 16), 2));
     }
     l->max_pieces = 1;
     for (int s = 0; s < splits; s++) {
@@ -159,15 +153,8 @@ static inline void qf_decode_plan_parts(qf_decode_linear *l, int splits, int gri
     }
 }
 
-/* Row tiles that a half of `red` holds, and floats of a row tile there (16 more against bank conflicts). */
-static inline __host__ __device__ constexpr int qf_decode_half_tiles(int tokens)
-{
-    return tokens == 1 ? 16 : tokens == 2 ? 8 : 4;
-}
-static inline __host__ __device__ constexpr int qf_decode_tile_floats(int tokens)
-{
-    return QF_DECODE_WARPS * 8 * (tokens == 1 ? 2 : 2 * tokens) + 16;
-}
+/* Floats of a row tile in `red` (16 more against bank conflicts). */
+#define QF_DECODE_TILE_FLOATS (QF_DECODE_WARPS * 16 + 16)
 
 /* Of struct qf_decode_attention_shared. */
 static inline __host__ __device__ constexpr int qf_decode_attention_bytes(int head_dim)
@@ -178,35 +165,36 @@ static inline __host__ __device__ constexpr int qf_decode_attention_bytes(int he
 static inline int qf_decode_align(int bytes) { return (bytes + 127) / 128 * 128; }
 
 /* Places everything in shared memory; false if fewer than two ring stages fit. */
-static inline bool qf_decode_plan_shared(const qf_decode_params *p, int max_shared, qf_decode_shared_map *m)
+static inline bool qf_decode_plan_shared(const qf_decode_params *p, int head_dim, int max_shared, qf_decode_shared_map *m)
 {
-    int tokens = qf_cuda_tile_tokens(p->num_seqs);
     const qf_decode_linear *l = p->linear;
-    int at = 1024; /* barriers, phases, attention plans, flags */
+    int at = 1024; /* barriers, phases, attention's items, flags */
     m->layers = at;
     at = qf_decode_align(at + (p->num_layers + 1) * (int)sizeof(qf_decode_layer_entry));
-    m->ssq = at;
-    at = qf_decode_align(at + 2 * (tokens * p->hidden_size / 128 + QF_DECODE_MAX_SEQS) * 4);
+    m->rope = at;
+    at += head_dim * 4;
+    m->squares = at;
+    at = qf_decode_align(at + 2 * (p->hidden_size / 128 + 1) * 4);
     m->masks = at;
     at = qf_decode_align(at + l[QF_DECODE_QKV].tiles + l[QF_DECODE_O].tiles + l[QF_DECODE_DOWN].tiles);
     m->saved_qkv = at;
     at += qf_decode_local_tiles(&l[QF_DECODE_QKV]) * 64;
     m->saved_o = at;
-    at += qf_decode_local_tiles(&l[QF_DECODE_O]) * tokens * 64;
+    at += qf_decode_local_tiles(&l[QF_DECODE_O]) * 64;
     m->saved_down = at;
-    at = qf_decode_align(at + qf_decode_local_tiles(&l[QF_DECODE_DOWN]) * tokens * 64);
+    at = qf_decode_align(at + qf_decode_local_tiles(&l[QF_DECODE_DOWN]) * 64);
+    m->red_tiles = (l[QF_DECODE_GATE_UP].tiles + l[QF_DECODE_GATE_UP].parts - 1) / l[QF_DECODE_GATE_UP].parts;
+    m->red_tiles = qf_decode_max(qf_decode_max(m->red_tiles, qf_decode_local_tiles(&l[QF_DECODE_QKV])),
+                                 qf_decode_max(qf_decode_local_tiles(&l[QF_DECODE_O]),
+                                               qf_decode_local_tiles(&l[QF_DECODE_DOWN])));
     m->red = at;
-    at = qf_decode_align(at + 2 * qf_decode_half_tiles(tokens) * qf_decode_tile_floats(tokens) * 4);
+    at = qf_decode_align(at + m->red_tiles * QF_DECODE_TILE_FLOATS * 4);
     m->x = at;
     int x_blocks = qf_decode_max(l[QF_DECODE_QKV].kb, l[QF_DECODE_O].kb);
     x_blocks = qf_decode_max(x_blocks, qf_decode_range_blocks(&l[QF_DECODE_DOWN]));
-    m->sums = m->x + x_blocks * 256 * tokens;
-    at = qf_decode_align(m->x + qf_decode_max(x_blocks * (256 + 32) * tokens, qf_decode_attention_bytes(p->head_dim)));
-    int scale_bytes = 0;
-    for (int i = 0; i < QF_DECODE_KINDS; i++) {
-        scale_bytes = qf_decode_max(scale_bytes, l[i].scale_bytes * QF_DECODE_CHUNK_UNITS * 4 / qf_decode_max(l[i].bits, 4));
-    }
-    m->stage_bytes = QF_DECODE_CHUNK_UNITS * 1024 + scale_bytes;
+    m->sums = m->x + x_blocks * 256;
+    at = qf_decode_align(m->x + qf_decode_max(x_blocks * (256 + 4), qf_decode_attention_bytes(head_dim)));
+    m->stage_bytes = QF_DECODE_CHUNK_UNITS * (1024 + 64);
     m->ring = at;
     m->stages = qf_decode_min((max_shared - at) / m->stage_bytes, QF_DECODE_MAX_STAGES);
     m->total = at + m->stages * m->stage_bytes;
@@ -215,21 +203,20 @@ static inline bool qf_decode_plan_shared(const qf_decode_params *p, int max_shar
 
 /* ---- what is supported ------------------------------------------------------------------------------------------ */
 
-static inline bool qf_decode_weight_ok(const qf_cuda_weight *w, const qf_cuda_weight *like, int n, int k, bool bias)
+static inline bool qf_decode_weight_ok(const qf_cuda_weight *w, int n, int k, bool layer, bool bias)
 {
     return w->data != nullptr && w->perm == nullptr && (bias || w->bias == nullptr) && w->n == n && w->k == k &&
            n % 16 == 0 && k % 128 == 0 && (w->bits == 4 || w->bits == 8 || w->bits == 16) &&
-           (w->bits == 16 || (w->scales != nullptr && (uintptr_t)w->scales % 16 == 0 &&
-                              (w->group_size == 32 || w->group_size == 64 || w->group_size == 128))) &&
-           (uintptr_t)w->data % 16 == 0 && w->bits == like->bits &&
-           (w->bits == 16 || w->group_size == like->group_size);
+           (w->bits == 16 || (w->scales != nullptr && (uintptr_t)w->scales % 16 == 0 && w->group_size == 128)) &&
+           (uintptr_t)w->data % 16 == 0 && (!layer || w->bits == 4);
 }
 
-/* Shapes and formats; what the plan cannot do is found by the plan. */
+/* Shapes and formats; what the plan cannot do is found by the plan. One sequence, layers of 4 bits, and groups of 128:
+ * what gains most, and all that one instruction cache holds (see decode_step.cu). */
 static inline bool qf_decode_shapes_ok(const qf_cuda_decode_args *a)
 {
-    if (a->host_layers == nullptr || a->layers == nullptr || a->num_layers < 1 || a->num_seqs < 1 ||
-        a->num_seqs > QF_DECODE_MAX_SEQS || (a->head_dim != 64 && a->head_dim != 128) || a->num_kv_heads < 1 ||
+    if (a->host_layers == nullptr || a->layers == nullptr || a->num_layers < 1 || a->num_seqs != 1 ||
+        (a->head_dim != 64 && a->head_dim != 128) || a->num_kv_heads < 1 ||
         a->num_heads % a->num_kv_heads != 0 || a->num_heads / a->num_kv_heads > 8 || a->hidden_size < 256 ||
         a->hidden_size % 128 != 0 || a->intermediate_size < 1 || a->block_size < 16 || a->block_size > 256 ||
         (a->block_size & (a->block_size - 1)) != 0) {
@@ -239,11 +226,11 @@ static inline bool qf_decode_shapes_ok(const qf_cuda_decode_args *a)
     int act = (a->intermediate_size + 7) / 8 * 8, other = first->sliding_window;
     for (int i = 0; i < a->num_layers; i++) {
         const qf_cuda_decode_layer *l = a->host_layers + i;
-        if (!qf_decode_weight_ok(&l->qkv, &first->qkv, (a->num_heads + 2 * a->num_kv_heads) * a->head_dim,
-                                 a->hidden_size, true) ||
-            !qf_decode_weight_ok(&l->o, &first->o, a->hidden_size, a->num_heads * a->head_dim, false) ||
-            !qf_decode_weight_ok(&l->gate_up, &first->gate_up, 2 * act, a->hidden_size, false) ||
-            !qf_decode_weight_ok(&l->down, &first->down, a->hidden_size, (act + 127) / 128 * 128, false) ||
+        if (!qf_decode_weight_ok(&l->qkv, (a->num_heads + 2 * a->num_kv_heads) * a->head_dim,
+                                 a->hidden_size, true, true) ||
+            !qf_decode_weight_ok(&l->o, a->hidden_size, a->num_heads * a->head_dim, true, false) ||
+            !qf_decode_weight_ok(&l->gate_up, 2 * act, a->hidden_size, true, false) ||
+            !qf_decode_weight_ok(&l->down, a->hidden_size, (act + 127) / 128 * 128, true, false) ||
             l->k == nullptr || l->v == nullptr || l->input_norm == nullptr || l->post_attention_norm == nullptr) {
             return false;
         }
@@ -254,12 +241,12 @@ static inline bool qf_decode_shapes_ok(const qf_cuda_decode_args *a)
             other = l->sliding_window;
         }
     }
-    return a->final_norm != nullptr && qf_decode_weight_ok(&a->head, &a->head, a->head.n, a->hidden_size, false);
+    return a->final_norm != nullptr && qf_decode_weight_ok(&a->head, a->head.n, a->hidden_size, false, false);
 }
 
-/* Everything but the pointers, for num_seqs sequences. False if it cannot be done. */
-static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_device *device, int num_seqs,
-                           int down_splits, qf_decode_params *p)
+/* Everything but the pointers. False if it cannot be done. */
+static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_device *device, int down_splits,
+                                  qf_decode_params *p)
 {
     *p = qf_decode_params{};
     const qf_cuda_weight *weights[QF_DECODE_KINDS] = {&a->host_layers->qkv, &a->host_layers->o,
@@ -268,30 +255,25 @@ static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_de
         qf_decode_plan_weight(weights[i], &p->linear[i]);
     }
     qf_decode_linear *l = p->linear;
-    for (int i = 0; i < QF_DECODE_KINDS; i++) {
-        p->fine_sums |= l[i].group_shift != 0;
-    }
     int grid = qf_decode_min(device->sm_count, qf_decode_min(l[QF_DECODE_GATE_UP].tiles, l[QF_DECODE_HEAD].tiles));
     p->num_layers = a->num_layers;
     p->hidden_size = a->hidden_size;
     p->act_size = l[QF_DECODE_GATE_UP].n / 2;
     p->num_heads = a->num_heads;
     p->num_kv_heads = a->num_kv_heads;
-    p->head_dim = a->head_dim;
     p->block_size = a->block_size;
-    p->num_seqs = num_seqs;
     p->eps = a->eps;
     p->scale_log2 = a->scale * 1.44269504f;
-    p->max_splits = qf_decode_max(1, qf_decode_min(QF_DECODE_MAX_SPLITS, grid / a->num_kv_heads));
+    p->max_splits = qf_decode_min(QF_DECODE_MAX_SPLITS, grid / a->num_kv_heads); /* an item a CTA at most */
     /* Few k ranges make every CTA gather more of act, many make it gather more sums; and x has to fit. */
-    int splits = down_splits, kb = l[QF_DECODE_DOWN].kb, tokens = qf_cuda_tile_tokens(num_seqs);
+    int splits = down_splits, kb = l[QF_DECODE_DOWN].kb;
     if (splits == 0) {
         splits = p->act_size > 3 * p->hidden_size ? 2 : 1;
-        while (splits < 4 && ((kb + splits - 1) / splits) * 256 * tokens > 80 * 1024) {
+        while (splits < 4 && ((kb + splits - 1) / splits) * 256 > 80 * 1024) {
             splits *= 2;
         }
     }
-    if (splits > grid || kb < 2 * splits || l[QF_DECODE_O].kb < 2) {
+    if (p->max_splits < 1 || splits > grid || kb < 2 * splits || l[QF_DECODE_O].kb < 2) {
         return false;
     }
     qf_decode_plan_parts(&l[QF_DECODE_QKV], 1, grid);
@@ -301,23 +283,22 @@ static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_de
     l[QF_DECODE_GATE_UP].by_tile = l[QF_DECODE_HEAD].by_tile = 1;
     l[QF_DECODE_O].rotation = l[QF_DECODE_QKV].parts % grid;
     l[QF_DECODE_DOWN].rotation = (l[QF_DECODE_QKV].parts + l[QF_DECODE_O].parts) % grid;
-    p->qkv_slots = l[QF_DECODE_QKV].max_pieces;
-    p->o_slots = l[QF_DECODE_O].max_pieces;
-    p->down_slots = splits * l[QF_DECODE_DOWN].max_pieces;
-    if (p->qkv_slots > QF_DECODE_MAX_SLOTS || p->o_slots > QF_DECODE_MAX_SLOTS ||
-        p->down_slots > QF_DECODE_MAX_SLOTS) {
+    const int slots[3] = {l[QF_DECODE_QKV].max_pieces, l[QF_DECODE_O].max_pieces, splits * l[QF_DECODE_DOWN].max_pieces};
+    /* as many as a thread asks for at once, and qkv's biases in one round */
+    if (slots[0] > 2 || slots[1] > 4 || slots[2] > 4 ||
+        qf_decode_local_tiles(&l[QF_DECODE_QKV]) * 16 > QF_DECODE_WARPS * 32) {
         return false;
     }
-    const int sizes[5] = {p->qkv_slots * l[QF_DECODE_QKV].n, a->num_heads * a->head_dim, p->o_slots * a->hidden_size,
-                          p->act_size, p->down_slots * a->hidden_size};
+    const int sizes[5] = {slots[0] * l[QF_DECODE_QKV].n, a->num_heads * a->head_dim, slots[1] * a->hidden_size,
+                          p->act_size, slots[2] * a->hidden_size};
     int32_t *at[5] = {&p->ll.qkv, &p->ll.attention, &p->ll.o, &p->ll.act, &p->ll.down};
     for (int i = 0; i < 5; i++) {
         *at[i] = p->ll.words;
-        p->ll.words += (sizes[i] * num_seqs + 31) / 32 * 32;
+        p->ll.words += (sizes[i] + 31) / 32 * 32;
     }
-    p->partials_ml = (int64_t)QF_DECODE_MAX_SEQS * a->num_heads * p->max_splits * a->head_dim;
-    p->partials_half = p->partials_ml + (int64_t)QF_DECODE_MAX_SEQS * a->num_heads * p->max_splits * 2;
-    return qf_decode_plan_shared(p, device->max_shared_bytes, &p->map);
+    p->partials_ml = (int64_t)a->num_heads * p->max_splits * a->head_dim;
+    p->partials_half = p->partials_ml + (int64_t)a->num_heads * p->max_splits * 2;
+    return qf_decode_plan_shared(p, a->head_dim, device->max_shared_bytes, &p->map);
 }
 
 #endif

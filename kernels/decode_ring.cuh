@@ -23,24 +23,27 @@ struct qf_decode_phase {
     int32_t kbs, ks0;              /* k blocks of the range, and its first */
     uint32_t reciprocal;           /* of kbs */
     int32_t first_slot, slot;      /* of the first row tile, and of the others */
-    int32_t split;
+    int32_t out, n;                /* results: word offset in a half of the exchange buffer, and words a slot */
+    int32_t turn;                  /* vector of x with which this CTA begins to gather */
 };
 
-/* The attention items of the sequences for one sliding window. */
-struct qf_decode_items {
-    int32_t base[QF_DECODE_MAX_SEQS + 1];
-    int32_t start[QF_DECODE_MAX_SEQS]; /* first position that is seen */
-    int32_t first_tile[QF_DECODE_MAX_SEQS], tiles[QF_DECODE_MAX_SEQS], per_split[QF_DECODE_MAX_SEQS];
+/* This CTA's share of the attention of a layer: a kv head and a run of tiles of positions. */
+struct qf_decode_item {
+    int32_t head, split, num_splits; /* head = -1: no share */
+    int32_t tile_begin, tile_end;
+    int32_t start, length;           /* positions that are seen */
+    int32_t fresh;                   /* position of the new token, if this is the last split; else far below */
+    int64_t place;                   /* where the new token's key and value belong in the cache, or -1 */
 };
 
 /* What stands at the start of shared memory. */
 struct qf_decode_fixed {
     uint64_t full[QF_DECODE_MAX_STAGES], empty[QF_DECODE_MAX_STAGES];
     qf_decode_phase phase[QF_DECODE_KINDS];
-    qf_decode_items items[2];
-    int32_t window[2];
+    qf_decode_item items[2]; /* of the first layer's window, and of the other */
+    int32_t window;          /* the first layer's */
     int32_t failed;
-    uint32_t epoch, region_epoch;
+    uint32_t epoch;
 };
 static_assert(sizeof(qf_decode_fixed) <= 1024, "see qf_decode_plan_shared");
 
@@ -178,11 +181,11 @@ static __device__ __forceinline__ bool qf_produce_linear(const qf_decode_params 
                                                          int lane)
 {
     const qf_decode_linear &l = p.linear[kind];
-    const qf_decode_phase ph = qf_fixed().phase[kind];
-    const char *data = layer->data[kind == QF_DECODE_HEAD ? 0 : kind];
-    const char *scales = layer->scales[kind == QF_DECODE_HEAD ? 0 : kind];
-    int block_bytes = 256 * l.bits, scale_bytes = l.scale_bytes, chunk = QF_DECODE_CHUNK_UNITS * 4 / l.bits;
+    const qf_decode_phase &ph = qf_fixed().phase[kind];
+    const char *data = layer->data[kind & 3], *scales = layer->scales[kind & 3];
+    const int block_bytes = 256 * l.bits, scale_bytes = l.scale_bytes, chunk = QF_DECODE_CHUNK_UNITS * 4 / l.bits;
     int tile = ph.tile0, k = ph.offset;
+#pragma unroll 1
     for (int v = 0; v < ph.blocks; v += chunk) {
         int left = min(chunk, ph.blocks - v), total = left * (block_bytes + scale_bytes);
         uint64_t *full = &qf_fixed().full[ring.stage];
@@ -196,6 +199,7 @@ static __device__ __forceinline__ bool qf_produce_linear(const qf_decode_params 
 #endif
             qf_ring_arrive(true, full, total, lane);
         }
+#pragma unroll 1
         while (left > 0) { /* runs of contiguous blocks: to the end of the range in this row tile, or all */
             int run = ph.kbs == l.kb ? left : min(left, ph.kbs - k);
             int64_t block = (int64_t)tile * l.kb + ph.ks0 + k;
@@ -207,10 +211,9 @@ static __device__ __forceinline__ bool qf_produce_linear(const qf_decode_params 
             to_scales += run * scale_bytes;
             left -= run;
             k += run;
-            while (k >= ph.kbs) {
-                k -= ph.kbs;
-                tile++;
-            }
+            int tiles = k / ph.kbs;
+            tile += tiles;
+            k -= tiles * ph.kbs;
         }
         if (!p.bulk) {
             qf_ring_arrive(false, full, total, lane);
@@ -220,54 +223,28 @@ static __device__ __forceinline__ bool qf_produce_linear(const qf_decode_params 
     return true;
 }
 
-/* Finds item number j of a layer: sequence, kv head and split. */
-struct qf_decode_item {
-    int32_t seq, head, split;
-    int32_t tile_begin, tile_end;
-    int32_t num_splits;
-};
-
-__device__ __forceinline__ qf_decode_item qf_decode_find_item(const qf_decode_params &p, const qf_decode_items &items,
-                                                              int j)
-{
-    qf_decode_item it;
-    it.seq = 0;
-    while (j >= items.base[it.seq + 1]) {
-        it.seq++;
-    }
-    j -= items.base[it.seq];
-    it.split = j / p.num_kv_heads;
-    it.head = j - it.split * p.num_kv_heads;
-    it.num_splits = (items.base[it.seq + 1] - items.base[it.seq]) / p.num_kv_heads;
-    it.tile_begin = items.first_tile[it.seq] + it.split * items.per_split[it.seq];
-    it.tile_end = min(it.tile_begin + items.per_split[it.seq], items.first_tile[it.seq] + items.tiles[it.seq]);
-    return it;
-}
-
-/* First item of this CTA; the next ones follow at distances of the grid. Attention starts behind qkv's parts. */
-__device__ __forceinline__ int qf_decode_first_item(const qf_decode_params &p)
-{
-    int first = (int)blockIdx.x - p.linear[QF_DECODE_O].rotation;
-    return first < 0 ? first + (int)gridDim.x : first;
-}
-
-/* Streams the old keys and values of one item. A tile is 32 KB: rows of head_dim of keys, then of values, 16-byte
+/* Streams the old keys and values of this CTA's item. A tile is 32 KB: rows of head_dim of keys, then of values, 16-byte
  * pieces of row r exchanged by r & 7 so that ldmatrix meets no bank twice. Rows that are not seen, among them that of
  * the new token, become zeros. */
 template <int head_dim>
-static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p,
-                                                       const qf_decode_layer_entry *layer, const qf_decode_items &items,
-                                                       const qf_decode_item &item, qf_decode_ring &ring, int lane)
+static __device__ __forceinline__ bool qf_produce_attention(const qf_decode_params &p,
+                                                            const qf_decode_layer_entry *layer, qf_decode_ring &ring,
+                                                            int lane)
 {
     constexpr int tile_rows = 8192 / head_dim, pieces = head_dim / 8, rows_a_step = 32 / pieces;
-    const int32_t *table = p.block_tables + p.block_table_start[item.seq];
-    int length = p.seq_lens[item.seq], start = items.start[item.seq], size = p.block_size;
+    const qf_decode_item &item = qf_fixed().items[layer->other_window];
+    if (item.head < 0) {
+        return true;
+    }
+    const int32_t *table = p.block_tables + p.block_table_start[0];
+    const int length = item.length, start = item.start, size = p.block_size;
     const int row0 = lane / pieces, piece = lane % pieces, run = min(size, tile_rows), blocks = tile_rows / run;
-    const int shift = 31 - __clz(size); /* a power of two */
+    const int shift = 31 - __clz(size), run_shift = 31 - __clz(run); /* powers of two */
     int next_id = 0;                    /* lane i: the next tile's block i, or the block that holds the tile */
     if (lane < blocks && item.tile_begin * tile_rows + lane * run < length) {
         next_id = table[(item.tile_begin * tile_rows + lane * run) >> shift];
     }
+#pragma unroll 1
     for (int tile = item.tile_begin; tile < item.tile_end; tile++) {
         const int first = tile * tile_rows, id = next_id, next = first + tile_rows + lane * run;
         const bool whole = first >= start && first + tile_rows < length;
@@ -278,11 +255,12 @@ static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p
         if (!qf_ring_wait(&qf_fixed().empty[ring.stage], ring.parity ^ 1, &qf_fixed().failed)) {
             return false;
         }
-        uint32_t to = qf_ring_address(p, ring);
+        const uint32_t to = qf_ring_address(p, ring);
         if (whole) {
+#pragma unroll 1
             for (int b = 0; b < blocks; b++) {
-                int64_t at = (((int64_t)__shfl_sync(~0u, id, b) * p.num_kv_heads + item.head) * size + (first & (size - 1))) *
-                                 (head_dim * 2) + lane * 16;
+                int64_t at = (((int64_t)__shfl_sync(~0u, id, b) * p.num_kv_heads + item.head) * size +
+                              (first & (size - 1))) * (head_dim * 2) + lane * 16;
                 const char *k = layer->k + at, *v = layer->v + at;
 #pragma unroll 4
                 for (int r = 0; r < run; r += rows_a_step) {
@@ -297,7 +275,7 @@ static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p
             for (int r = row0; r < tile_rows; r += rows_a_step) {
                 int position = first + r;
                 bool valid = position >= start && position < length - 1;
-                int block = __shfl_sync(~0u, id, r / run);
+                int block = __shfl_sync(~0u, id, r >> run_shift);
                 int64_t at = valid ? (((int64_t)block * p.num_kv_heads + item.head) * size + (position & (size - 1))) *
                                              (head_dim * 2) + piece * 16
                                    : 0;
@@ -308,22 +286,6 @@ static __device__ __forceinline__ bool qf_produce_item(const qf_decode_params &p
         }
         qf_cp_async_arrive(&qf_fixed().full[ring.stage]);
         qf_ring_advance(p, ring);
-    }
-    return true;
-}
-
-template <int head_dim>
-static __device__ __forceinline__ bool qf_produce_attention(const qf_decode_params &p,
-                                                            const qf_decode_layer_entry *layer, qf_decode_ring &ring,
-                                                            int lane)
-{
-    const qf_decode_items &items = qf_fixed().items[layer->window == qf_fixed().window[0] ? 0 : 1];
-    int count = items.base[p.num_seqs];
-    for (int j = qf_decode_first_item(p); j < count; j += (int)gridDim.x) {
-        qf_decode_item item = qf_decode_find_item(p, items, j);
-        if (!qf_produce_item<head_dim>(p, layer, items, item, ring, lane)) {
-            return false;
-        }
     }
     return true;
 }
@@ -347,21 +309,20 @@ static __device__ __forceinline__ void qf_produce_small(const qf_decode_params &
 template <int head_dim> static __device__ __forceinline__ void qf_decode_produce(const qf_decode_params &p)
 {
     qf_decode_ring ring = {0, 0};
-    int lane = threadIdx.x & 31;
+    const int lane = threadIdx.x & 31;
     qf_produce_small(p, qf_layer(p, 0), lane);
-    for (int layer = 0; layer < p.num_layers; layer++) {
-        qf_produce_small(p, qf_layer(p, layer + 1), lane);
-        for (int kind = QF_DECODE_QKV; kind <= QF_DECODE_DOWN; kind++) {
-            bool going = true;
-            if (kind == QF_DECODE_O) {
-                going = qf_produce_attention<head_dim>(p, qf_layer(p, layer), ring, lane);
-            }
-            if (!going || !qf_produce_linear(p, kind, qf_layer(p, layer), ring, lane)) {
-                return;
-            }
+#pragma unroll 1
+    for (int step = 0; step <= 4 * p.num_layers; step++) {
+        const qf_decode_layer_entry *layer = qf_layer(p, step >> 2);
+        const int kind = step == 4 * p.num_layers ? (int)QF_DECODE_HEAD : step & 3;
+        if (kind == QF_DECODE_QKV) {
+            qf_produce_small(p, layer + 1, lane);
+        }
+        if ((kind == QF_DECODE_O && !qf_produce_attention<head_dim>(p, layer, ring, lane)) ||
+            !qf_produce_linear(p, kind, layer, ring, lane)) {
+            return;
         }
     }
-    qf_produce_linear(p, QF_DECODE_HEAD, qf_layer(p, p.num_layers), ring, lane);
 }
 
 #endif

@@ -1,12 +1,13 @@
-/* What the decode kernel puts into shared memory before it starts: barriers, its parts of the linears, attention's items,
- * the table of layers, and which pieces of which row tile exist. */
+/* What the decode kernel puts into shared memory before it starts: barriers, its parts of the linears, its share of the
+ * attention, the table of layers, and which pieces of which row tile exist. */
 #ifndef QF_DECODE_SETUP_CUH
 #define QF_DECODE_SETUP_CUH
 
 #include "decode_exchange.cuh"
 
-static __device__ __forceinline__ void qf_decode_make_phase(const qf_decode_linear &l, qf_decode_phase *ph)
+static __device__ __forceinline__ void qf_decode_make_phase(const qf_decode_params &p, int kind, qf_decode_phase *ph)
 {
+    const qf_decode_linear &l = p.linear[kind];
     *ph = qf_decode_phase{};
     int index = (int)blockIdx.x - l.rotation;
     if (index < 0) {
@@ -17,7 +18,6 @@ static __device__ __forceinline__ void qf_decode_make_phase(const qf_decode_line
         return;
     }
     int split = index / l.parts, part = index % l.parts, begin, end;
-    ph->split = split;
     ph->ks0 = qf_decode_range_begin(l, split);
     ph->kbs = qf_decode_range_begin(l, split + 1) - ph->ks0;
     if (l.by_tile) {
@@ -38,26 +38,48 @@ static __device__ __forceinline__ void qf_decode_make_phase(const qf_decode_line
     if (ph->offset != 0) {
         ph->first_slot += part - qf_decode_part_of(ph->tile0 * ph->kbs, l.parts, l.tiles * ph->kbs);
     }
+    ph->n = l.n;
+    ph->out = kind == QF_DECODE_QKV       ? p.ll.qkv
+              : kind == QF_DECODE_O       ? p.ll.o
+              : kind == QF_DECODE_GATE_UP ? p.ll.act
+                                          : p.ll.down;
+    ph->turn = (int)blockIdx.x % ph->kbs * 32;
 }
 
-/* Attention's items for one sliding window: at least 256 positions each, and at most max_splits a sequence. */
-static __device__ __forceinline__ void qf_decode_make_items(const qf_decode_params &p, int window, qf_decode_items *items)
+/* For one sliding window. The splits depend on the length alone: at least 256 positions each. Attention starts behind
+ * qkv's parts. */
+static __device__ __forceinline__ void qf_decode_make_item(const qf_decode_params &p, int window, int head_dim,
+                                                           qf_decode_item *item)
 {
-    int rows = 8192 / p.head_dim, least = 256 / rows, base = 0;
-#pragma unroll 1
-    for (int s = 0; s < p.num_seqs; s++) {
-        int length = p.seq_lens[s], start = window > 0 ? max(0, length - window) : 0, splits = 1;
-        items->base[s] = base;
-        items->start[s] = start;
-        items->first_tile[s] = start / rows;
-        items->tiles[s] = length > 0 ? (length - 1) / rows - start / rows + 1 : 0;
-        items->per_split[s] = max(least, (items->tiles[s] + p.max_splits - 1) / p.max_splits);
-        if (items->tiles[s] > 0) {
-            splits = (items->tiles[s] + items->per_split[s] - 1) / items->per_split[s];
-        }
-        base += splits * p.num_kv_heads;
+    const int rows = 8192 / head_dim, length = p.seq_lens[0], slot = p.slot_mapping[0];
+    const int start = window > 0 ? max(0, length - window) : 0, first = start / rows;
+    const int tiles = length > 0 ? (length - 1) / rows - first + 1 : 0;
+    const int per_split = max(256 / rows, (tiles + p.max_splits - 1) / p.max_splits);
+    int index = (int)blockIdx.x - p.linear[QF_DECODE_O].rotation;
+    if (index < 0) {
+        index += (int)gridDim.x;
     }
-    items->base[p.num_seqs] = base;
+    *item = qf_decode_item{};
+    item->num_splits = max(1, (tiles + per_split - 1) / per_split);
+    item->head = -1;
+    if (index >= item->num_splits * p.num_kv_heads) {
+        return;
+    }
+    item->split = index / p.num_kv_heads;
+    item->head = index % p.num_kv_heads;
+    item->tile_begin = first + item->split * per_split;
+    item->tile_end = min(item->tile_begin + per_split, first + tiles);
+    item->start = start;
+    item->length = length;
+    item->fresh = -(1 << 30);
+    item->place = -1;
+    if (item->split == item->num_splits - 1 && length > 0) {
+        item->fresh = length - 1;
+        if (slot >= 0) {
+            item->place = (((int64_t)(slot / p.block_size) * p.num_kv_heads + item->head) * p.block_size +
+                           slot % p.block_size) * (head_dim * 2);
+        }
+    }
 }
 
 /* Undoes the scales of x and of integers. */
@@ -89,11 +111,11 @@ static __device__ __forceinline__ void qf_decode_make_entry(const qf_decode_para
     e->bias = from->qkv.bias;
     e->k = (char *)from->k;
     e->v = (char *)from->v;
-    e->window = from->sliding_window;
+    e->other_window = from->sliding_window != p.layers[0].sliding_window;
 }
 
 /* All threads; ends with a barrier of the block. */
-static __device__ __forceinline__ void qf_decode_set_up(const qf_decode_params &p, int red_floats)
+template <int head_dim> static __device__ __noinline__ void qf_decode_set_up(const qf_decode_params &p)
 {
     qf_decode_fixed *fixed = &qf_fixed();
     qf_decode_layer_entry *layers = reinterpret_cast<qf_decode_layer_entry *>(qf_decode_shared + p.map.layers);
@@ -109,8 +131,7 @@ static __device__ __forceinline__ void qf_decode_set_up(const qf_decode_params &
 #endif
     } else if (id == 32) {
         fixed->failed = p.header[QF_DECODE_ERROR] != 0;
-        fixed->epoch = p.header[QF_DECODE_EPOCH];
-        fixed->region_epoch = 2 + p.header[QF_DECODE_REGION_EPOCH + p.num_seqs];
+        fixed->epoch = 2 + p.header[QF_DECODE_EPOCH];
     } else if (id == 64 || id == 96) { /* the first layer's window, and the other if there is another */
         int window = p.layers[0].sliding_window;
         if (id == 96) {
@@ -120,10 +141,9 @@ static __device__ __forceinline__ void qf_decode_set_up(const qf_decode_params &
             }
             window = p.layers[l].sliding_window;
         }
-        fixed->window[id / 96] = window;
-        qf_decode_make_items(p, window, &fixed->items[id / 96]);
+        qf_decode_make_item(p, window, head_dim, &fixed->items[id / 96]);
     } else if (id >= 128 && id < 128 + 32 * QF_DECODE_KINDS && id % 32 == 0) {
-        qf_decode_make_phase(p.linear[id / 32 - 4], &fixed->phase[id / 32 - 4]);
+        qf_decode_make_phase(p, id / 32 - 4, &fixed->phase[id / 32 - 4]);
     }
 #pragma unroll 1
     for (int i = id; i <= p.num_layers; i += threads) {
@@ -132,13 +152,14 @@ static __device__ __forceinline__ void qf_decode_set_up(const qf_decode_params &
     const int n0 = p.linear[QF_DECODE_QKV].tiles, n1 = n0 + p.linear[QF_DECODE_O].tiles;
 #pragma unroll 1
     for (int i = id; i < n1 + p.linear[QF_DECODE_DOWN].tiles; i += threads) {
-        masks[i] = (uint8_t)(i < n0   ? qf_decode_slot_mask(p.linear[QF_DECODE_QKV], i)
-                             : i < n1 ? qf_decode_slot_mask(p.linear[QF_DECODE_O], i - n0)
-                                      : qf_decode_slot_mask(p.linear[QF_DECODE_DOWN], i - n1));
+        const int kind = i < n0 ? QF_DECODE_QKV : i < n1 ? QF_DECODE_O : QF_DECODE_DOWN;
+        masks[i] = (uint8_t)qf_decode_slot_mask(p.linear[kind], i - (i < n0 ? 0 : i < n1 ? n0 : n1));
     }
-    float *red = reinterpret_cast<float *>(qf_decode_shared + p.map.red);
-    for (int i = id; i < red_floats; i += threads) {
-        red[i] = 0.0f;
+    for (int i = id; i < head_dim; i += threads) {
+        reinterpret_cast<float *>(qf_decode_shared + p.map.rope)[i] = p.cos_sin[i];
+    }
+    for (int i = id; i < p.map.red_tiles * QF_DECODE_TILE_FLOATS; i += threads) {
+        reinterpret_cast<float *>(qf_decode_shared + p.map.red)[i] = 0.0f;
     }
     __syncthreads();
 }

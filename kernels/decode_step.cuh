@@ -15,7 +15,6 @@ enum {
 
 typedef struct qf_cuda_decode_options {
     int32_t max_stages; /* of the ring; 0: as many as fit */
-    int32_t backoff_ns; /* between polls */
     int32_t splits;     /* k ranges of down; 0: chosen */
     long long *stamps;  /* device: (sm_count, 4 num_layers + 1, QF_STAMPS), zeros where a CTA does not come by; or NULL */
 } qf_cuda_decode_options;

@@ -24,9 +24,10 @@
  *   Every warp keeps a ring of 4 pieces in registers, filled before the wait for the kernel before this
  *   one; then x goes to shared memory as it is, once, behind the only barrier of the prologue. Where a warp's run
  *   leaves a row tile it puts its 16 x 8 sums into slot (row tile + warp): each step along the staircase of (row tile,
- *   warp) pairs has its own. After a barrier the slots of a row tile are added in the order of k and written. At most
- *   80 registers a thread, so that with 12 warps the next kernel's CTA fits beside this one and its first weights
- *   arrive while this one ends.
+ *   warp) pairs has its own. After a barrier the slots of a row tile are added in the order of k and written. What
+ *   that end needs (biases, which warps have shares of a row tile) is in tables made before the wait: between the wait
+ *   and the exit nothing hides latency. At most 80 registers a thread, so that with 12 warps the next kernel's CTA fits
+ *   beside this one and its first weights arrive while this one ends.
  *
  * batch (9 to 32 tokens; linear_mma_batch.cuh). Grid (row_groups, num_splits), one CTA an SM.
  *
@@ -54,10 +55,31 @@
  * order, whatever the tile shape, so one token's result does not depend on num_tokens: batch_invariant uses "tile" with
  * shares chosen for 8 tokens.
  *
- * Measured: see PERF.md.
+ * Measured (H200, 2026-11-22; us, weights not in L2, calls back to back in a graph with dependent launch; before
+ * the end of "stream" was made shorter and shares and warps were set from a sweep). Share of 4.4 TB/s:
+ *
+ *                         4 bits                    8 bits                    16 bits
+ *     tokens         1         8    16    32     1         8    16    32     1         8    16    32
+ *     0.5B gate_up   4.3 25%   4.1   4.5   6.7   5.3 39%   5.3   6.1   7.9   7.1 56%   7.3   7.9   8.9
+ *     0.5B down      2.4 22%   2.7   3.3   4.4   3.1 33%   3.3   4.0   4.8   4.4 45%   4.6   6.2   6.2
+ *     7B qkv         4.4 45%   5.3   6.4   8.6   6.8 57%   7.7   9.7  11.9  10.0 75%  10.9  11.5  13.1
+ *     7B o           4.0 39%   4.6   5.5   6.9   5.7 53%   6.5   7.9   9.5   8.5 69%   8.7   9.9  10.6
+ *     7B gate_up    21.2 77%  22.0  30.9  46.5  38.7 82%  39.5  53.1  91.9  67.0 92%  67.6  67.0  68.3
+ *     7B down       11.7 70%  13.2  19.5  26.1  20.5 77%  21.6  32.7  38.2  34.1 91%  35.6  36.7  38.9
+ *     7B head       75.9 87%  84.0   136   149   142 90%   153   223   271   254 97%   259   256   264
+ *
+ * "tile" at 512 tokens: 0.20 to 0.30 of 770 TFLOP/s on 7B shapes (7B gate_up of 4 bits 658 us, of 16 bits 593 us):
+ * where there is wgmma, linear.cu takes that from 33 tokens on.
  *
  * Tried and lost: bulk copies of 2 KB of weights per warp into shared memory for the GEMV (a sketch ran at half the
- * speed of loads into registers). */
+ * speed of loads into registers). Dequantisation of 4 bits with a shift for every register (2 to 4 % slower at 1 to 8
+ * tokens on 7B shapes). More than one wave of CTAs in "stream" (7B gate_up, 4 bits, 8 tokens: 25.7 us for 23.1). 16
+ * warps where 12 leave room for the next CTA (0.5B gate_up, 4 bits, 1 token: 4.8 us for 4.35; 24 were slower still).
+ * The end of "stream" with one thread for each pair of act's elements, which divided to find its slots: 500 dependent
+ * instructions in a row on one warp; gate_up then took 1.2 us longer than other matrices of its size. The RMS norm
+ * before a linear layer made by every CTA of "stream" for itself, all rows read from L2 (us of linear, norm, linear as
+ * three kernels | as two, H200, 4 bits, 1 token: 0.5B o + gate_up 6.5 | 6.2, 2 tokens 6.7 | 7.1, 4 tokens 7.1 | 8.6;
+ * 0.5B down + qkv 5.3 | 5.1; 7B o + gate_up 26.7 | 27.8, 2 tokens 26.9 | 29.1). */
 #include "linear_mma_plan.cuh"
 
 typedef void (*qf_linear_mma_kernel)(qf_linear_mma_params);
@@ -119,8 +141,7 @@ static qf_linear_mma_kernel qf_tile_kernel_of(int32_t bits, int32_t tokens)
 
 /* ---- launcher ------------------------------------------------------------------------------------------------- */
 
-/* needs_x: false for qf_cuda_norm_linear, which makes x itself. */
-static qf_status qf_linear_mma_check(const qf_cuda_linear_args *args, bool needs_x, qf_error *err)
+static qf_status qf_linear_mma_check(const qf_cuda_linear_args *args, qf_error *err)
 {
     const qf_cuda_weight *w = &args->weight;
     if (w->bits != 4 && w->bits != 8 && w->bits != 16) {
@@ -149,7 +170,7 @@ static qf_status qf_linear_mma_check(const qf_cuda_linear_args *args, bool needs
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: unknown epilogue %d", (int)args->epilogue);
     }
     const void *output = args->epilogue == QF_CUDA_STORE ? (const void *)args->out : (const void *)args->act;
-    const void *x = needs_x ? args->x : w->data;
+    const void *x = args->x;
     if (w->data == nullptr || x == nullptr || output == nullptr || (w->bits != 16 && w->scales == nullptr)) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: null pointer: data %p, scales %p, x %p, output %p",
                        w->data, (const void *)w->scales, x, output);
@@ -217,12 +238,12 @@ static qf_status qf_stream_launch(qf_linear_mma_params *p, const qf_stream_plan 
 extern "C" qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const qf_cuda_device *device,
                                         cudaStream_t stream, qf_error *err)
 {
-    QF_TRY(qf_linear_mma_check(args, true, err));
+    QF_TRY(qf_linear_mma_check(args, err));
     qf_linear_mma_params p = qf_linear_mma_params_of(args);
     const int32_t bits = args->weight.bits;
     qf_stream_plan streaming;
     if (!args->batch_invariant && p.num_tokens <= 8 &&
-        qf_stream_plan_make(device, p.row_tiles, p.blocks, bits, p.num_tokens, args->num_splits, NULL, &streaming)) {
+        qf_stream_plan_make(device, p.row_tiles, p.blocks, bits, p.num_tokens, args->num_splits, &streaming)) {
         return qf_stream_launch(&p, &streaming, bits, args->num_splits, device, stream, err);
     }
     qf_linear_mma_kernel kernel;
@@ -259,103 +280,4 @@ extern "C" qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const q
     QF_TRY(qf_linear_mma_prepare(kernel, device, err));
     return qf_launch("linear_mma", kernel, grid, dim3(32 * warps), (size_t)shared_bytes, device->dependent_launch,
                      stream, err, p);
-}
-
-/* ---- with the norm before it -------------------------------------------------------------------------------- */
-
-static qf_linear_norm qf_linear_norm_of(const qf_cuda_norm_linear_args *args)
-{
-    /* As rmsnorm.cu cuts a row: up to 512 threads, float4s a thread a power of two. */
-    const int32_t vectors = args->hidden_size / 4;
-    int32_t each = 1;
-    while (each * 512 < vectors) {
-        each *= 2;
-    }
-    qf_linear_norm norm = {};
-    norm.residual = args->residual;
-    norm.delta = args->delta;
-    norm.weight = args->norm_weight;
-    norm.residual_out = args->residual_out;
-    norm.hidden_size = args->hidden_size;
-    norm.num_splits = args->num_splits;
-    norm.delta_stride = args->delta_stride;
-    norm.threads = (qf_ceil_div(vectors, each) + 31) / 32 * 32;
-    norm.eps = args->eps;
-    norm.inverse_size = 1.0f / (float)args->hidden_size;
-    return norm;
-}
-
-static bool qf_norm_linear_plan(const qf_cuda_norm_linear_args *args, const qf_cuda_device *device,
-                                qf_stream_plan *plan)
-{
-    const qf_cuda_weight *w = &args->linear.weight;
-    const qf_linear_norm norm = qf_linear_norm_of(args);
-    return args->linear.num_tokens >= 1 && args->linear.num_tokens <= 8 && args->linear.num_splits >= 1 &&
-           w->n >= 16 && w->k >= 128 && !args->linear.batch_invariant &&
-           qf_stream_plan_make(device, w->n / 16, w->k / 128, w->bits, args->linear.num_tokens,
-                               args->linear.num_splits, &norm, plan);
-}
-
-static qf_status qf_norm_linear_check(const qf_cuda_norm_linear_args *args, qf_error *err)
-{
-    const int32_t hidden = args->hidden_size;
-    if (hidden < 4 || hidden % 4 != 0 || hidden > 8192 || (hidden + 127) / 128 * 128 != args->linear.weight.k ||
-        args->linear.weight.perm != NULL) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
-                       "norm_linear: hidden_size %d for k = %d; expected a multiple of 4 up to 8192, k the next multiple "
-                       "of 128, and no order of columns",
-                       hidden, args->linear.weight.k);
-    }
-    if (args->num_splits < 0 || args->num_splits > QF_CUDA_MAX_SPLITS ||
-        (args->delta != NULL) != (args->num_splits > 0)) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
-                       "norm_linear: %d splits, delta %s; expected 0 and null, or 1 .. %d", args->num_splits,
-                       args->delta != NULL ? "given" : "null", QF_CUDA_MAX_SPLITS);
-    }
-    if (args->delta != NULL && (args->delta_stride < hidden || args->delta_stride % 4 != 0)) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
-                       "norm_linear: delta_stride %d; expected a multiple of 4 that is at least hidden_size, %d",
-                       args->delta_stride, hidden);
-    }
-    const void *pointers[] = {args->residual, args->norm_weight, args->residual_out, args->delta};
-    for (int i = 0; i < 4; i++) {
-        if ((uintptr_t)pointers[i] % 16 != 0 || (pointers[i] == NULL && i < 3)) {
-            return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
-                           "norm_linear: a pointer is %p; expected a multiple of 16, not null", pointers[i]);
-        }
-    }
-    if (args->residual_out == args->residual) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
-                       "norm_linear: residual_out is residual, %p, which every CTA reads", (const void *)args->residual);
-    }
-    return QF_OK;
-}
-
-extern "C" bool qf_cuda_norm_linear_supported(const qf_cuda_norm_linear_args *args, const qf_cuda_device *device)
-{
-    const qf_cuda_weight *w = &args->linear.weight;
-    qf_stream_plan plan;
-    if (w->perm != NULL || !qf_norm_linear_plan(args, device, &plan)) {
-        return false;
-    }
-    const int64_t bytes = (int64_t)(1 + args->num_splits) * args->linear.num_tokens * args->hidden_size * 4;
-    return bytes * plan.row_groups * args->linear.num_splits <= (int64_t)device->sm_count * QF_NORM_MAX_BYTES;
-}
-
-extern "C" qf_status qf_cuda_norm_linear_mma(const qf_cuda_norm_linear_args *args, const qf_cuda_device *device,
-                                             cudaStream_t stream, qf_error *err)
-{
-    QF_TRY(qf_linear_mma_check(&args->linear, false, err));
-    QF_TRY(qf_norm_linear_check(args, err));
-    qf_stream_plan plan;
-    if (!qf_norm_linear_plan(args, device, &plan)) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
-                       "norm_linear: %d tokens of %d, %d splits, batch_invariant %d; expected up to 8 tokens that fit %d "
-                       "bytes of shared memory, not batch-invariant",
-                       args->linear.num_tokens, args->hidden_size, args->num_splits, args->linear.batch_invariant,
-                       device->max_shared_bytes);
-    }
-    qf_linear_mma_params p = qf_linear_mma_params_of(&args->linear);
-    p.norm = qf_linear_norm_of(args);
-    return qf_stream_launch(&p, &plan, args->linear.weight.bits, args->linear.num_splits, device, stream, err);
 }

@@ -7,15 +7,6 @@
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 
-/* qf_cuda_norm_linear's way to x, for the stream kernel: the sums and bits of rmsnorm.cu. */
-struct qf_linear_norm {
-    const float *residual, *delta, *weight; /* residual NULL: x is given */
-    float *residual_out;
-    int32_t hidden_size, num_splits, delta_stride;
-    int32_t threads; /* of rmsnorm.cu's CTA for a row, which gives the order of the sum */
-    float eps, inverse_size;
-};
-
 /* A launch as the device sees it. Shares of k, row groups and token passes are the grid. */
 struct qf_linear_mma_params {
     const uint8_t *data;
@@ -31,7 +22,6 @@ struct qf_linear_mma_params {
     int32_t group_size;
     int32_t group_tiles, larger_groups; /* stream kernel: row tiles of a CTA; the first CTAs have one more */
     int32_t table_offset; /* stream kernel: bytes of shared memory before the CTA's tables */
-    qf_linear_norm norm;  /* stream kernel */
     int32_t slot_offset; /* stream and batch kernels: bytes of shared memory before the partial sums */
     /* batch kernel: warps along rows and along k, runs over k; a chunk's k blocks, a warp's pieces, bytes of x */
     int32_t row_warps, slices, passes;

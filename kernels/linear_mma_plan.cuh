@@ -39,15 +39,14 @@ static int32_t qf_stream_warps(double kilobytes, int32_t pieces, int32_t tiles, 
     return shorter || tiles * qf_cuda_tile_tokens(num_tokens) > 16 ? 12 : 8;
 }
 
-/* False if it does not fit shared memory. norm: of qf_cuda_norm_linear, or NULL. */
+/* False if it does not fit shared memory. */
 static bool qf_stream_plan_make(const qf_cuda_device *device, int32_t row_tiles, int32_t blocks, int32_t bits,
-                                int32_t num_tokens, int32_t num_splits, const qf_linear_norm *norm,
-                                qf_stream_plan *plan)
+                                int32_t num_tokens, int32_t num_splits, qf_stream_plan *plan)
 {
     const double kilobytes = (double)row_tiles * blocks * (bits / 4) / device->sm_count; /* of weights an SM */
     const int32_t share = qf_ceil_div(blocks, num_splits);
     plan->table_offset = (share * 256 * qf_cuda_tile_tokens(num_tokens) + 16 + 127) / 128 * 128;
-    const bool two = kilobytes >= 128 && bits == 4 && num_tokens <= 4 && norm == NULL &&
+    const bool two = kilobytes >= 128 && bits == 4 && num_tokens <= 4 &&
                      2 * plan->table_offset <= device->max_shared_bytes * 3 / 4;
     plan->ctas_per_sm = two ? 2 : 1;
     for (int32_t waves = 1; waves <= 16; waves *= 2) {
@@ -55,16 +54,9 @@ static bool qf_stream_plan_make(const qf_cuda_device *device, int32_t row_tiles,
         plan->row_groups = groups < 1 ? 1 : groups < row_tiles ? groups : row_tiles;
         int32_t tiles = qf_ceil_div(row_tiles, plan->row_groups), pieces = tiles * share * (bits / 4);
         plan->warps = two ? 12 : qf_stream_warps(kilobytes, pieces, tiles, num_tokens, num_splits);
-        const int32_t table_bytes = num_tokens * 64 + (row_tiles / plan->row_groups + 1) * 68;
+        const int32_t table_bytes = (row_tiles / plan->row_groups + 1) * 68;
         plan->slot_offset = (plan->table_offset + table_bytes + 127) / 128 * 128;
-        int32_t bytes = (tiles + plan->warps) * num_tokens * QF_STREAM_TOKEN_STRIDE * 4;
-        if (norm != NULL) {
-            const int64_t rows = (int64_t)(1 + norm->num_splits) * num_tokens * norm->hidden_size * 4 + share * 512;
-            if (rows > device->max_shared_bytes) {
-                return false;
-            }
-            bytes = rows > bytes ? (int32_t)rows : bytes;
-        }
+        const int32_t bytes = (tiles + plan->warps) * num_tokens * QF_STREAM_TOKEN_STRIDE * 4;
         plan->shared_bytes = plan->slot_offset + bytes;
         if (plan->shared_bytes * plan->ctas_per_sm + 1024 * (plan->ctas_per_sm - 1) <= device->max_shared_bytes) {
             return true;
@@ -165,10 +157,10 @@ static bool qf_tile_plan_make(const qf_cuda_device *device, int32_t row_tiles, i
     return found;
 }
 
-/* Shares for the stream kernel. Rows enough to keep every SM busy need none; nor do those of a whole number of row tiles
- * an SM, nearly. Else 4: shorter runs over k mean less x to wait for; but 2 where writing and adding that many partial
- * sums costs more than that saves; and more for a long k, whose x would leave no room for a second CTA or at all.
- * (Measured best or within 4 % of it on 0.5B and 7B shapes.) */
+/* Shares for the stream kernel. Rows enough to keep every SM busy need none; nor do those of nearly a whole number of
+ * row tiles an SM. Else 4: shorter runs over k mean less x to wait for; but 2 where writing and adding that many
+ * partial sums costs more than that saves; and more for a long k, whose x would leave no room for a second CTA or at
+ * all. (Measured best or within 4 % of it on 0.5B and 7B shapes.) */
 static int32_t qf_stream_splits(const qf_cuda_device *device, int32_t row_tiles, int32_t blocks, int32_t bits,
                                 int32_t num_tokens)
 {
@@ -181,7 +173,7 @@ static int32_t qf_stream_splits(const qf_cuda_device *device, int32_t row_tiles,
     qf_stream_plan plan;
     splits = splits < limit ? splits : limit;
     while (splits < limit &&
-           !qf_stream_plan_make(device, row_tiles, blocks, bits, num_tokens, splits, NULL, &plan)) {
+           !qf_stream_plan_make(device, row_tiles, blocks, bits, num_tokens, splits, &plan)) {
         splits++;
     }
     return splits;

@@ -3,7 +3,6 @@
 #define QF_LINEAR_MMA_STREAM_CUH
 
 #include "linear_mma_common.cuh"
-#include "linear_mma_norm.cuh"
 
 #define QF_STREAM_MAX_WARPS 24
 #define QF_STREAM_PIECE_BYTES 1024
@@ -15,7 +14,7 @@ __device__ constexpr int qf_stream_depth(int bits, int groups)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     return groups > 1 || bits == 8 ? 3 : 4;
 #else
-    return groups > 1 && bits == 4 ? 3 : 4;
+    return groups > 1 ? 3 : 4;
 #endif
 }
 
@@ -164,11 +163,13 @@ static __device__ __forceinline__ void qf_stream_make_tables(const qf_linear_mma
                                                              const qf_stream_tables &tables,
                                                              const qf_stream_split &split, int first_tile, int tiles)
 {
+#pragma unroll 1
     for (int r = threadIdx.x; r < tiles; r += blockDim.x) {
         const int first = qf_stream_warp_of(split, r * split.columns);
         tables.ranges[r] = first | qf_stream_warp_of(split, (r + 1) * split.columns - 1) << 16;
     }
     if (p.bias != nullptr && blockIdx.y == 0) {
+#pragma unroll 1
         for (int i = threadIdx.x; i < tiles * 4; i += blockDim.x) {
             qf_cp_async_16(tables.bias + i * 4, p.bias + first_tile * 16 + i * 4);
         }
@@ -180,6 +181,7 @@ static __device__ __forceinline__ float qf_stream_sum(const float *slots, int sl
 {
     const int last = range >> 16;
     float sum = 0.0f;
+#pragma unroll 1
     for (int w = range & 0xffff; w <= last; w += 4) {
         float share[4];
 #pragma unroll
@@ -194,12 +196,14 @@ static __device__ __forceinline__ float qf_stream_sum(const float *slots, int sl
     return sum;
 }
 
-/* A warp has 16 rows of two tokens at a time, one element a lane: this is all latency, so few dependent steps. */
+/* A warp has 16 rows of two tokens at a time, one element a lane: this is all latency, so few dependent steps and
+ * little code (each warp runs it once: it comes from far). */
 static __device__ __forceinline__ void qf_stream_finish(const qf_linear_mma_params &p, const qf_stream_tables &tables,
                                                         const float *slots, int first_tile, int tiles)
 {
     const int lane = threadIdx.x % 32, row = lane % 16, stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE;
     const int shift = p.tile_tokens > 4 ? 2 : p.tile_tokens > 2 ? 1 : 0; /* log2 of the pairs of tokens */
+#pragma unroll 1
     for (int i = threadIdx.x / 32; i < tiles << shift; i += blockDim.x / 32) {
         const int r = i >> shift, token = (i - (r << shift)) * 2 + lane / 16;
         const bool real = token < p.num_tokens;
@@ -223,6 +227,7 @@ static __device__ __forceinline__ void qf_stream_finish(const qf_linear_mma_para
     }
     if (p.act != nullptr && first_tile + tiles == p.row_tiles) { /* act's padding along k */
         int begin = p.row_tiles * p.tile_tokens * 4, end = p.act_tiles * p.tile_tokens * 4;
+#pragma unroll 1
         for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
             p.act[i] = 0;
         }
@@ -274,21 +279,17 @@ static __global__ void __launch_bounds__(QF_STREAM_MAX_WARPS * 32, 1)
     const uint32_t x_stride = real ? 64 * p.tile_tokens : 0;
     uint32_t x_row = x_start + column * (16 / bits) * x_stride;
     qf_stream_tables tables;
-    float *sums = reinterpret_cast<float *>(shared + p.table_offset); /* of the norm */
-    tables.bias = sums + p.num_tokens * QF_NORM_MAX_WARPS;
+    tables.bias = reinterpret_cast<float *>(shared + p.table_offset);
     tables.ranges = reinterpret_cast<int *>(tables.bias + (p.group_tiles + 1) * 16);
     qf_stream_make_tables(p, tables, split, first_tile, tiles);
-    if (p.norm.residual != nullptr) {
-        qf_stream_norm(p, shared, sums, first_block, share_blocks);
-    } else {
-        qf_grid_dependency_wait();
-        const uint8_t *x = p.x + (int64_t)first_block * 256 * p.tile_tokens;
-        for (int i = threadIdx.x * 16; i < x_bytes; i += blockDim.x * 16) {
-            qf_cp_async_16(shared + i, x + i);
-        }
-        qf_cp_async_commit();
-        qf_cp_async_wait<0>();
+    qf_grid_dependency_wait();
+    const uint8_t *x = p.x + (int64_t)first_block * 256 * p.tile_tokens;
+#pragma unroll 1
+    for (int i = threadIdx.x * 16; i < x_bytes; i += blockDim.x * 16) {
+        qf_cp_async_16(shared + i, x + i);
     }
+    qf_cp_async_commit();
+    qf_cp_async_wait<0>();
     __syncthreads();
 
     float *slots = reinterpret_cast<float *>(shared + p.slot_offset);

@@ -170,27 +170,6 @@ qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const qf_cuda_devi
                              qf_error *err);
 int32_t qf_cuda_linear_mma_splits(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits, int32_t num_tokens,
                                   qf_cuda_epilogue epilogue, bool batch_invariant);
-
-/* The norm and the linear layer after it in one kernel, for 1 to 8 tokens: h = residual + the splits' deltas, in order;
- * residual_out = h; linear over x = bf16(h / sqrt(mean(h^2) + eps) * norm_weight). The same bits as qf_cuda_rmsnorm and
- * qf_cuda_linear_mma. */
-typedef struct qf_cuda_norm_linear_args {
-    qf_cuda_linear_args linear; /* x is ignored; no perm, not batch_invariant */
-    const float *residual;      /* (num_tokens, hidden_size) */
-    const float *delta;         /* (num_splits, num_tokens, delta_stride) or NULL */
-    int32_t num_splits;         /* 0 with delta NULL */
-    int32_t delta_stride;       /* n of the linear that made it: >= hidden_size */
-    const float *norm_weight;   /* (hidden_size) */
-    float eps;
-    float *residual_out;        /* (num_tokens, hidden_size), not `residual` */
-    int32_t hidden_size;        /* linear.weight.k is the next multiple of 128 */
-} qf_cuda_norm_linear_args;
-/* Host; reads shapes, perm and batch_invariant, no other pointers. True if the shape is possible and the rows, which
- * every SM reads, are few enough for this to be faster than the two kernels. */
-bool qf_cuda_norm_linear_supported(const qf_cuda_norm_linear_args *args, const qf_cuda_device *device);
-qf_status qf_cuda_norm_linear_mma(const qf_cuda_norm_linear_args *args, const qf_cuda_device *device,
-                                  cudaStream_t stream, qf_error *err);
-
 /* wgmma and bulk copies: sm_90a. */
 qf_status qf_cuda_linear_wgmma(const qf_cuda_linear_args *args, const qf_cuda_device *device, cudaStream_t stream,
                                qf_error *err);
@@ -385,7 +364,8 @@ typedef struct qf_cuda_decode_layer {
     int32_t sliding_window;
 } qf_cuda_decode_layer;
 
-/* A persistent kernel for 1 to 8 sequences of one new token each: residual (already embedded) to logits. */
+/* A persistent kernel for one sequence of one new token: residual (already embedded) to logits. num_seqs is 1; layers are
+ * of 4 bits and groups of 128, the head of 4, 8 (groups of 128) or 16 bits. */
 typedef struct qf_cuda_decode_args {
     const qf_cuda_decode_layer *layers; /* device: (num_layers) */
     const qf_cuda_decode_layer *host_layers; /* the same on the host, for planning */

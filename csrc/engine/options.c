@@ -198,7 +198,9 @@ static qf_status resolve_formats(const qf_engine_options *o, const qf_model_conf
         int8 = false;
     }
     if (head == QF_HEAD_AUTO) {
-        head = quantized && int8 ? QF_HEAD_8 : QF_HEAD_16;
+        /* A tied 16-bit head is the embedding: kept on the GPU, it would make offloading save nothing. */
+        bool apart = on_device && o->cpu_offload != NULL && config->tie_word_embeddings && !float32;
+        head = (quantized && int8) || apart ? QF_HEAD_8 : QF_HEAD_16;
     }
     if (on_device && float32 && (head != QF_HEAD_16 || out->backend.quantize_bits != 0)) {
         return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,

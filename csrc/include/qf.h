@@ -33,7 +33,8 @@ typedef struct qf_engine_options {
     const char *activation_dtype;  /* "auto" (int8 for 4- and 8-bit weights on the CPU), "int8", "float32" */
     const char *quantization;      /* "auto" (as the checkpoint is), "none", "w4", "awq", "gptq", "compressed-tensors" */
     int32_t quantization_group_size; /* for "w4": 32, 64, 128 */
-    const char *lm_head_dtype;     /* "auto" (on the CPU int8 where the layers are quantised), "model", "int8", "int4" */
+    const char *lm_head_dtype;     /* "auto" (int8 on the CPU where the layers are quantised, and on a GPU
+                                      with cpu_offload where it is tied), "model", "int8", "int4" */
     const char *kv_cache_dtype;    /* "auto" (dtype), "bfloat16", "float32" */
     int32_t block_size;            /* tokens per KV block: 16, 32, 64, 128 */
     int32_t max_model_len;         /* 0: the checkpoint's, lowered to what the KV cache can hold */

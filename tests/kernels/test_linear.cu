@@ -1,7 +1,6 @@
 /* sources: base/status.c */
 /* qf_cuda_linear_mma against float64 sums over the dequantised weights: every format, ugly shapes and token counts,
- * both epilogues, any number of shares, bit-equal reruns, batch invariance, chains of dependent launches; and
- * qf_cuda_norm_linear_mma against qf_cuda_rmsnorm and qf_cuda_linear_mma, to the bit. --bench. */
+ * both epilogues, any number of shares, bit-equal reruns, batch invariance, chains of dependent launches. --bench. */
 #include "weights.cuh"
 
 /* n and k before padding. silu: n counts gate and up. */
@@ -258,114 +257,6 @@ static void check_chain(const Options &o, int bits, int num_tokens)
     }
 }
 
-/* What norm and linear need, for num_tokens tokens: rows of random numbers, deltas of num_splits splits. */
-struct NormInputs {
-    int hidden, num_tokens, num_splits, stride;
-    std::vector<float> residual_rows;
-    Device<float> residual, delta, weight;
-    NormInputs(int hidden_size, int tokens, int splits, uint64_t seed)
-        : hidden(hidden_size), num_tokens(tokens), num_splits(splits), stride((hidden_size + 15) / 16 * 16),
-          residual_rows(normals((size_t)tokens * hidden, seed)), residual(residual_rows),
-          delta(normals((size_t)std::max(splits, 1) * tokens * stride, seed + 1)), weight(normals(hidden, seed + 2))
-    {
-    }
-    static std::vector<float> normals(size_t size, uint64_t seed)
-    {
-        Random random(seed);
-        std::vector<float> values(size);
-        for (float &v : values) {
-            v = random.normal();
-        }
-        return values;
-    }
-    qf_cuda_rmsnorm_args norm(uint16_t *x) const
-    {
-        qf_cuda_rmsnorm_args args = {};
-        args.residual = residual.data;
-        args.delta = num_splits > 0 ? delta.data : nullptr;
-        args.num_splits = num_splits;
-        args.delta_stride = stride;
-        args.weight = weight.data;
-        args.out = x;
-        args.num_tokens = args.num_rows = num_tokens;
-        args.hidden_size = hidden;
-        args.k_padded = (hidden + 127) / 128 * 128;
-        args.eps = 1e-6f;
-        return args;
-    }
-    qf_cuda_norm_linear_args fused(const qf_cuda_linear_args &linear, float *residual_out) const
-    {
-        qf_cuda_norm_linear_args args = {};
-        args.linear = linear;
-        args.linear.x = nullptr;
-        args.residual = residual.data;
-        args.delta = num_splits > 0 ? delta.data : nullptr;
-        args.num_splits = num_splits;
-        args.delta_stride = stride;
-        args.norm_weight = weight.data;
-        args.eps = 1e-6f;
-        args.residual_out = residual_out;
-        args.hidden_size = hidden;
-        return args;
-    }
-};
-
-/* One shape with all the token counts, each of them with another number of splits before and shares of k. */
-static void check_norm(const Options &o, const Shape &shape, int bits, int group_size)
-{
-    DeviceWeight weight(random_weight(shape.n, shape.k, bits, group_size, 31 + shape.n + bits, !shape.silu));
-    const int counts[][3] = {{1, 0, 1}, {1, 4, 2}, {1, 8, 1}, {2, 1, 3}, {3, 4, 2}, {5, 2, 1}, {8, 1, 4}, {8, 3, 1}};
-    int ran = 0;
-    for (auto &c : counts) {
-        const int num_tokens = c[0], shares = shape.silu ? 1 : std::min(c[2], weight.view.k / 128);
-        NormInputs in(shape.k, num_tokens, c[1], 77 + num_tokens + shape.k);
-        Device<uint16_t> x((size_t)qf_cuda_tiled_size(weight.view.k, num_tokens));
-        const size_t act_size = (size_t)qf_cuda_tiled_size(act_k_of(weight.view.n), num_tokens);
-        Device<uint16_t> act(act_size), act_fused(act_size);
-        Device<float> out((size_t)shares * num_tokens * weight.view.n), out_fused(out.size);
-        Device<float> residual_fused(in.residual.size);
-        qf_cuda_linear_args linear = {};
-        linear.weight = weight.view;
-        linear.x = x.data;
-        linear.epilogue = shape.silu ? QF_CUDA_SILU_MUL : QF_CUDA_STORE;
-        linear.out = out_fused.data;
-        linear.act = act_fused.data;
-        linear.num_tokens = num_tokens;
-        linear.num_splits = shares;
-        qf_cuda_norm_linear_args args = in.fused(linear, residual_fused.data);
-        qf_error error;
-        if (qf_cuda_norm_linear_mma(&args, &o.device, nullptr, &error) != QF_OK) {
-            CHECK(!qf_cuda_norm_linear_supported(&args, &o.device));
-            CHECK((size_t)(1 + c[1]) * num_tokens * shape.k * 4 > 96 * 1024); /* else it has to fit */
-            continue;
-        }
-        ran++;
-        linear.out = out.data;
-        linear.act = act.data;
-        qf_cuda_rmsnorm_args norm = in.norm(x.data);
-        CHECK_OK(qf_cuda_rmsnorm(&norm, &o.device, nullptr, &check_error));
-        CHECK_OK(qf_cuda_linear_mma(&linear, &o.device, nullptr, &check_error));
-        bool same = residual_fused.get() == in.residual.get(); /* no NaN is equal to itself */
-        if (shape.silu) {
-            std::vector<uint16_t> expected = act.get(), got = act_fused.get();
-            for (int t = 0; t < num_tokens; t++) {
-                for (int j = 0; j < act_k_of(weight.view.n); j++) {
-                    size_t at = tiled_index(j, t, num_tokens);
-                    same = same && expected[at] == got[at] && (expected[at] & 0x7f80) != 0x7f80;
-                }
-            }
-        } else {
-            same = same && out_fused.get() == out.get();
-        }
-        if (!same) {
-            fprintf(stderr, "%s hidden %d n %d bits %d group %d tokens %d splits %d shares %d\n", shape.name, shape.k,
-                    shape.n, bits, group_size, num_tokens, c[1], shares);
-            CHECK(!"norm_linear differs from norm and linear");
-        }
-    }
-    CHECK(ran >= 4);
-}
-
 static void check_refusals(const Options &o)
 {
     DeviceWeight w(random_weight(64, 256, 4, 128, 5));
@@ -412,30 +303,6 @@ static void check_refusals(const Options &o)
     bad = good;
     bad.epilogue = QF_CUDA_SILU_MUL; /* without act */
     CHECK(refused(bad));
-    NormInputs in(256, 1, 1, 9);
-    Device<float> residual(256);
-    auto refused_norm = [&](qf_cuda_norm_linear_args args) {
-        return qf_cuda_norm_linear_mma(&args, &o.device, nullptr, &error) == QF_ERROR_INVALID_ARGUMENT;
-    };
-    const qf_cuda_norm_linear_args good_norm = in.fused(good, residual.data);
-    CHECK(!refused_norm(good_norm));
-    CHECK(qf_cuda_norm_linear_supported(&good_norm, &o.device));
-    qf_cuda_norm_linear_args bad_norm = good_norm;
-    bad_norm.residual_out = in.residual.data;
-    CHECK(refused_norm(bad_norm));
-    bad_norm = good_norm;
-    bad_norm.hidden_size = 128;
-    CHECK(refused_norm(bad_norm));
-    bad_norm = good_norm;
-    bad_norm.num_splits = 0; /* with delta */
-    CHECK(refused_norm(bad_norm));
-    bad_norm = good_norm;
-    bad_norm.norm_weight = nullptr;
-    CHECK(refused_norm(bad_norm));
-    bad_norm = good_norm;
-    bad_norm.linear.batch_invariant = true;
-    CHECK(refused_norm(bad_norm));
-    CHECK(!qf_cuda_norm_linear_supported(&bad_norm, &o.device));
 }
 
 /* Fills the benchmark's weights: codes, or bf16 numbers of ordinary size. */
@@ -446,86 +313,6 @@ static __global__ void fill_kernel(uint32_t *words, size_t size, uint32_t keep, 
         h ^= h >> 15;
         h *= 2246822519u;
         words[i] = ((h ^ h >> 13) & keep) | set;
-    }
-}
-
-/* A linear, the norm of its sums, the next linear: three kernels, and two. */
-static void bench_norm(const Options &o, Device<uint8_t> &data, Device<uint32_t> &scales)
-{
-    struct Pair {
-        const char *name;
-        int hidden, producer_k, n;
-        bool silu;
-    };
-    const Pair pairs[] = {{"0.5B o, gate_up", 896, 896, 9728, true},  {"0.5B down, qkv", 896, 4864, 1152, false},
-                          {"1.5B o, gate_up", 1536, 1536, 17920, true}, {"1.5B down, qkv", 1536, 8960, 2048, false},
-                          {"7B o, gate_up", 3584, 3584, 37888, true}, {"7B down, qkv", 3584, 18944, 4608, false}};
-    printf("us of linear, norm, linear | linear, norm in linear (* supported); splits of the first; 4 bits, cold L2\n");
-    for (const Pair &pair : pairs) {
-        printf("%-16s", pair.name);
-        for (int num_tokens : {1, 2, 4, 8}) {
-            const int hidden = pair.hidden;
-            const int splits = qf_cuda_linear_mma_splits(&o.device, hidden, pair.producer_k, 4, num_tokens,
-                                                         QF_CUDA_STORE, false);
-            NormInputs in(hidden, num_tokens, splits, 5);
-            Device<float> residual(in.residual.size), out((size_t)8 * 8 * 4608);
-            Device<uint16_t> x((size_t)8 * 18944), act((size_t)8 * 18944);
-            x.zero();
-            qf_cuda_linear_args first = {}, second = {};
-            first.weight.n = hidden;
-            first.weight.k = pair.producer_k;
-            first.weight.bits = second.weight.bits = 4;
-            first.weight.group_size = second.weight.group_size = 128;
-            first.weight.scale_multiplier = second.weight.scale_multiplier = 0; /* sums stay finite */
-            first.x = second.x = x.data;
-            first.out = in.delta.data;
-            first.num_tokens = second.num_tokens = num_tokens;
-            first.num_splits = splits;
-            second.weight.n = pair.n;
-            second.weight.k = hidden;
-            second.epilogue = pair.silu ? QF_CUDA_SILU_MUL : QF_CUDA_STORE;
-            second.out = out.data;
-            second.act = act.data;
-            second.num_splits =
-                qf_cuda_linear_mma_splits(&o.device, pair.n, hidden, 4, num_tokens, second.epilogue, false);
-            const size_t first_bytes = (size_t)hidden * pair.producer_k / 2, bytes = (size_t)pair.n * hidden / 2;
-            const size_t pitch = (first_bytes + bytes + 4095) / 4096 * 4096;
-            const size_t copies = std::min(data.size / pitch, scales.size * 4 / (pitch / 16));
-            const int count = (int)std::min((size_t)200, ((size_t)256 << 20) / pitch + 4);
-            double us[2];
-            bool possible = true;
-            for (int fused = 0; fused < 2; fused++) {
-                us[fused] = time_us(
-                    [&](cudaStream_t stream, int i) {
-                        qf_cuda_linear_args a = first, b = second;
-                        a.weight.data = data.data + i % copies * pitch;
-                        b.weight.data = data.data + i % copies * pitch + first_bytes;
-                        a.weight.scales = scales.data + i % copies * (pitch / 64);
-                        b.weight.scales = a.weight.scales + first_bytes / 64;
-                        CHECK_OK(qf_cuda_linear_mma(&a, &o.device, stream, &check_error));
-                        if (fused) {
-                            qf_cuda_norm_linear_args args = in.fused(b, residual.data);
-                            qf_error error;
-                            possible &= qf_cuda_norm_linear_mma(&args, &o.device, stream, &error) == QF_OK;
-                        } else {
-                            qf_cuda_rmsnorm_args norm = in.norm(x.data);
-                            CHECK_OK(qf_cuda_rmsnorm(&norm, &o.device, stream, &check_error));
-                            CHECK_OK(qf_cuda_linear_mma(&b, &o.device, stream, &check_error));
-                        }
-                    },
-                    count);
-            }
-            qf_cuda_norm_linear_args args = in.fused(second, residual.data);
-            const bool supported = qf_cuda_norm_linear_supported(&args, &o.device);
-            if (possible) {
-                printf("  %d tok %5.1f | %5.1f%s %d", num_tokens, us[0], us[1], supported ? "*" : " ", splits);
-            } else {
-                printf("  %d tok %5.1f |     -  %d", num_tokens, us[0], splits);
-                CHECK(!supported);
-            }
-        }
-        printf("\n");
-        fflush(stdout);
     }
 }
 
@@ -554,10 +341,6 @@ static void bench(const Options &o)
     for (int bits : {4, 8, 16}) {
         uint32_t keep = bits == 16 ? 0x80ff80ffu : 0xffffffffu, set = bits == 16 ? 0x3c003c00u : 0;
         fill_kernel<<<1024, 256>>>((uint32_t *)data.data, buffer_bytes / 4, keep, set);
-        if (bits == 4) {
-            bench_norm(o, data, scales);
-            printf("\n");
-        }
         for (const Shape &shape : shapes) {
             size_t bytes = (size_t)shape.n * shape.k * bits / 8, group_bytes = (size_t)shape.n * (shape.k / 128) * 4;
             size_t copies = std::min(buffer_bytes / bytes, scales_bytes / group_bytes);
@@ -633,16 +416,6 @@ int main(int argc, char **argv)
             check_chain(o, bits, num_tokens);
         }
     }
-    for (auto &format : formats) {
-        check_norm(o, {"demo qkv", 640, 384, false}, format[0], format[1]);
-        check_norm(o, {"odd gate_up", 16 * 21, 300, true}, format[0], format[1]);
-    }
-    check_norm(o, {"0.5B gate_up", 9728, 896, true}, 4, 128);
-    check_norm(o, {"1.5B qkv", 2048, 1536, false}, 8, 128);
-    check_norm(o, {"3B qkv", 2560, 2048, false}, 4, 128);
-    check_norm(o, {"7B qkv", 4608, 3584, false}, 4, 128);
-    check_norm(o, {"14B o", 5120, 5120, false}, 4, 128);
-    check_norm(o, {"72B kv", 2048, 8192, false}, 4, 128);
     check_refusals(o);
     if (o.bench && check_failures == 0) {
         bench(o);

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu
 
 AUTO = dict.fromkeys(("dtype", "activation_dtype", "kv_cache_dtype", "lm_head_dtype"), "auto")
 CUDA = {"device": "cuda", **AUTO}
-INVARIANT = {**CUDA, "batch_invariant": True}  # one order of sums, for comparisons bit by bit
+INVARIANT = {**CUDA, "batch_invariant": True, "lm_head_dtype": "int8"}  # one order of sums, for comparisons bit by bit
 SLACK = 32 << 20  # of the driver's own bookkeeping
 LAZY = 160 << 20  # modules and graphs, which come with the first engine of a process
 PROMPTS = [[(37 * i + 11 * j) % 8000 for j in range(length)] for i, length in enumerate((1, 5, 64, 130, 300))]
@@ -96,6 +96,13 @@ def test_offload_changes_nothing(demo, plain, name):
         memory = engine.stats()["memory"]
     on_device = [report["embedding_bytes"] + report["layers_bytes"] for report in (memory, plain[1])]
     assert on_device[0] < on_device[1]
+
+
+def test_offload_chooses_a_head_of_its_own(demo):
+    """A tied 16-bit head is the embedding itself: with cpu_offload it becomes an 8-bit one, unless told otherwise."""
+    for options, dtype in (({}, "model"), ({"cpu_offload": "embeddings"}, "int8")):
+        with open_engine(demo, **CUDA, **options) as engine:
+            assert engine.info()["lm_head_dtype"] == dtype
 
 
 def test_offload_in_a_batch(demo):

@@ -53,7 +53,7 @@ static qf_status finish_row_on_host(qf_cuda_backend *self, const qf_logit_task *
 }
 
 static qf_status logits_and_sampling(qf_cuda_backend *self, const qf_cuda_forward *f, const qf_batch *batch,
-                                     const qf_cuda_residual *residual, qf_error *err)
+                                     int32_t delta_splits, qf_error *err)
 {
     for (int32_t first = 0; first < batch->num_logit_tasks; first += self->logit_rows) {
         int32_t left = batch->num_logit_tasks - first;
@@ -61,7 +61,7 @@ static qf_status logits_and_sampling(qf_cuda_backend *self, const qf_cuda_forwar
         if (self->options.float32) {
             QF_TRY(qf_cuda_reference_logits(self, f, first, count, err));
         } else {
-            QF_TRY(qf_cuda_logits(self, f, first, count, residual, err));
+            QF_TRY(qf_cuda_logits(self, f, first, count, delta_splits, err));
         }
         QF_TRY(qf_cuda_sample_rows(self, f, first, count, err));
         for (int32_t i = 0; i < count; i++) {
@@ -90,15 +90,15 @@ static qf_status submit_eager(qf_cuda_backend *self, qf_cuda_step *step, const q
 {
     qf_cuda_meta meta;
     qf_cuda_forward f;
-    qf_cuda_residual residual = qf_cuda_residual_begin(self);
+    int32_t delta_splits = 0;
     QF_TRY(begin_eager(self, step, batch, &meta, &f, err));
     QF_TRY(qf_cuda_embed(self, &f, err));
     if (self->options.float32) {
         QF_TRY(qf_cuda_reference_layers(self, &f, 0, self->config.num_layers, NULL, NULL, err));
     } else {
-        QF_TRY(qf_cuda_layers(self, &f, 0, self->config.num_layers, NULL, NULL, &residual, err));
+        QF_TRY(qf_cuda_layers(self, &f, 0, self->config.num_layers, NULL, NULL, &delta_splits, err));
     }
-    QF_TRY(logits_and_sampling(self, &f, batch, &residual, err));
+    QF_TRY(logits_and_sampling(self, &f, batch, delta_splits, err));
     return qf_cuda_step_publish(&self->io, step->num_results, step->num_logprobs, self->stream, err);
 }
 
@@ -176,7 +176,6 @@ static qf_status run_layers(qf_cuda_backend *self, int32_t first, int32_t last, 
 {
     qf_cuda_meta meta;
     qf_cuda_forward f;
-    qf_cuda_residual residual = qf_cuda_residual_begin(self);
     size_t bytes = (size_t)batch->num_tokens * (size_t)self->config.hidden_size * sizeof(float);
     QF_TRY(begin_eager(self, &self->steps[self->num_submitted % QF_CUDA_STEPS_IN_FLIGHT], batch, &meta, &f, err));
     QF_TRY(qf_cuda_rope_table(meta.positions, self->ws.inv_freq, self->config.rope.attention_factor, self->ws.cos_sin,
@@ -185,10 +184,11 @@ static qf_status run_layers(qf_cuda_backend *self, int32_t first, int32_t last, 
     if (self->options.float32) {
         QF_TRY(qf_cuda_reference_layers(self, &f, first, last, tap, tap_arg, err));
     } else {
-        QF_TRY(qf_cuda_layers(self, &f, first, last, tap, tap_arg, &residual, err));
-        QF_TRY(qf_cuda_flush_delta(self, &f, &residual, err));
+        int32_t delta_splits;
+        QF_TRY(qf_cuda_layers(self, &f, first, last, tap, tap_arg, &delta_splits, err));
+        QF_TRY(qf_cuda_flush_delta(self, &f, delta_splits, err));
     }
-    QF_CUDA_CHECK(cudaMemcpyAsync(hidden, residual.rows, bytes, cudaMemcpyDeviceToHost, self->stream));
+    QF_CUDA_CHECK(cudaMemcpyAsync(hidden, self->ws.residual, bytes, cudaMemcpyDeviceToHost, self->stream));
     QF_CUDA_CHECK(cudaStreamSynchronize(self->stream));
     return QF_OK; /* nothing was published: the next step has the same parity */
 }

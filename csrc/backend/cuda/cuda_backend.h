@@ -10,8 +10,7 @@
 #define QF_CUDA_STEPS_IN_FLIGHT 2
 #define QF_CUDA_MAX_GRAPHS 64 /* more than the ladder has sizes, greedy and not */
 #define QF_CUDA_MAX_TOP_LOGPROBS 64
-#define QF_CUDA_FUSED_NORM_TOKENS 8 /* no more share a kernel of norm and linear */
-#define QF_CUDA_DECODE_MOST_SEQS 8 /* no more are ever asked of the decode kernel */
+#define QF_CUDA_DECODE_MOST_SEQS 4 /* no more are ever asked of the decode kernel */
 
 #define QF_CUDA_CHECK(call)                                                                                        \
     do {                                                                                                           \
@@ -26,8 +25,7 @@
 
 /* Device memory of one step. Tokens: max_num_batched_tokens. */
 typedef struct qf_cuda_workspace {
-    float *residual;      /* (tokens, hidden_size) where the embedding goes */
-    float *residual_spare; /* (QF_CUDA_FUSED_NORM_TOKENS, hidden_size): see qf_cuda_residual */
+    float *residual;      /* (tokens, hidden_size) */
     float *qkv;           /* (splits, tokens, qkv.n) */
     void *q;              /* (tokens, num_heads, head_dim) bf16; float32 in the reference */
     float *delta;         /* (splits, tokens, n of o or down) */
@@ -177,21 +175,13 @@ typedef struct qf_cuda_forward {
     bool captured;              /* the counts are bounds: the device reads the true ones */
 } qf_cuda_forward;
 qf_status qf_cuda_embed(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err);
-/* The residual stream between two kernels: rows, and what is still to be added to them. A kernel that is a norm and a
- * linear layer in one cannot write where all its blocks read, so it moves the rows to `spare`. */
-typedef struct qf_cuda_residual {
-    float *rows, *spare; /* (num_tokens, hidden_size) */
-    int32_t num_splits;  /* parts of ws.delta */
-} qf_cuda_residual;
-qf_cuda_residual qf_cuda_residual_begin(const qf_cuda_backend *self); /* after the embedding */
+/* Layers over ws.residual. *delta_splits: how many parts of ws.delta are still to be added to the residual. */
 qf_status qf_cuda_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t last, qf_tap_fn tap,
-                         void *tap_arg, qf_cuda_residual *residual, qf_error *err);
+                         void *tap_arg, int32_t *delta_splits, qf_error *err);
 /* Final norm and head of rows first .. first + count - 1 of meta's logit rows, into ws.logits. */
 qf_status qf_cuda_logits(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
-                         const qf_cuda_residual *residual, qf_error *err);
-/* Adds what is still to be added. */
-qf_status qf_cuda_flush_delta(qf_cuda_backend *self, const qf_cuda_forward *f, qf_cuda_residual *residual,
-                              qf_error *err);
+                         int32_t delta_splits, qf_error *err);
+qf_status qf_cuda_flush_delta(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t delta_splits, qf_error *err);
 qf_status qf_cuda_sample_rows(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
                               qf_error *err);
 /* The whole of a decode step up to the sampled tokens: what is captured. */

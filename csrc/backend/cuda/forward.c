@@ -30,13 +30,31 @@ static qf_status linear(qf_cuda_backend *self, const qf_cuda_weight *weight, con
     return qf_cuda_linear(&args, &self->device, self->stream, err);
 }
 
+/* act = silu(gate) * up */
+static qf_status gate_up(qf_cuda_backend *self, const qf_cuda_weight *weight, int32_t num_tokens, qf_error *err)
+{
+    const uint16_t *x = self->ws.x;
+    if (weight->perm != NULL) {
+        QF_TRY(qf_cuda_permute(x, weight->perm, self->ws.permuted, weight->k, num_tokens, self->stream, err));
+        x = self->ws.permuted;
+    }
+    qf_cuda_linear_args args = {.weight = *weight,
+                                .x = x,
+                                .epilogue = QF_CUDA_SILU_MUL,
+                                .act = self->ws.act,
+                                .num_tokens = num_tokens,
+                                .num_splits = 1,
+                                .batch_invariant = self->options.batch_invariant};
+    return qf_cuda_linear(&args, &self->device, self->stream, err);
+}
+
 /* x = norm(residual += delta) */
-static qf_status norm(qf_cuda_backend *self, const float *weight, int32_t num_tokens, qf_cuda_residual *residual,
+static qf_status norm(qf_cuda_backend *self, const float *weight, int32_t num_tokens, int32_t num_splits,
                       uint16_t *out, qf_error *err)
 {
-    qf_cuda_rmsnorm_args args = {.residual = residual->rows,
-                                 .delta = residual->num_splits > 0 ? self->ws.delta : NULL,
-                                 .num_splits = residual->num_splits,
+    qf_cuda_rmsnorm_args args = {.residual = self->ws.residual,
+                                 .delta = num_splits > 0 ? self->ws.delta : NULL,
+                                 .num_splits = num_splits,
                                  .delta_stride = self->layout.layers[0].o.n,
                                  .weight = weight,
                                  .out = out,
@@ -45,46 +63,7 @@ static qf_status norm(qf_cuda_backend *self, const float *weight, int32_t num_to
                                  .hidden_size = self->config.hidden_size,
                                  .k_padded = self->hidden_k,
                                  .eps = self->config.rms_norm_eps};
-    residual->num_splits = 0;
     return qf_cuda_rmsnorm(&args, &self->device, self->stream, err);
-}
-
-/* out = W norm(residual += delta), or act = silu(gate) * up of it: one kernel for a few tokens, else two or three. */
-static qf_status norm_linear(qf_cuda_backend *self, const float *norm_weight, qf_cuda_linear_args *linear,
-                             qf_cuda_residual *residual, bool tapped, qf_error *err)
-{
-    qf_cuda_norm_linear_args fused = {.linear = *linear,
-                                      .residual = residual->rows,
-                                      .delta = residual->num_splits > 0 ? self->ws.delta : NULL,
-                                      .num_splits = residual->num_splits,
-                                      .delta_stride = self->layout.layers[0].o.n,
-                                      .norm_weight = norm_weight,
-                                      .eps = self->config.rms_norm_eps,
-                                      .residual_out = residual->spare,
-                                      .hidden_size = self->config.hidden_size};
-    if (!tapped && linear->num_tokens <= QF_CUDA_FUSED_NORM_TOKENS &&
-        qf_cuda_norm_linear_supported(&fused, &self->device)) {
-        float *rows = residual->spare;
-        residual->spare = residual->rows;
-        residual->rows = rows;
-        residual->num_splits = 0;
-        return qf_cuda_norm_linear_mma(&fused, &self->device, self->stream, err);
-    }
-    if (!tapped) { /* the tap's caller has x already */
-        QF_TRY(norm(self, norm_weight, linear->num_tokens, residual, self->ws.x, err));
-    }
-    linear->x = self->ws.x;
-    if (linear->weight.perm != NULL) {
-        QF_TRY(qf_cuda_permute(self->ws.x, linear->weight.perm, self->ws.permuted, linear->weight.k,
-                               linear->num_tokens, self->stream, err));
-        linear->x = self->ws.permuted;
-    }
-    return qf_cuda_linear(linear, &self->device, self->stream, err);
-}
-
-qf_cuda_residual qf_cuda_residual_begin(const qf_cuda_backend *self)
-{
-    return (qf_cuda_residual){.rows = self->ws.residual, .spare = self->ws.residual_spare};
 }
 
 qf_status qf_cuda_embed(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err)
@@ -188,63 +167,35 @@ static bool on_host(const qf_cuda_backend *self, int32_t layer)
     return layer < self->config.num_layers && self->weights.layers[layer].host_blob != NULL;
 }
 
-/* A tap sees what a linear layer gets, so the norm before it must be a kernel of its own. */
-static qf_status tap_norm(qf_cuda_backend *self, qf_tap_fn tap, void *tap_arg, int32_t layer, qf_linear_id first,
-                          int32_t num_ids, const float *weight, int32_t num_tokens, qf_cuda_residual *residual,
-                          qf_error *err)
+static qf_status layer_forward(qf_cuda_backend *self, const qf_cuda_forward *f, const qf_cuda_layer *layer,
+                               int32_t index, qf_tap_fn tap, void *tap_arg, int32_t *splits, qf_error *err)
 {
-    if (tap == NULL) {
-        return QF_OK;
-    }
-    QF_TRY(norm(self, weight, num_tokens, residual, self->ws.x, err));
-    return qf_cuda_tap(self, tap, tap_arg, layer, first, num_ids, self->ws.x, true, self->config.hidden_size,
-                       self->hidden_k, num_tokens, err);
-}
-
-static qf_status attention_block(qf_cuda_backend *self, const qf_cuda_forward *f, const qf_cuda_layer *layer,
-                                 int32_t index, qf_tap_fn tap, void *tap_arg, qf_cuda_residual *residual,
-                                 qf_error *err)
-{
+    const qf_model_config *config = &self->config;
     int32_t num_tokens = f->meta->num_tokens;
-    QF_TRY(tap_norm(self, tap, tap_arg, index, QF_Q_PROJ, 3, layer->input_norm, num_tokens, residual, err));
-    qf_cuda_linear_args qkv = {.weight = layer->qkv,
-                               .epilogue = QF_CUDA_STORE,
-                               .out = self->ws.qkv,
-                               .num_tokens = num_tokens,
-                               .num_splits = qf_cuda_linear_splits(&self->device, layer->qkv.n, layer->qkv.k,
-                                                                   layer->qkv.bits, num_tokens, QF_CUDA_STORE,
-                                                                   self->options.batch_invariant),
-                               .batch_invariant = self->options.batch_invariant};
-    QF_TRY(norm_linear(self, layer->input_norm, &qkv, residual, tap != NULL, err));
-    QF_TRY(attention(self, f, index, qkv.num_splits, err));
+    int32_t qkv_splits;
+    QF_TRY(norm(self, layer->input_norm, num_tokens, *splits, self->ws.x, err));
+    QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_Q_PROJ, 3, self->ws.x, true, config->hidden_size, self->hidden_k,
+                       num_tokens, err));
+    QF_TRY(linear(self, &layer->qkv, self->ws.x, num_tokens, self->ws.qkv, &qkv_splits, err));
+    QF_TRY(attention(self, f, index, qkv_splits, err));
     QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_O_PROJ, 1, self->ws.attn, true, self->q_width, self->q_k,
                        num_tokens, err));
-    return linear(self, &layer->o, self->ws.attn, num_tokens, self->ws.delta, &residual->num_splits, err);
-}
-
-static qf_status mlp_block(qf_cuda_backend *self, const qf_cuda_forward *f, const qf_cuda_layer *layer, int32_t index,
-                           qf_tap_fn tap, void *tap_arg, qf_cuda_residual *residual, qf_error *err)
-{
-    int32_t num_tokens = f->meta->num_tokens;
-    QF_TRY(tap_norm(self, tap, tap_arg, index, QF_GATE_PROJ, 2, layer->post_attention_norm, num_tokens, residual,
-                    err));
-    qf_cuda_linear_args gate_up = {.weight = layer->gate_up,
-                                   .epilogue = QF_CUDA_SILU_MUL,
-                                   .act = self->ws.act,
-                                   .num_tokens = num_tokens,
-                                   .num_splits = 1,
-                                   .batch_invariant = self->options.batch_invariant};
-    QF_TRY(norm_linear(self, layer->post_attention_norm, &gate_up, residual, tap != NULL, err));
-    QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_DOWN_PROJ, 1, self->ws.act, true,
-                       self->config.intermediate_size, layer->down.k, num_tokens, err));
-    return linear(self, &layer->down, self->ws.act, num_tokens, self->ws.delta, &residual->num_splits, err);
+    QF_TRY(linear(self, &layer->o, self->ws.attn, num_tokens, self->ws.delta, splits, err));
+    QF_TRY(norm(self, layer->post_attention_norm, num_tokens, *splits, self->ws.x, err));
+    QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_GATE_PROJ, 2, self->ws.x, true, config->hidden_size,
+                       self->hidden_k, num_tokens, err));
+    QF_TRY(gate_up(self, &layer->gate_up, num_tokens, err));
+    QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_DOWN_PROJ, 1, self->ws.act, true, config->intermediate_size,
+                       layer->down.k, num_tokens, err));
+    return linear(self, &layer->down, self->ws.act, num_tokens, self->ws.delta, splits, err);
 }
 
 qf_status qf_cuda_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t last, qf_tap_fn tap,
-                         void *tap_arg, qf_cuda_residual *residual, qf_error *err)
+                         void *tap_arg, int32_t *delta_splits, qf_error *err)
 {
     qf_cuda_layer next = {0};
     bool fetched = false;
+    *delta_splits = 0;
     QF_TRY(begin_fetching(self, first, err));
     for (int32_t i = first; i < last; i++) {
         qf_cuda_layer layer = next;
@@ -258,8 +209,7 @@ qf_status qf_cuda_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_
         if (on_host(self, i)) {
             QF_CUDA_CHECK(cudaStreamWaitEvent(self->stream, self->slot_ready[i & 1], 0));
         }
-        QF_TRY(attention_block(self, f, &layer, i, tap, tap_arg, residual, err));
-        QF_TRY(mlp_block(self, f, &layer, i, tap, tap_arg, residual, err));
+        QF_TRY(layer_forward(self, f, &layer, i, tap, tap_arg, delta_splits, err));
         if (on_host(self, i)) {
             QF_CUDA_CHECK(cudaEventRecord(self->slot_free[i & 1], self->stream));
         }
@@ -267,22 +217,21 @@ qf_status qf_cuda_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_
     return QF_OK;
 }
 
-qf_status qf_cuda_flush_delta(qf_cuda_backend *self, const qf_cuda_forward *f, qf_cuda_residual *residual,
-                              qf_error *err)
+qf_status qf_cuda_flush_delta(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t delta_splits, qf_error *err)
 {
-    if (residual->num_splits == 0) {
+    if (delta_splits == 0) {
         return QF_OK;
     }
-    return norm(self, self->weights.final_norm, f->meta->num_tokens, residual, NULL, err);
+    return norm(self, self->weights.final_norm, f->meta->num_tokens, delta_splits, NULL, err);
 }
 
 qf_status qf_cuda_logits(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
-                         const qf_cuda_residual *residual, qf_error *err)
+                         int32_t delta_splits, qf_error *err)
 {
     const qf_cuda_weight *head = &self->weights.head;
-    qf_cuda_rmsnorm_args args = {.residual = residual->rows,
-                                 .delta = residual->num_splits > 0 ? self->ws.delta : NULL,
-                                 .num_splits = residual->num_splits,
+    qf_cuda_rmsnorm_args args = {.residual = self->ws.residual,
+                                 .delta = delta_splits > 0 ? self->ws.delta : NULL,
+                                 .num_splits = delta_splits,
                                  .delta_stride = self->layout.layers[0].o.n,
                                  .weight = self->weights.final_norm,
                                  .out = self->ws.logit_x,
@@ -361,7 +310,7 @@ qf_status qf_cuda_decode_forward(qf_cuda_backend *self, const qf_cuda_forward *f
 {
     int32_t rows = f->meta->num_rows;
     int32_t max_logprobs = f->plan.all_greedy ? 0 : rows * (1 + QF_CUDA_MAX_TOP_LOGPROBS);
-    qf_cuda_residual residual = qf_cuda_residual_begin(self);
+    int32_t delta_splits;
     QF_TRY(qf_cuda_step_fetch(&self->io, f->meta->fixed_bytes, self->stream, err));
     QF_TRY(qf_cuda_embed(self, f, err));
     if (f->meta->num_seqs <= self->decode_max_seqs) {
@@ -369,10 +318,10 @@ qf_status qf_cuda_decode_forward(qf_cuda_backend *self, const qf_cuda_forward *f
         QF_TRY(qf_cuda_sample_rows(self, f, 0, rows, err));
         return qf_cuda_step_publish(&self->io, rows, max_logprobs, self->stream, err);
     }
-    QF_TRY(qf_cuda_layers(self, f, 0, self->config.num_layers, NULL, NULL, &residual, err));
+    QF_TRY(qf_cuda_layers(self, f, 0, self->config.num_layers, NULL, NULL, &delta_splits, err));
     for (int32_t first = 0; first < rows; first += self->logit_rows) {
         int32_t count = rows - first < self->logit_rows ? rows - first : self->logit_rows;
-        QF_TRY(qf_cuda_logits(self, f, first, count, &residual, err));
+        QF_TRY(qf_cuda_logits(self, f, first, count, delta_splits, err));
         QF_TRY(qf_cuda_sample_rows(self, f, first, count, err));
     }
     return qf_cuda_step_publish(&self->io, rows, max_logprobs, self->stream, err);

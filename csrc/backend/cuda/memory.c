@@ -96,7 +96,6 @@ static void carve_activations(qf_cuda_backend *self, char *storage, size_t *at)
     int32_t inter_k = round_up(config->intermediate_size, 128);
 
     ws->residual = carve(storage, at, tokens * hidden * sizeof(float));
-    ws->residual_spare = carve(storage, at, QF_CUDA_FUSED_NORM_TOKENS * hidden * sizeof(float));
     ws->cos_sin = carve(storage, at, tokens * (size_t)config->head_dim * sizeof(float));
     if (self->options.float32) {
         ws->qkv = carve(storage, at, tokens * (q_width + 2 * (size_t)self->kv_width) * sizeof(float));
