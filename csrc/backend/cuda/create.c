@@ -7,11 +7,30 @@
 
 /* --- planning -------------------------------------------------------------------------------------------- */
 
+static bool is_plain_w4(const qf_cuda_linear_layout *layout)
+{
+    return layout->bits == 4 && layout->group_size == 128 && layout->perm == SIZE_MAX;
+}
+
+/* Whether to make room for the decode kernel. It judges the loaded layers itself, later; what it can never take is
+ * left out here. */
 static bool wants_decode_kernel(const qf_cuda_backend *self)
 {
     const qf_backend_options *options = &self->options;
-    return !options->float32 && !options->batch_invariant && !options->enforce_eager && !self->any_perm &&
-           self->layout.num_host_layers == 0;
+    const qf_model_config *config = &self->config;
+    if (options->float32 || options->batch_invariant || options->enforce_eager || self->layout.num_host_layers > 0 ||
+        config->hidden_size % 128 != 0 || config->hidden_size < 256 ||
+        config->num_heads > 8 * config->num_kv_heads) {
+        return false;
+    }
+    for (int32_t i = 0; i < config->num_layers; i++) {
+        const qf_cuda_layer_layout *layer = &self->layout.layers[i];
+        if (!is_plain_w4(&layer->qkv) || !is_plain_w4(&layer->o) || !is_plain_w4(&layer->gate_up) ||
+            !is_plain_w4(&layer->down)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 static size_t step_pinned_bytes(const qf_cuda_backend *self)
