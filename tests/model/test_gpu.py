@@ -206,17 +206,32 @@ def test_batches_agree_without_batch_invariance(tmp_path, quantization):
                 np.testing.assert_allclose(*zip(*both), atol=0.1)
 
 
-def test_decode_agrees_with_prefill(demo):
+def check_decode_against_prefill(engine, vocab_size):
     """Log-probabilities of tokens as they were generated, and of the same tokens as a prompt."""
+    for length in (3, 250, 900):
+        prompt = [(37 * i) % vocab_size for i in range(length)]
+        output = finish(engine.submit(prompt, **{**OPTIONS, "max_tokens": 40}))
+        whole = prompt + output["token_ids"]
+        engine.reset_prefix_cache()
+        rows = log_softmax(logits(engine, whole, length - 1, len(whole) - 1))
+        decoded = [row[0][1] for row in output["logprobs"]]
+        np.testing.assert_allclose(decoded, rows[np.arange(40), output["token_ids"]], atol=0.05)
+
+
+def test_decode_agrees_with_prefill(demo):
     with open_engine(demo, **CUDA) as engine:
-        for length in (3, 250, 1000):
-            prompt = [(37 * i) % 8000 for i in range(length)]
-            output = finish(engine.submit(prompt, **{**OPTIONS, "max_tokens": 40}))
-            whole = prompt + output["token_ids"]
-            engine.reset_prefix_cache()
-            rows = log_softmax(logits(engine, whole, length - 1, len(whole) - 1))
-            decoded = [row[0][1] for row in output["logprobs"]]
-            np.testing.assert_allclose(decoded, rows[np.arange(40), output["token_ids"]], atol=0.05)
+        check_decode_against_prefill(engine, 8000)
+
+
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(14, 2, 64), (7, 1, 128)])
+@pytest.mark.parametrize("head", ["model", "int8", "int4"])
+def test_decode_kernel_agrees_with_prefill(tmp_path, heads, kv_heads, head_dim, head):
+    """4 bits in groups of 128: one sequence decodes in one kernel."""
+    shape = {"hidden_size": heads * head_dim, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    shape["max_position_embeddings"] = 1024
+    write_dense(tmp_path, small_config(**shape), random_weights(small_config(**shape), 5))
+    with open_engine(tmp_path, **{**CUDA, "lm_head_dtype": head}, quantization="w4") as engine:
+        check_decode_against_prefill(engine, engine.info()["vocab_size"])
 
 
 # -- the command -------------------------------------------------------------------------------------------------
