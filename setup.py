@@ -5,7 +5,8 @@ there; these variables steer the build (none of them is read at run time):
 
     QF_WITHOUT_CUDA=1       leave the CUDA backend out
     QF_CUDA_ARCHS=80,90     GPU generations to compile for, as compute capabilities without the point; left out, those of
-                            the GPUs that nvidia-smi shows here, or, where it shows none, 80,86,89,90
+                            the GPUs that nvidia-smi shows here, or, where it shows none, 80,90
+                            (code for 8.0 runs on 8.6 and 8.9 too)
     CUDA_HOME=/usr/local/cuda
 """
 
@@ -29,7 +30,7 @@ C_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-fvisibility=hidden", "-pthread"
 C_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]  # the same sums on every compiler
 C_FLAGS += ["-g0"]  # Python's own flags ask for debugging symbols, which would be most of the wheel
 LINK_FLAGS = ["-pthread", "-Wl,--exclude-libs,ALL", "-Wl,-z,relro,-z,now"]
-CUDA_ARCHS = ["80", "86", "89", "90"]
+CUDA_ARCHS = ["80", "90"]
 # Statics without guards: those of nvcc's launch stubs hold one address each, and the guards would need libstdc++.
 HOST_FLAGS = "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall"
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", HOST_FLAGS]
