@@ -165,7 +165,7 @@ typedef struct qf_cuda_linear_args {
     bool batch_invariant; /* one order of sums for every num_tokens */
 } qf_cuda_linear_args;
 
-/* mma.sync: every GPU; the GEMV of 1 to 8 rows, the GEMM of the middle sizes, and sm_80's prefill. */
+/* mma.sync: every GPU; the GEMV of 1 to 8 rows, the GEMM up to 32, and all sizes before Hopper. */
 qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const qf_cuda_device *device, cudaStream_t stream,
                              qf_error *err);
 int32_t qf_cuda_linear_mma_splits(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits, int32_t num_tokens,

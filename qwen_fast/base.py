@@ -81,7 +81,8 @@ class BaseLLM:
             "compressed-tensors". quantization_group_size: 32, 64 or 128, for "w4".
         activation_dtype: "auto" (on the CPU int8 beside 4- and 8-bit weights, on a GPU bfloat16), "int8", "float32".
         kv_cache_dtype: "auto" (dtype), "bfloat16", "float32".
-        lm_head_dtype: "auto" (on the CPU int8 where the layers are quantised, else "model"), "model", "int8", "int4".
+        lm_head_dtype: "auto" (int8 on the CPU where the layers are quantised, and on a GPU with cpu_offload where the
+            head is tied to the embedding; else "model"), "model", "int8", "int4".
         block_size: tokens in a KV cache block: 16, 32, 64, 128.
         max_model_len: prompt and output together; None: the checkpoint's, or what the KV cache can hold.
         max_num_seqs, max_num_batched_tokens: sequences and tokens in one step.
@@ -94,9 +95,10 @@ class BaseLLM:
             gpu_memory_utilization is an alias.
         memory: weights, workspace and KV cache together take at most this, in bytes or as "6GiB": the cache gets what
             the others leave.
-        cpu_offload: "embeddings" keeps the embedding in the host's memory (a tied one saves nothing but beside a
-            quantised head). cpu_offload_gb: so many GiB of layers too, whole layers; each step then reads them over
-            the bus. Neither changes a token; the CPU refuses both.
+        cpu_offload: "embeddings" keeps the embedding in the host's memory (where it is also the head, the head becomes
+            an int8 one on the GPU: see lm_head_dtype). cpu_offload_gb: so many GiB of layers too, whole layers; each
+            step then reads them over the bus. With batch_invariant and one lm_head_dtype neither changes a bit. The CPU
+            refuses both.
         batch_invariant: the same bits for a request whatever runs beside it. On the CPU always so; on a GPU it costs
             speed, and without it only runs with the same neighbours repeat bit for bit.
         enforce_eager: kernels are launched one by one, no graphs are captured.

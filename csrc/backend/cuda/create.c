@@ -269,14 +269,9 @@ static qf_status prepare_decode(qf_cuda_backend *self, qf_error *err)
     }
     QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.decode_layers, self->decode_layers, count * sizeof *self->decode_layers,
                                   cudaMemcpyHostToDevice, self->stream));
-    for (int32_t num_seqs = 1; num_seqs <= QF_CUDA_DECODE_MOST_SEQS; num_seqs++) {
-        qf_cuda_decode_args args;
-        qf_cuda_decode_fill(self, num_seqs, &args);
-        if (!qf_cuda_decode_supported(&args, &self->device)) {
-            break;
-        }
-        self->decode_max_seqs = num_seqs;
-    }
+    qf_cuda_decode_args args;
+    qf_cuda_decode_fill(self, 1, &args);
+    self->decode_kernel = qf_cuda_decode_supported(&args, &self->device);
     return QF_OK;
 }
 

@@ -10,7 +10,6 @@
 #define QF_CUDA_STEPS_IN_FLIGHT 2
 #define QF_CUDA_MAX_GRAPHS 64 /* more than the ladder has sizes, greedy and not */
 #define QF_CUDA_MAX_TOP_LOGPROBS 64
-#define QF_CUDA_DECODE_MOST_SEQS 4 /* no more are ever asked of the decode kernel */
 
 #define QF_CUDA_CHECK(call)                                                                                        \
     do {                                                                                                           \
@@ -123,7 +122,7 @@ typedef struct qf_cuda_backend {
     qf_cuda_workspace ws;
     qf_cuda_step_io io;
     cudaStream_t stream, copy_stream;
-    cudaEvent_t slot_ready[2], slot_free[2], fork;
+    cudaEvent_t slot_ready[2], slot_free[2];
     qf_cuda_step steps[QF_CUDA_STEPS_IN_FLIGHT];
     uint64_t num_submitted, num_collected;
     qf_cuda_slot *slots; /* (max_num_seqs) */
@@ -132,8 +131,7 @@ typedef struct qf_cuda_backend {
     float *host_logits;  /* (vocab_size) */
     qf_cuda_graph graphs[QF_CUDA_MAX_GRAPHS];
     qf_cuda_decode_layer *decode_layers; /* (num_layers), as ws.decode_layers */
-    int32_t decode_max_seqs; /* batches up to here decode in one kernel; 0: none */
-    bool decode_kernel;      /* planned for: its workspace is there */
+    bool decode_kernel;  /* a sequence alone decodes in one kernel */
     char description[256];
 } qf_cuda_backend;
 

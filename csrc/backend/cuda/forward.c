@@ -313,7 +313,7 @@ qf_status qf_cuda_decode_forward(qf_cuda_backend *self, const qf_cuda_forward *f
     int32_t delta_splits;
     QF_TRY(qf_cuda_step_fetch(&self->io, f->meta->fixed_bytes, self->stream, err));
     QF_TRY(qf_cuda_embed(self, f, err));
-    if (f->meta->num_seqs <= self->decode_max_seqs) {
+    if (self->decode_kernel && f->meta->num_seqs == 1) {
         QF_TRY(decode_kernel(self, f, err));
         QF_TRY(qf_cuda_sample_rows(self, f, 0, rows, err));
         return qf_cuda_step_publish(&self->io, rows, max_logprobs, self->stream, err);

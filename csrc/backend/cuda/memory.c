@@ -138,7 +138,7 @@ static void decode_shape(const qf_cuda_backend *self, qf_cuda_decode_args *out)
                                  .num_kv_heads = self->config.num_kv_heads,
                                  .head_dim = self->config.head_dim,
                                  .block_size = self->options.block_size,
-                                 .num_seqs = QF_CUDA_DECODE_MOST_SEQS};
+                                 .num_seqs = 1};
     out->head.n = self->layout.head.n;
     out->head.k = self->layout.head.k;
     out->head.bits = self->layout.head.bits;
