@@ -210,12 +210,18 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"best": max(values), "median": statistics.median(values), "worst": min(values), "runs": len(values)}
 
 
-def save(what: str, rows: list[dict[str, Any]], wanted: bool, results: Path = HERE / "results", **more: Any) -> None:
-    """Writes <date>-<what>.json: the environment, with `more` laid over it, and the rows."""
+def save(
+    what: str, rows: list[dict[str, Any]], wanted: bool, results: Path = HERE / "results", say: bool = True, **more: Any
+) -> None:
+    """Writes <date>-<what>.json: the environment, with `more` laid over it, and the rows. A file of that name is
+    replaced whole or not at all."""
     if not wanted:
         return
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{time.strftime('%Y-%m-%d')}-{what}.json"
     found = {"environment": {**environment(), **more}, "rows": rows}
-    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    print(f"saved {path}")
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    beside.replace(path)
+    if say:
+        print(f"saved {path}")

@@ -5,12 +5,17 @@ the time of a step is taken while all sequences decode (gpu_common.decode_run), 
 each: the bytes that a step must read (weights, scales and head as stored, KV cache at the mean context) and the operations
 that it must do, as shares of the limits that were measured just before. One more row: the 7B shape at the end of 32,768
 positions.
+
+With --save the file is written anew after each row. After --budget-seconds no further row is begun; the rows left out are
+named in the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +61,49 @@ def case(engine: Any, batch: int, prompt_tokens: int, limits: Limits, args: argp
     }
 
 
+class Rows:
+    """The rows so far, written after each; and whether there is time for one more."""
+
+    def __init__(self, args: argparse.Namespace, limits: Limits) -> None:
+        self.args = args
+        self.rows: list[dict[str, Any]] = []
+        self.checks: dict[str, Any] = {}
+        self.left_out: list[str] = []
+        self.environment = gpu_environment(args)
+        self.said = limits.said
+        self.begin = time.monotonic()
+
+    def write(self, say: bool = False) -> None:
+        more = {"limits": self.said, "checks": self.checks, "left_out": self.left_out}
+        save("gpu-decode", self.rows, self.args.save, self.args.results, say, **self.environment, **more)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.write()
+
+    def has_time(self, what: str) -> bool:
+        budget = self.args.budget_seconds
+        late = budget is not None and time.monotonic() - self.begin > budget
+        if late:
+            self.left_out.append(what)
+            print(f"  left out, after {budget:g} s: {what}", flush=True)
+        return not late
+
+
+def in_time(rows: Rows, what: str, batches: list[int]) -> Iterator[int]:
+    return (batch for batch in batches if rows.has_time(f"{what}, batch {batch}"))
+
+
 def measure(
-    name: str, head: str, model: Path, batches: list[int], long: bool, limits: Limits, args: argparse.Namespace
-) -> list[dict[str, Any]]:
+    name: str,
+    head: str,
+    model: Path,
+    batches: list[int],
+    long: bool,
+    limits: Limits,
+    rows: Rows,
+    args: argparse.Namespace,
+) -> None:
     from qwen_fast import _engine
 
     options = {"quantization": "w4", "lm_head_dtype": head, "load_format": "dummy", "device": "cuda"}
@@ -76,17 +121,17 @@ def measure(
         if value
     }
     engine = _engine.Engine(str(model), **options, **sizes, **more)
-    rows = []
     try:
         info = engine.info()
         digest = check_logits(engine)
         print(
             f"\n{name}, {head} head: {info['description']}; load {info['load_seconds']:.2f} s; logits {digest}, twice the same"
         )
-        for batch in batches:
+        what = f"{name}, {head} head{', long' if long else ''}"
+        for batch in in_time(rows, what, batches):
             prompt_tokens = LONG_TOKENS - NEW_TOKENS if long else PROMPT_TOKENS
             row = {"model": name, "head": head, **case(engine, batch, prompt_tokens, limits, args), "logits": digest}
-            rows.append({**row, "load_seconds": info["load_seconds"], **more})
+            rows.add({**row, "load_seconds": info["load_seconds"], **more})
             rate, step = row["tokens_per_s"], row["step_seconds"]["median"]
             print(
                 f"  batch {batch:3} at {prompt_tokens + NEW_TOKENS // 2:5} tokens: {rate['median']:9,.1f} tok/s "
@@ -96,7 +141,6 @@ def measure(
             )
     finally:
         engine.close()
-    return rows
 
 
 def main() -> None:
@@ -106,11 +150,11 @@ def main() -> None:
     arguments.add_argument("--no-long", action="store_true", help="leave out the 7B shape at 32,768 positions")
     arguments.add_argument("--batch-invariant", action="store_true")
     arguments.add_argument("--eager", action="store_true", help="enforce_eager: no graphs")
+    arguments.add_argument("--budget-seconds", type=float, help="begin no row after so many seconds")
     args = arguments.parse_args()
     limits = Limits(args)
     batches = [int(one) for one in args.batches.split(",")]
-    rows: list[dict[str, Any]] = []
-    checks: dict[str, Any] = {}
+    rows = Rows(args, limits)
     with tempfile.TemporaryDirectory() as directory:
         for name, shape in SHAPES.items():
             if args.only not in (None, name):
@@ -119,11 +163,11 @@ def main() -> None:
             for head in args.heads.split(","):
                 if not args.skip_check:
                     options = {"quantization": "w4", "lm_head_dtype": head}
-                    checks[f"{name}, {head} head"] = check_against_cpu(name, Path(directory), options)
-                rows += measure(name, head, model, batches, False, limits, args)
+                    rows.checks[f"{name}, {head} head"] = check_against_cpu(name, Path(directory), options)
+                measure(name, head, model, batches, False, limits, rows, args)
             if name == "7B" and not args.no_long:
-                rows += measure(name, "model", model, [1], True, limits, args)
-    save("gpu-decode", rows, args.save, args.results, **gpu_environment(args), limits=limits.said, checks=checks)
+                measure(name, "model", model, [1], True, limits, rows, args)
+    rows.write(say=True)
 
 
 if __name__ == "__main__":

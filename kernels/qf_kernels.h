@@ -302,6 +302,8 @@ typedef struct qf_cuda_logprob {
     float logprob;
 } qf_cuda_logprob;
 
+typedef struct qf_cuda_step_io qf_cuda_step_io; /* below */
+
 /* counts: per slot a word per token: bit 15: in the prompt or the output; the lower 15: times in the output
  * (saturating). */
 typedef struct qf_cuda_sample_args {
@@ -316,7 +318,10 @@ typedef struct qf_cuda_sample_args {
     qf_cuda_logprob *logprobs;
     void *workspace;
     bool all_greedy;                 /* host's promise: every row has temperature 0, no edits, no logprobs */
+    const qf_cuda_step_io *publish; /* host; NULL, or these are all of a step's rows: its results go out too */
 } qf_cuda_sample_args;
+/* Of the workspace, zeroed once by the caller; the kernels leave them zero. */
+#define QF_CUDA_SAMPLE_ZEROED_BYTES 256
 qf_status qf_cuda_sample(const qf_cuda_sample_args *args, const qf_cuda_device *device, cudaStream_t stream,
                          qf_error *err);
 size_t qf_cuda_sample_workspace_bytes(int32_t vocab_size, int32_t max_rows);
@@ -331,29 +336,59 @@ qf_status qf_cuda_reset_counts(uint16_t *counts, int32_t slot, int32_t vocab_siz
 
 /* ---- a step's way in and out -------------------------------------------------------------------------------- */
 
-/* The first bytes of a step's metadata. */
+/* The first bytes of a step's metadata. The host sends what is in use, in one piece:
+ *     fixed part (header included) | items | sliding items | the rest
+ * On the device items and sliding items have room for as many as there can be, and what follows them stands behind. */
 typedef struct qf_cuda_step_header {
-    uint32_t meta_bytes;   /* of the whole, this included; a multiple of 16 */
+    uint32_t meta_bytes;   /* of the whole as sent */
+    uint32_t items_end, sliding_end; /* of the two lists of items as sent; these three are multiples of 16 */
+    uint32_t sequence;     /* the steps before this one */
     uint32_t num_results;  /* token ids */
     uint32_t num_logprobs; /* entries */
-    uint32_t parity;       /* set by the device */
+    uint32_t reserved[2];
 } qf_cuda_step_header;
 
-typedef struct qf_cuda_step_io {
-    const void *host_meta[2];           /* pinned host memory, 16-byte aligned: steps take turns */
-    int32_t *host_token_ids[2];         /* pinned */
-    qf_cuda_logprob *host_logprobs[2];  /* pinned */
-    void *device_meta;
+/* In pinned host memory. */
+typedef struct qf_cuda_step_result {
+    uint64_t begin_ns, end_ns; /* the device's clock */
+    uint32_t number;           /* sequence + 1, written when everything else has been */
+} qf_cuda_step_result;
+
+/* On the device; zeroed once. */
+typedef struct qf_cuda_step_state {
+    uint64_t begin_ns;
+    uint32_t counter;  /* steps published so far: whose turn it is */
+    uint32_t arrivals; /* of a kernel's blocks, to find the last; left zero */
+} qf_cuda_step_state;
+
+struct qf_cuda_step_io {
+    const void *staging[2];             /* device: metadata as sent, 16-byte aligned; steps take turns */
+    void *device_meta;                  /* where kernels find it */
     const int32_t *token_ids;           /* device */
     const qf_cuda_logprob *logprobs;    /* device */
-    uint32_t *counter;                  /* device: steps published so far; the next one's parity */
-} qf_cuda_step_io;
+    qf_cuda_step_state *state;          /* device */
+    int32_t *host_token_ids[2];         /* pinned */
+    qf_cuda_logprob *host_logprobs[2];  /* pinned */
+    qf_cuda_step_result *host_results[2]; /* pinned */
+};
 
-/* fixed_bytes: what every step of these capacities has. */
-qf_status qf_cuda_step_fetch(const qf_cuda_step_io *io, size_t fixed_bytes, cudaStream_t stream, qf_error *err);
-/* The bounds size the grid; the header has the true numbers. */
+/* A step's first kernel: metadata to its place, rows of cosines and sines, embedding rows. */
+typedef struct qf_cuda_step_begin_args {
+    qf_cuda_step_io io;
+    size_t fixed_bytes;                /* of the fixed part: a multiple of 16, as are the next two */
+    size_t items_bytes, sliding_bytes; /* room on the device */
+    qf_cuda_embedding_args embedding;  /* token_ids: in the fixed part of device_meta. table NULL: none */
+    const int32_t *positions;          /* in the fixed part of device_meta; the rest as qf_cuda_rope_table */
+    const float *inv_freq;
+    double factor;
+    float *cos_sin;
+    int32_t num_tokens, head_dim;
+} qf_cuda_step_begin_args;
+qf_status qf_cuda_step_begin(const qf_cuda_step_begin_args *args, cudaStream_t stream, qf_error *err);
+
+/* The results' way out, after all else on the stream. The bounds size the grid; the header has the true numbers. */
 qf_status qf_cuda_step_publish(const qf_cuda_step_io *io, int32_t max_results, int32_t max_logprobs,
-                               cudaStream_t stream, qf_error *err);
+                               const qf_cuda_device *device, cudaStream_t stream, qf_error *err);
 
 /* ---- one decode step in one launch ------------------------------------------------------------------------- */
 

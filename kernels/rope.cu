@@ -19,8 +19,7 @@
  * splits, and those of cosines and sines, go out before the first addition. Sums, rotations and rounding have one order, whatever the batch.
  *
  * Measured: see PERF.md. */
-#include "common/launch.cuh"
-#include "common/ptx.cuh"
+#include "rope_table.cuh"
 
 #define THREADS 256
 #define SPLIT_BATCH 8
@@ -105,7 +104,7 @@ static __global__ void __launch_bounds__(THREADS) rope_kv_write_kernel(qf_cuda_r
     const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     const int32_t token = (int32_t)(index / per_token), rest = (int32_t)(index - (int64_t)token * per_token);
     const int32_t head = rest / vectors, j = (rest - head * vectors) * width;
-    /* Slots were copied before the step's first kernel, an ordinary launch: they may be read before the wait. */
+    /* The step's first kernel lets no other start before its metadata is in place: slots may be read before the wait. */
     const int32_t slot = head < a.num_heads ? 0 : token < a.num_tokens ? __ldcg(a.slot_mapping + token) : -1;
     qf_grid_dependency_wait();
     if (token >= a.num_tokens || slot < 0) {
@@ -145,11 +144,7 @@ static __global__ void __launch_bounds__(THREADS)
     if (token >= num_tokens) {
         return;
     }
-    const float angle = __fmul_rn((float)positions[token], inv_freq[j]);
-    double sine, cosine;
-    sincos((double)angle, &sine, &cosine);
-    cos_sin[(int64_t)token * head_dim + j] = (float)(cosine * factor);
-    cos_sin[(int64_t)token * head_dim + half + j] = (float)(sine * factor);
+    qf_rope_table_entry(positions[token], inv_freq[j], factor, cos_sin + (int64_t)token * head_dim, j, half);
 }
 
 extern "C" qf_status qf_cuda_rope_table(const int32_t *positions, const float *inv_freq, double factor, float *cos_sin,

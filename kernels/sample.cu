@@ -18,11 +18,12 @@
  *        | ------- group 0 ------- |  group 1    2    3        |  4 | ...     |       |
  *        |   warp 0, step 0           warp 1, 2, 3             |  warp 0, step 1      |  next chunk
  *
- *   all_greedy:  (chunks, rows) maxima with ids  ->  one warp a row
+ *   all_greedy:  (chunks, rows) maxima with ids; the last CTA merges those of all rows
  *   otherwise:   scan   (chunks, rows)  validity, edited copy (if the row has edits), maxima of blocks and chunks
  *                mass   (chunks, rows)  weights under the row's maximum, for rows that need all of them: sums of groups
  *                                       (draw by id, logprobs) or a histogram over 2,048 bins (top_p)
  *                finish (rows)          512 threads: the draw (sample_finish.cuh, sample_select.cuh)
+ *   The last CTA of a step's last kernel sends its results to the host too (step_publish.cuh).
  *   A small top_k (Qwen2.5's 20) needs no weights but its candidates': blocks whose maxima reach the 20th largest of
  *   the maxima hold them all.
  *
@@ -30,8 +31,8 @@
  * does not depend on how many rows there are. Against the host's sums in double a total is off by less than 9e-9.
  *
  * Measured: see PERF.md.
- * Not taken: a counter by which a row's last CTA finishes it (a fence and an atomic cost what a dependent launch does);
- * sums in double (atomics would have an order); a sort of the row (several passes where the histogram needs one). */
+ * Not taken: a counter by which the last CTA of scan or mass goes on (a fence and an atomic cost about what a dependent
+ * launch does; greedy rows and results have one, which saves two launches); sums in double (atomics would have an order); a sort of the row (several passes where the histogram needs one). */
 #include "sample_edit.cuh"
 #include "sample_finish.cuh"
 #include "sample_greedy.cuh"
@@ -259,6 +260,7 @@ static size_t qf_sample_lay_out(qf_sample_work *work, char *workspace, int32_t v
     work->num_blocks = work->stride / QF_SAMPLE_BLOCK;
     size_t rows = (size_t)num_rows, groups = (size_t)work->num_groups, blocks = (size_t)work->num_blocks;
     char *next = workspace;
+    work->arrivals = (uint32_t *)qf_sample_take(&next, QF_CUDA_SAMPLE_ZEROED_BYTES); /* one place for any num_rows */
     work->edited = (float *)qf_sample_take(&next, rows * (size_t)work->stride * sizeof *work->edited);
     work->mass = (uint64_t *)qf_sample_take(&next, rows * groups * sizeof *work->mass);
     work->raw_mass = (uint64_t *)qf_sample_take(&next, rows * groups * sizeof *work->raw_mass);
@@ -295,6 +297,11 @@ static qf_status qf_sample_check(const qf_cuda_sample_args *args, qf_error *err)
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "sample: workspace at %p: must be a multiple of 256",
                        args->workspace);
     }
+    if (args->publish != NULL && (args->num_rows == 0 || args->publish->token_ids != args->token_ids)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "sample: %d rows' tokens at %p; those to publish at %p: must be the same, and at least one",
+                       args->num_rows, (void *)args->token_ids, (const void *)args->publish->token_ids);
+    }
     return QF_OK;
 }
 
@@ -306,6 +313,10 @@ static void qf_sample_cut(qf_sample_work *work, const qf_cuda_device *device)
     chunks = chunks < 1 ? 1 : chunks > most ? most : chunks;
     work->steps = (most + chunks - 1) / chunks;
     work->num_chunks = (most + work->steps - 1) / work->steps;
+    work->finish_lanes = 1;
+    while (work->finish_lanes * QF_SAMPLE_LANE_WORDS < work->num_chunks) {
+        work->finish_lanes *= 2;
+    }
 }
 
 extern "C" qf_status qf_cuda_sample(const qf_cuda_sample_args *args, const qf_cuda_device *device, cudaStream_t stream,
@@ -315,8 +326,12 @@ extern "C" qf_status qf_cuda_sample(const qf_cuda_sample_args *args, const qf_cu
     if (args->num_rows == 0) {
         return QF_OK;
     }
-    qf_sample_work work;
+    qf_sample_work work = {};
     work.args = *args;
+    work.publishes = args->publish != NULL;
+    if (work.publishes) {
+        work.io = *args->publish;
+    }
     (void)qf_sample_lay_out(&work, (char *)args->workspace, args->vocab_size, args->num_rows);
     qf_sample_cut(&work, device);
     work.vectors = (uintptr_t)args->logits % 16 == 0 && args->logits_stride % 4 == 0;
@@ -324,10 +339,7 @@ extern "C" qf_status qf_cuda_sample(const qf_cuda_sample_args *args, const qf_cu
     bool dependent = device->dependent_launch;
     dim3 chunks(work.num_chunks, args->num_rows), threads(QF_SAMPLE_CHUNK_THREADS);
     if (args->all_greedy) {
-        QF_TRY(qf_launch("sample", qf_sample_greedy_scan_kernel, chunks, threads, 0, dependent, stream, err, work));
-        return qf_launch("sample", qf_sample_greedy_finish_kernel,
-                         dim3((args->num_rows + QF_SAMPLE_CHUNK_WARPS - 1) / QF_SAMPLE_CHUNK_WARPS), threads, 0,
-                         dependent, stream, err, work);
+        return qf_launch("sample", qf_sample_greedy_kernel, chunks, threads, 0, dependent, stream, err, work);
     }
     QF_TRY(qf_launch("sample", qf_sample_scan_kernel, chunks, threads, 0, dependent, stream, err, work));
     QF_TRY(qf_launch("sample", qf_sample_mass_kernel, chunks, threads, 0, dependent, stream, err, work));

@@ -8,6 +8,7 @@
 
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
+#include "step_publish.cuh"
 
 #define QF_SAMPLE_BLOCK 128     /* logits with one maximum in common: a warp's 16-byte loads */
 #define QF_SAMPLE_GROUP 512     /* logits that a warp has in flight: four blocks, one mass */
@@ -174,11 +175,12 @@ static __device__ __forceinline__ qf_sample_plan qf_sample_plan_make(const qf_cu
 
 /* --- workspace ------------------------------------------------------------------------------------------------ */
 
-/* All by row; a row's `stride` is vocab_size up to the next group. Nothing needs to be zeroed. */
+/* All by row but the first; a row's `stride` is vocab_size up to the next group. Nothing else needs to be zeroed. */
 typedef struct qf_sample_work {
     qf_cuda_sample_args args;
+    uint32_t *arrivals;      /* (1) of a kernel's CTAs, to find the last: zero before and after */
     float *edited;           /* (num_rows, stride) logits after masks and penalties, of rows that have any */
-    uint64_t *mass;          /* (num_rows, num_groups) by id */
+    uint64_t *mass;          /* (num_rows, num_groups) by id; if all are greedy, (num_rows, num_chunks) of maxima */
     uint64_t *raw_mass;      /* (num_rows, num_groups) of the logits as they came, temperature 1 */
     uint64_t *bin_mass;      /* (num_rows, QF_SAMPLE_BINS) */
     uint32_t *bin_count;     /* (num_rows, QF_SAMPLE_BINS) */
@@ -187,6 +189,9 @@ typedef struct qf_sample_work {
     uint32_t *raw_block_max; /* (num_rows, num_blocks) */
     int32_t stride, num_groups, num_blocks;
     int32_t steps, num_chunks; /* a chunk: `steps` groups for each of its CTA's warps */
+    int32_t finish_lanes;    /* that merge a greedy row's chunks: a power of two up to 32 */
+    bool publishes;
+    qf_cuda_step_io io;      /* if it publishes */
     bool vectors, count_vectors; /* 16-byte loads of logits, 8-byte loads of counts are aligned */
 } qf_sample_work;
 

@@ -261,6 +261,13 @@ static __device__ __forceinline__ void qf_sample_logprobs(const qf_sample_work *
     }
 }
 
+/* By a block that has come last: what it and the others have stored, to the host. */
+static __device__ __forceinline__ void qf_sample_publish(const qf_sample_work *work)
+{
+    __syncthreads();
+    qf_step_publish(work->io, qf_step_load_header(work->io));
+}
+
 /* --- kernel --------------------------------------------------------------------------------------------------- */
 
 /* Grid (num_rows). */
@@ -282,6 +289,9 @@ static __global__ void __launch_bounds__(QF_SAMPLE_THREADS, 2)
     }
     if (plan.logprobs) {
         qf_sample_logprobs(&work, row, r, stats, token_id);
+    }
+    if (work.publishes && qf_step_is_last(work.arrivals, gridDim.x)) {
+        qf_sample_publish(&work);
     }
 }
 

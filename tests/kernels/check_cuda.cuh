@@ -1,7 +1,8 @@
 /* What every kernel test needs: device arrays with guards and poison, random data, comparison, timing.
  *
  * A test is one program, tests/kernels/test_<name>.cu, linked with all kernels and the CPU sources named in its first
- * comment. It checks always; with --bench it then times, and prints a table. --sm80 forces the code path of sm_80. */
+ * comment. It checks always; with --bench it then times, and prints a table. --sm80 forces the code path of sm_80; --brief
+ * leaves out repetitions and the largest shapes, for tools that slow a kernel down a thousand times. */
 #ifndef CHECK_CUDA_CUH
 #define CHECK_CUDA_CUH
 
@@ -18,6 +19,7 @@
 #include "qf_kernels.h"
 
 static int check_failures;
+static bool check_brief; /* --brief */
 
 #define CHECK(condition)                                                                 \
     do {                                                                                 \
@@ -204,6 +206,8 @@ static inline Options check_options(int argc, char **argv)
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--bench") == 0) {
             o.bench = true;
+        } else if (strcmp(argv[i], "--brief") == 0) {
+            check_brief = true;
         } else if (strcmp(argv[i], "--sm80") == 0) {
             o.device.hopper = false;
             o.device.dependent_launch = false;

@@ -75,6 +75,9 @@ static void test_layout()
 {
     Random random(1);
     for (int num_tokens : num_tokens_cases) {
+        if (check_brief && num_tokens != 3 && num_tokens != 17) {
+            continue;
+        }
         for (int k : {128, 384, 1024}) {
             for (int width : {1, k - 128 + 1, k - 3, k}) {
                 check_tile(random, width, k, num_tokens);
@@ -162,6 +165,9 @@ static void check_embedding(Random &random, const qf_cuda_device *device, const 
         CHECK_CUDA(cudaHostGetDevicePointer(&host_as_device, host_table, 0));
     }
     for (int num_tokens : num_tokens_cases) {
+        if (check_brief && num_tokens != 3 && num_tokens != 17) {
+            continue;
+        }
         Tokens tokens = make_tokens(random, num_tokens, table.vocab_size);
         Device<int32_t> ids(tokens.ids), last_token(tokens.last_token);
         Device<float> out((size_t)num_tokens * table.hidden_size);
@@ -339,6 +345,9 @@ static void test_rmsnorm(const qf_cuda_device *device)
 {
     Random random(3);
     for (int num_tokens : num_tokens_cases) {
+        if (check_brief && num_tokens != 3 && num_tokens != 17) {
+            continue;
+        }
         check_norm(random, device, num_tokens, 384, num_tokens % 4, 0);
         check_norm(random, device, num_tokens, 896, 1 + num_tokens % 8, 0);
         check_norm(random, device, num_tokens, 3584, num_tokens % 3, 0);
@@ -347,9 +356,9 @@ static void test_rmsnorm(const qf_cuda_device *device)
     for (int hidden_size : {4, 100, 1536, 2048, 2052, 4096, 4100, 5120, 8192}) {
         check_norm(random, device, 5, hidden_size, 5, 0);
         check_norm(random, device, 3, hidden_size, 8, 17);
-        check_norm(random, device, 150, hidden_size, 3, 0);
+        check_norm(random, device, check_brief ? 9 : 150, hidden_size, 3, 0);
     }
-    check_norm(random, device, 700, 896, 1, 0);
+    check_norm(random, device, check_brief ? 70 : 700, 896, 1, 0);
     check_norm(random, device, 300, 3584, 2, 290);
 }
 

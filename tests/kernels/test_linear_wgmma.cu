@@ -1,5 +1,6 @@
 /* sources: base/status.c */
-/* The wgmma linear kernel, and the choice between it and the mma one. */
+/* The wgmma linear kernel, and the choice between it and the mma one. --layers: after the checks, the times of the four
+ * linears of a layer as the choice makes them, for programs to read. */
 #include "common/ptx.cuh"
 #include "weights.cuh"
 
@@ -429,11 +430,21 @@ struct Bench {
     }
     ~Bench() { cudaFree(pool), cudaFree(x), cudaFree(act), cudaFree(out); }
 
+    /* Calls of a graph that take about 1.5 ms. */
+    static int calls_for(int n, int k, int bits, int num_tokens)
+    {
+        double estimate_us = std::max((double)n * k * bits / 8 / 3e6, 2.0 * n * k * num_tokens / 5e8) + 3;
+        return (int)std::min(256.0, std::max(3.0, 1500.0 / estimate_us));
+    }
+
     double time(Linear linear, int n, int k, int bits, int num_tokens, bool silu, int splits)
     {
+        return time(linear, n, k, bits, num_tokens, silu, splits, calls_for(n, k, bits, num_tokens), 3);
+    }
+
+    double time(Linear linear, int n, int k, int bits, int num_tokens, bool silu, int splits, int count, int repeats)
+    {
         size_t bytes = (size_t)n * k * bits / 8, scales = bits == 16 ? 0 : (size_t)n * (k / 128) * 4;
-        double estimate_us = std::max(bytes / 3e6, 2.0 * n * k * num_tokens / 5e8) + 3;
-        int count = (int)std::min(256.0, std::max(3.0, 1500.0 / estimate_us));
         size_t copies = std::max<size_t>(1, pool_bytes / bytes);
         copies = scales > 0 ? std::min(copies, scales_bytes / scales) : copies;
         return time_us(
@@ -448,7 +459,7 @@ struct Bench {
                 args.num_tokens = num_tokens, args.num_splits = splits;
                 CHECK_OK(linear(&args, &device, stream, &check_error));
             },
-            count, 3);
+            count, repeats);
     }
 };
 
@@ -510,6 +521,35 @@ static void bench(const qf_cuda_device &device)
     }
 }
 
+/* One line a case: "layer", model, linear, n, k, bits, tokens, us, shares of k. The graph's calls read more than 200 MB of
+ * weights, so that none of them is in the L2 when its turn comes again. */
+static void bench_layers(const qf_cuda_device &device)
+{
+    static const struct {
+        const char *model, *linear;
+        int n, k;
+    } linears[] = {{"7B", "qkv", 4608, 3584},         {"7B", "o", 3584, 3584},    {"7B", "gate_up", 37888, 3584},
+                   {"7B", "down", 3584, 18944},       {"0.5B", "qkv", 1152, 896}, {"0.5B", "o", 896, 896},
+                   {"0.5B", "gate_up", 9728, 896},    {"0.5B", "down", 896, 4864}};
+    static const int counts[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512};
+    Bench b(device);
+    for (int bits : {4, 8, 16}) {
+        fill<<<1024, 256>>>((uint32_t *)b.pool, b.pool_bytes / 4, bits == 16 ? 1 : 0, 3);
+        for (auto l : linears) {
+            const bool silu = strcmp(l.linear, "gate_up") == 0;
+            qf_cuda_epilogue epilogue = silu ? QF_CUDA_SILU_MUL : QF_CUDA_STORE;
+            int cold = (int)((size_t)220000000 / ((size_t)l.n * l.k * bits / 8)) + 1;
+            for (int num_tokens : counts) {
+                int calls = std::max(cold, Bench::calls_for(l.n, l.k, bits, num_tokens));
+                int splits = qf_cuda_linear_splits(&device, l.n, l.k, bits, num_tokens, epilogue, false);
+                double us = b.time(qf_cuda_linear, l.n, l.k, bits, num_tokens, silu, splits, calls, 7);
+                printf("layer %s %s %d %d %d %d %.3f %d\n", l.model, l.linear, l.n, l.k, bits, num_tokens, us, splits);
+            }
+        }
+        fflush(stdout);
+    }
+}
+
 int main(int argc, char **argv)
 {
     Options options = check_options(argc, argv);
@@ -526,6 +566,11 @@ int main(int argc, char **argv)
     check_choice(options.device);
     if (options.bench && options.device.hopper) {
         bench(options.device);
+    }
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--layers") == 0 && check_failures == 0) {
+            bench_layers(options.device);
+        }
     }
     return check_report(options.device.hopper ? "linear_wgmma" : "linear_wgmma --sm80");
 }

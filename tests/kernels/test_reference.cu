@@ -110,6 +110,9 @@ static void test_linear(const Cpu &cpu)
 {
     Random random(1);
     for (int num_tokens : {1, 2, 3, 7, 8, 9, 17, 64, 65, 118, 130}) {
+        if (check_brief && num_tokens > 17 && num_tokens != 65) {
+            continue;
+        }
         check_linear(cpu, random, num_tokens, 384, 384, num_tokens % 2 == 0);
     }
     check_linear(cpu, random, 1, 1, 1, true);
@@ -118,8 +121,10 @@ static void test_linear(const Cpu &cpu)
     check_linear(cpu, random, 5, 130, 100, true);
     check_linear(cpu, random, 17, 2048, 384, false);
     check_linear(cpu, random, 17, 384, 1024, true);
-    check_linear(cpu, random, 1, 8192, 384, false);
-    check_linear(cpu, random, 2, 896, 4864, false);
+    if (!check_brief) {
+        check_linear(cpu, random, 1, 8192, 384, false);
+        check_linear(cpu, random, 2, 896, 4864, false);
+    }
 }
 
 /* --- rmsnorm -------------------------------------------------------------------------------------------------- */
@@ -416,7 +421,7 @@ static void test_attention(const Cpu &cpu)
     check_attention(cpu, random, 6, 2, 64, 16, 0, {1}, {1});
     check_attention(cpu, random, 6, 2, 64, 16, 0, {118}, {118});
     check_attention(cpu, random, 6, 2, 64, 16, 0, {1, 2, 3, 17, 9}, {33, 2, 130, 64, 9});
-    check_attention(cpu, random, 14, 2, 64, 32, 0, {7, 1}, {1007, 600});
+    check_attention(cpu, random, 14, 2, 64, 32, 0, {7, 1}, {check_brief ? 107 : 1007, check_brief ? 60 : 600});
     check_attention(cpu, random, 28, 4, 128, 16, 0, {1, 31}, {300, 31});
     check_attention(cpu, random, 5, 5, 256, 16, 0, {8}, {65});
     check_attention(cpu, random, 6, 2, 64, 16, 1, {40}, {50});
@@ -426,7 +431,7 @@ static void test_attention(const Cpu &cpu)
     check_attention(cpu, random, 4, 2, 80, 16, 0, {17}, {40});
     check_attention(cpu, random, 3, 1, 33, 5, 7, {17, 2}, {40, 2});
     check_attention(cpu, random, 2, 2, 2, 1, 0, {3}, {67});
-    check_attention(cpu, random, 6, 2, 64, 16, 0, {1}, {9000});
+    check_attention(cpu, random, 6, 2, 64, 16, 0, {1}, {check_brief ? 900 : 9000});
 }
 
 /* --- errors --------------------------------------------------------------------------------------------------- */

@@ -336,6 +336,12 @@ struct Pool {
           counts((size_t)num_rows_ * vocab_size_), last_token(num_rows_), token_ids(num_rows_),
           workspace(qf_cuda_sample_workspace_bytes(vocab_size_, num_rows_))
     {
+        CHECK_CUDA(cudaMemset(workspace.data, 0, QF_CUDA_SAMPLE_ZEROED_BYTES)); /* once: kernels leave it so */
+    }
+    void poison_workspace()
+    {
+        CHECK_CUDA(cudaMemset(workspace.data + QF_CUDA_SAMPLE_ZEROED_BYTES, 0xff,
+                              workspace.size - QF_CUDA_SAMPLE_ZEROED_BYTES));
     }
 };
 
@@ -351,7 +357,7 @@ static void launch(Pool *pool, const Batch &batch, int32_t first, int32_t count,
     Device<uint32_t> bitmasks(mask_words);
     Device<qf_cuda_logit_bias> biases(bias_words);
     Device<qf_cuda_logprob> out((size_t)batch.num_logprobs + 1);
-    pool->workspace.poison();
+    pool->poison_workspace();
     pool->token_ids.poison();
     qf_cuda_sample_args args = {};
     args.logits = pool->logits.data + (size_t)first * pool->stride;
@@ -630,18 +636,20 @@ int main(int argc, char **argv)
     check_arguments(device);
     static const int32_t small[] = {1, 2, 33, 512, 8192};
     for (int32_t vocab : small) {
-        for (int round = 0; round < (vocab == 8192 ? 4 : 8); round++) {
+        for (int round = 0; round < (check_brief ? 2 : vocab == 8192 ? 4 : 8); round++) {
             int32_t stride = vocab + (round % 2 == 0 ? 0 : (16 - vocab % 16));
-            check_batch(device, &random, vocab, stride, 64, 5, round == 1);
+            check_batch(device, &random, vocab, stride, check_brief ? 24 : 64, check_brief ? 2 : 5, round == 1);
         }
         check_greedy(device, &random, vocab, vocab, 96);
     }
-    check_batch(device, &random, 4999, 5008, 40, 3, true);
-    check_batch(device, &random, 151936, 151936, 24, 2, true);
-    check_batch(device, &random, 152064, 152064, 9, 1, false);
-    check_greedy(device, &random, 151936, 151936, 33);
+    check_batch(device, &random, 4999, 5008, check_brief ? 12 : 40, check_brief ? 1 : 3, true);
+    if (!check_brief) {
+        check_batch(device, &random, 151936, 151936, 24, 2, true);
+        check_batch(device, &random, 152064, 152064, 9, 1, false);
+    }
+    check_greedy(device, &random, 151936, 151936, check_brief ? 3 : 33);
     printf("%d draws compared, %d near a threshold; %d logprobs\n", num_draws, num_near, num_compared_logprobs);
-    CHECK(num_draws > 5000 && num_compared_logprobs > 5000);
+    CHECK(check_brief || (num_draws > 5000 && num_compared_logprobs > 5000));
     CHECK(num_near * 500 < num_draws);
     if (options.bench && check_failures == 0) {
         bench(device);

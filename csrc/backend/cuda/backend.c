@@ -1,5 +1,13 @@
 /* The CUDA backend's steps, behind backend.h. A step is enqueued by submit(), which returns while the device works;
- * collect() waits for the oldest one. */
+ * collect() waits for the oldest one.
+ *
+ * Its metadata goes ahead on a stream of its own, so that it is copied while the step before computes; buffers are used
+ * by turns, and one is free again when the step before last has been collected. Results and times are written to host
+ * memory by the device, a step's number last, which is what collect() waits for: between two steps nothing but the wait
+ * for metadata that came long ago stands on the main stream. */
+#include <stdatomic.h>
+#include <time.h>
+
 #include "backend/cuda/cuda.h"
 #include "backend/cuda/cuda_backend.h"
 #include "sample/state.h"
@@ -19,6 +27,20 @@ static bool is_plain_decode(const qf_batch *batch)
     return true;
 }
 
+#define SPINS_PER_QUERY 4096 /* looks at a step's number: some 0.2 ms */
+#define SPINNING_QUERIES 10
+#define SLEEP_NS 50000       /* between looks at a step that takes longer than that */
+
+/* The step's metadata on its way to the device; the main stream waits for it. */
+static qf_status send_meta(qf_cuda_backend *self, qf_cuda_step *step, size_t bytes, qf_error *err)
+{
+    char *to = self->ws.staging[step - self->steps];
+    QF_CUDA_CHECK(cudaMemcpyAsync(to, step->meta, bytes, cudaMemcpyHostToDevice, self->meta_stream));
+    QF_CUDA_CHECK(cudaEventRecord(step->sent, self->meta_stream));
+    QF_CUDA_CHECK(cudaStreamWaitEvent(self->stream, step->sent, 0));
+    return QF_OK;
+}
+
 static qf_status submit_graph(qf_cuda_backend *self, qf_cuda_step *step, const qf_batch *batch, int32_t padded,
                               qf_error *err)
 {
@@ -28,6 +50,7 @@ static qf_status submit_graph(qf_cuda_backend *self, qf_cuda_step *step, const q
     qf_cuda_meta_layout(self, step->meta, padded, padded, padded, qf_cuda_step_max_items(self, NULL, padded), &host);
     QF_TRY(qf_cuda_step_build(self, step, batch, &host, &made, err));
     QF_TRY(qf_cuda_graph_get(self, padded, made.all_greedy, &graph, err));
+    QF_TRY(send_meta(self, step, made.meta_bytes, err));
     QF_CUDA_CHECK(cudaGraphLaunch(graph, self->stream));
     return QF_OK;
 }
@@ -63,7 +86,7 @@ static qf_status logits_and_sampling(qf_cuda_backend *self, const qf_cuda_forwar
         } else {
             QF_TRY(qf_cuda_logits(self, f, first, count, delta_splits, err));
         }
-        QF_TRY(qf_cuda_sample_rows(self, f, first, count, err));
+        QF_TRY(qf_cuda_sample_rows(self, f, first, count, false, err));
         for (int32_t i = 0; i < count; i++) {
             QF_TRY(finish_row_on_host(self, &batch->logit_tasks[first + i],
                                       self->ws.logits + (size_t)i * (size_t)self->logits_stride, err));
@@ -72,7 +95,7 @@ static qf_status logits_and_sampling(qf_cuda_backend *self, const qf_cuda_forwar
     return QF_OK;
 }
 
-/* Lays out and copies the metadata of a step that is launched kernel by kernel. */
+/* Lays out and sends the metadata of a step that is launched kernel by kernel. */
 static qf_status begin_eager(qf_cuda_backend *self, qf_cuda_step *step, const qf_batch *batch, qf_cuda_meta *device_meta,
                              qf_cuda_forward *f, qf_error *err)
 {
@@ -83,7 +106,7 @@ static qf_status begin_eager(qf_cuda_backend *self, qf_cuda_step *step, const qf
                         device_meta);
     *f = (qf_cuda_forward){.meta = device_meta};
     QF_TRY(qf_cuda_step_build(self, step, batch, &host, &f->plan, err));
-    return qf_cuda_step_fetch(&self->io, device_meta->fixed_bytes, self->stream, err);
+    return send_meta(self, step, f->plan.meta_bytes, err);
 }
 
 static qf_status submit_eager(qf_cuda_backend *self, qf_cuda_step *step, const qf_batch *batch, qf_error *err)
@@ -92,14 +115,15 @@ static qf_status submit_eager(qf_cuda_backend *self, qf_cuda_step *step, const q
     qf_cuda_forward f;
     int32_t delta_splits = 0;
     QF_TRY(begin_eager(self, step, batch, &meta, &f, err));
-    QF_TRY(qf_cuda_embed(self, &f, err));
+    QF_TRY(qf_cuda_begin(self, &f, true, err));
     if (self->options.float32) {
         QF_TRY(qf_cuda_reference_layers(self, &f, 0, self->config.num_layers, NULL, NULL, err));
     } else {
         QF_TRY(qf_cuda_layers(self, &f, 0, self->config.num_layers, NULL, NULL, &delta_splits, err));
     }
     QF_TRY(logits_and_sampling(self, &f, batch, delta_splits, err));
-    return qf_cuda_step_publish(&self->io, step->num_results, step->num_logprobs, self->stream, err);
+    return qf_cuda_step_publish(&self->io, step->num_results, step->num_logprobs, &self->device, self->stream,
+                                err);
 }
 
 static qf_status cuda_submit(qf_backend *base, const qf_batch *batch, qf_error *err)
@@ -109,17 +133,59 @@ static qf_status cuda_submit(qf_backend *base, const qf_batch *batch, qf_error *
         return QF_FAIL(err, QF_ERROR_INTERNAL, "two steps are already in flight");
     }
     qf_cuda_step *step = &self->steps[self->num_submitted % QF_CUDA_STEPS_IN_FLIGHT];
-    self->num_submitted++;
     step->num_results = 0;
     QF_CUDA_CHECK(cudaSetDevice(self->device.ordinal));
-    QF_CUDA_CHECK(cudaEventRecord(step->start, self->stream));
     int32_t padded = is_plain_decode(batch) ? qf_cuda_graph_size(self, batch->num_seqs) : 0;
     if (padded > 0) {
         QF_TRY(submit_graph(self, step, batch, padded, err));
     } else {
         QF_TRY(submit_eager(self, step, batch, err));
     }
-    QF_CUDA_CHECK(cudaEventRecord(step->stop, self->stream));
+    self->num_submitted++; /* only of steps that will publish: the device counts those */
+    return QF_OK;
+}
+
+static bool is_done(const qf_cuda_step *step, uint32_t number)
+{
+    bool done = *(const volatile uint32_t *)&step->result->number == number;
+    atomic_thread_fence(memory_order_acquire);
+    return done;
+}
+
+static void pause_spinning(bool sleep)
+{
+    if (sleep) {
+        struct timespec time = {.tv_nsec = SLEEP_NS};
+        (void)nanosleep(&time, NULL);
+        return;
+    }
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Until the device has published step `number`, counted from 1. A device that fails publishes nothing: its stream is
+ * asked from time to time. */
+static qf_status wait_for_step(qf_cuda_backend *self, const qf_cuda_step *step, uint32_t number, qf_error *err)
+{
+    bool sleep = false;
+    for (int32_t queries = 0; !is_done(step, number); queries++) {
+        for (int32_t i = 0; i < (sleep ? 16 : SPINS_PER_QUERY) && !is_done(step, number); i++) {
+            pause_spinning(sleep);
+        }
+        cudaError_t state = cudaStreamQuery(self->stream);
+        if (state == cudaErrorNotReady) {
+            (void)cudaGetLastError();
+        } else {
+            QF_CUDA_CHECK(state);
+            if (!is_done(step, number)) {
+                return QF_FAIL(err, QF_ERROR_INTERNAL, "step %u has ended without results", number);
+            }
+        }
+        sleep = sleep || queries == SPINNING_QUERIES;
+    }
     return QF_OK;
 }
 
@@ -161,11 +227,9 @@ static qf_status cuda_collect(qf_backend *base, uint64_t *device_time_ns, qf_err
     qf_cuda_step *step = &self->steps[self->num_collected % QF_CUDA_STEPS_IN_FLIGHT];
     self->num_collected++;
     QF_CUDA_CHECK(cudaSetDevice(self->device.ordinal));
-    QF_CUDA_CHECK(cudaEventSynchronize(step->stop));
+    QF_TRY(wait_for_step(self, step, (uint32_t)self->num_collected, err));
     if (device_time_ns != NULL) {
-        float ms;
-        QF_CUDA_CHECK(cudaEventElapsedTime(&ms, step->start, step->stop));
-        *device_time_ns = (uint64_t)((double)ms * 1e6);
+        *device_time_ns = step->result->end_ns - step->result->begin_ns;
     }
     hand_out(self, step);
     return QF_OK;
@@ -178,8 +242,7 @@ static qf_status run_layers(qf_cuda_backend *self, int32_t first, int32_t last, 
     qf_cuda_forward f;
     size_t bytes = (size_t)batch->num_tokens * (size_t)self->config.hidden_size * sizeof(float);
     QF_TRY(begin_eager(self, &self->steps[self->num_submitted % QF_CUDA_STEPS_IN_FLIGHT], batch, &meta, &f, err));
-    QF_TRY(qf_cuda_rope_table(meta.positions, self->ws.inv_freq, self->config.rope.attention_factor, self->ws.cos_sin,
-                              meta.num_tokens, self->config.head_dim, self->stream, err));
+    QF_TRY(qf_cuda_begin(self, &f, false, err));
     QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.residual, hidden, bytes, cudaMemcpyHostToDevice, self->stream));
     if (self->options.float32) {
         QF_TRY(qf_cuda_reference_layers(self, &f, first, last, tap, tap_arg, err));

@@ -35,7 +35,8 @@ static bool wants_decode_kernel(const qf_cuda_backend *self)
 
 static size_t step_pinned_bytes(const qf_cuda_backend *self)
 {
-    size_t bytes = self->meta_bytes + (size_t)self->options.max_num_batched_tokens * sizeof(int32_t) +
+    size_t bytes = self->meta_bytes + sizeof(qf_cuda_step_result) +
+                   (size_t)self->options.max_num_batched_tokens * sizeof(int32_t) +
                    (size_t)self->logprob_capacity * sizeof(qf_cuda_logprob);
     return (bytes + 255) / 256 * 256;
 }
@@ -126,13 +127,13 @@ void qf_cuda_destroy(qf_backend *base)
     if (self->stream != NULL) {
         (void)cudaStreamSynchronize(self->stream);
     }
+    if (self->meta_stream != NULL) {
+        (void)cudaStreamSynchronize(self->meta_stream);
+    }
     qf_cuda_graphs_destroy(self);
     for (int i = 0; i < QF_CUDA_STEPS_IN_FLIGHT; i++) {
-        if (self->steps[i].start != NULL) {
-            (void)cudaEventDestroy(self->steps[i].start);
-        }
-        if (self->steps[i].stop != NULL) {
-            (void)cudaEventDestroy(self->steps[i].stop);
+        if (self->steps[i].sent != NULL) {
+            (void)cudaEventDestroy(self->steps[i].sent);
         }
         qf_free(self->steps[i].results);
         if (self->slot_ready[i] != NULL) {
@@ -147,6 +148,9 @@ void qf_cuda_destroy(qf_backend *base)
     }
     if (self->copy_stream != NULL) {
         (void)cudaStreamDestroy(self->copy_stream);
+    }
+    if (self->meta_stream != NULL) {
+        (void)cudaStreamDestroy(self->meta_stream);
     }
     (void)cudaFree(self->arena);
     (void)cudaFree(self->scratch);
@@ -180,17 +184,21 @@ static qf_status alloc_host(qf_cuda_backend *self, qf_error *err)
     for (int i = 0; i < QF_CUDA_STEPS_IN_FLIGHT; i++) {
         qf_cuda_step *step = &self->steps[i];
         step->meta = (char *)self->pinned + (size_t)i * step_bytes;
-        step->logprobs = (qf_cuda_logprob *)(void *)(step->meta + self->meta_bytes);
+        step->result = (qf_cuda_step_result *)(void *)(step->meta + self->meta_bytes);
+        *step->result = (qf_cuda_step_result){0};
+        step->logprobs = (qf_cuda_logprob *)(void *)(step->result + 1);
         step->token_ids = (int32_t *)(void *)(step->logprobs + self->logprob_capacity);
         QF_TRY(qf_alloc((void **)&step->results, (size_t)options->max_num_batched_tokens, sizeof *step->results,
                         "a step's results", err));
-        QF_CUDA_CHECK(cudaEventCreate(&step->start));
-        QF_CUDA_CHECK(cudaEventCreate(&step->stop));
+        QF_CUDA_CHECK(cudaEventCreateWithFlags(&step->sent, cudaEventDisableTiming));
         QF_CUDA_CHECK(cudaEventCreateWithFlags(&self->slot_ready[i], cudaEventDisableTiming));
         QF_CUDA_CHECK(cudaEventCreateWithFlags(&self->slot_free[i], cudaEventDisableTiming));
     }
     QF_CUDA_CHECK(cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking));
     QF_CUDA_CHECK(cudaStreamCreateWithFlags(&self->copy_stream, cudaStreamNonBlocking));
+    int least, greatest;
+    QF_CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    QF_CUDA_CHECK(cudaStreamCreateWithPriority(&self->meta_stream, cudaStreamNonBlocking, greatest));
     QF_TRY(qf_alloc((void **)&self->slots, (size_t)options->max_num_seqs, sizeof *self->slots, "slots", err));
     QF_TRY(qf_alloc((void **)&self->count_list, vocab_size, sizeof *self->count_list, "token counts", err));
     QF_TRY(qf_alloc((void **)&self->host_logits, vocab_size, sizeof *self->host_logits, "logits", err));
@@ -282,13 +290,14 @@ static qf_status prepare_workspace(qf_cuda_backend *self, qf_error *err)
     qf_rope_inv_freq(&self->config.rope, self->config.head_dim, inv_freq);
     QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.inv_freq, inv_freq, half * sizeof(float), cudaMemcpyHostToDevice,
                                   self->stream));
-    self->io = (qf_cuda_step_io){.host_meta = {self->steps[0].meta, self->steps[1].meta},
-                                 .host_token_ids = {self->steps[0].token_ids, self->steps[1].token_ids},
-                                 .host_logprobs = {self->steps[0].logprobs, self->steps[1].logprobs},
+    self->io = (qf_cuda_step_io){.staging = {self->ws.staging[0], self->ws.staging[1]},
                                  .device_meta = self->ws.meta,
                                  .token_ids = self->ws.token_ids,
                                  .logprobs = self->ws.logprobs,
-                                 .counter = self->ws.step_counter};
+                                 .state = self->ws.step_state,
+                                 .host_token_ids = {self->steps[0].token_ids, self->steps[1].token_ids},
+                                 .host_logprobs = {self->steps[0].logprobs, self->steps[1].logprobs},
+                                 .host_results = {self->steps[0].result, self->steps[1].result}};
     QF_CUDA_CHECK(cudaMemsetAsync(self->ws.zero_begin, 0, (size_t)(self->ws.zero_end - self->ws.zero_begin),
                                   self->stream));
     QF_TRY(prepare_decode(self, err));

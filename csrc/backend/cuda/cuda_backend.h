@@ -44,14 +44,16 @@ typedef struct qf_cuda_workspace {
     int32_t *token_ids;   /* (tokens) sampled, by logit task */
     qf_cuda_logprob *logprobs; /* (logprob_capacity) */
     char *meta;           /* the step's metadata: see step.c */
-    uint32_t *step_counter; /* (1) */
+    char *staging[2];     /* as the host sends it: steps take turns */
+    qf_cuda_step_state *step_state; /* (1) */
     void *attention, *sample, *decode; /* kernels' own */
     void *slots[2];       /* of host layers' blobs */
     qf_cuda_decode_layer *decode_layers; /* (num_layers) */
-    char *zero_begin, *zero_end;         /* the part that is zeroed once: last_token, counts, kernels' own */
+    char *zero_begin, *zero_end;         /* the part that is zeroed once: staging, last_token, counts, kernels' own */
 } qf_cuda_workspace;
 
-/* Where a step's metadata lies, from the start of its buffer, host and device alike. */
+/* Where a step's metadata lies in its buffer. On the device the lists of items have room for max_items; the host's are
+ * as long as they are, once the step is built. */
 typedef struct qf_cuda_meta {
     int32_t num_tokens, num_seqs, num_rows; /* capacities of this layout: padded in a graph */
     int32_t *token_ids, *positions, *slot_mapping; /* (num_tokens) */
@@ -63,8 +65,9 @@ typedef struct qf_cuda_meta {
     qf_cuda_attention_item *items, *sliding_items;
     int32_t max_items;        /* of each of the two */
     qf_cuda_step_header *header;
-    int32_t *words;           /* the whole buffer: tables, bitmasks and biases have indices from here */
-    size_t fixed_bytes;       /* end of what has a fixed place */
+    int32_t *words;           /* the whole buffer: tables, bitmasks and biases have indices from the device's */
+    size_t fixed_bytes;       /* of what is there in every step: all before items */
+    size_t items_bytes, sliding_bytes; /* the room of the two lists */
 } qf_cuda_meta;
 
 /* One task's result, for collect(). */
@@ -82,9 +85,10 @@ typedef struct qf_cuda_step {
     char *meta;                 /* pinned (meta_bytes) */
     int32_t *token_ids;         /* pinned (tokens) */
     qf_cuda_logprob *logprobs;  /* pinned (logprob_capacity) */
+    qf_cuda_step_result *result; /* pinned (1): its number tells that the device is done */
     qf_cuda_result *results;    /* (tokens) */
     int32_t num_results, num_logprobs;
-    cudaEvent_t start, stop;
+    cudaEvent_t sent;           /* the metadata is on the device */
 } qf_cuda_step;
 
 /* What a slot's device state belongs to. */
@@ -121,7 +125,7 @@ typedef struct qf_cuda_backend {
     char *kv;
     qf_cuda_workspace ws;
     qf_cuda_step_io io;
-    cudaStream_t stream, copy_stream;
+    cudaStream_t stream, copy_stream, meta_stream; /* all work, host layers, steps' metadata */
     cudaEvent_t slot_ready[2], slot_free[2];
     qf_cuda_step steps[QF_CUDA_STEPS_IN_FLIGHT];
     uint64_t num_submitted, num_collected;
@@ -157,7 +161,7 @@ void qf_cuda_meta_layout(const qf_cuda_backend *self, char *buffer, int32_t num_
 int32_t qf_cuda_step_max_items(const qf_cuda_backend *self, const qf_batch *batch, int32_t padded_seqs);
 typedef struct qf_cuda_plan {
     qf_cuda_attention_plan full, sliding;
-    size_t meta_bytes;  /* to copy */
+    size_t meta_bytes;  /* to send */
     bool all_greedy;
 } qf_cuda_plan;
 /* Fills the step's metadata (padded to meta's capacities) and results. Host rows get slot -1 in their sample row. */
@@ -172,7 +176,8 @@ typedef struct qf_cuda_forward {
     qf_cuda_plan plan;          /* counts; in a graph, bounds */
     bool captured;              /* the counts are bounds: the device reads the true ones */
 } qf_cuda_forward;
-qf_status qf_cuda_embed(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err);
+/* Metadata to its place, cosines and sines; and the tokens' embeddings, unless the residual comes from elsewhere. */
+qf_status qf_cuda_begin(qf_cuda_backend *self, const qf_cuda_forward *f, bool embed, qf_error *err);
 /* Layers over ws.residual. *delta_splits: how many parts of ws.delta are still to be added to the residual. */
 qf_status qf_cuda_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t last, qf_tap_fn tap,
                          void *tap_arg, int32_t *delta_splits, qf_error *err);
@@ -180,9 +185,10 @@ qf_status qf_cuda_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_
 qf_status qf_cuda_logits(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
                          int32_t delta_splits, qf_error *err);
 qf_status qf_cuda_flush_delta(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t delta_splits, qf_error *err);
+/* publish: these are all of the step's rows, and nothing else comes: the results go out too. */
 qf_status qf_cuda_sample_rows(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
-                              qf_error *err);
-/* The whole of a decode step up to the sampled tokens: what is captured. */
+                              bool publish, qf_error *err);
+/* The whole of a decode step, metadata to results: what is captured. */
 qf_status qf_cuda_decode_forward(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err);
 /* All but the step's own pointers. */
 void qf_cuda_decode_fill(const qf_cuda_backend *self, int32_t num_seqs, qf_cuda_decode_args *out);

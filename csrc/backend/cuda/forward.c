@@ -66,19 +66,30 @@ static qf_status norm(qf_cuda_backend *self, const float *weight, int32_t num_to
     return qf_cuda_rmsnorm(&args, &self->device, self->stream, err);
 }
 
-qf_status qf_cuda_embed(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err)
+qf_status qf_cuda_begin(qf_cuda_backend *self, const qf_cuda_forward *f, bool embed, qf_error *err)
 {
-    qf_cuda_embedding_args args = {.table = self->weights.embedding,
-                                   .table_bits = self->layout.embedding_bits,
-                                   .k_padded = self->hidden_k,
-                                   .token_ids = f->meta->token_ids,
-                                   .last_token = self->ws.last_token,
-                                   .out = self->ws.residual,
-                                   .num_tokens = f->meta->num_tokens,
-                                   .hidden_size = self->config.hidden_size};
-    QF_TRY(qf_cuda_embedding(&args, &self->device, self->stream, err));
-    return qf_cuda_rope_table(f->meta->positions, self->ws.inv_freq, self->config.rope.attention_factor,
-                              self->ws.cos_sin, f->meta->num_tokens, self->config.head_dim, self->stream, err);
+    const qf_cuda_meta *meta = f->meta;
+    qf_cuda_step_begin_args args = {.io = self->io,
+                                    .fixed_bytes = meta->fixed_bytes,
+                                    .items_bytes = meta->items_bytes,
+                                    .sliding_bytes = meta->sliding_bytes,
+                                    .positions = meta->positions,
+                                    .inv_freq = self->ws.inv_freq,
+                                    .factor = self->config.rope.attention_factor,
+                                    .cos_sin = self->ws.cos_sin,
+                                    .num_tokens = meta->num_tokens,
+                                    .head_dim = self->config.head_dim};
+    if (embed) {
+        args.embedding = (qf_cuda_embedding_args){.table = self->weights.embedding,
+                                                  .table_bits = self->layout.embedding_bits,
+                                                  .k_padded = self->hidden_k,
+                                                  .token_ids = meta->token_ids,
+                                                  .last_token = self->ws.last_token,
+                                                  .out = self->ws.residual,
+                                                  .num_tokens = meta->num_tokens,
+                                                  .hidden_size = self->config.hidden_size};
+    }
+    return qf_cuda_step_begin(&args, self->stream, err);
 }
 
 static qf_cuda_kv layer_cache(const qf_cuda_backend *self, int32_t layer)
@@ -253,7 +264,7 @@ qf_status qf_cuda_logits(qf_cuda_backend *self, const qf_cuda_forward *f, int32_
 }
 
 qf_status qf_cuda_sample_rows(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
-                              qf_error *err)
+                              bool publish, qf_error *err)
 {
     qf_cuda_sample_args args = {.logits = self->ws.logits,
                                 .logits_stride = self->logits_stride,
@@ -267,7 +278,8 @@ qf_status qf_cuda_sample_rows(qf_cuda_backend *self, const qf_cuda_forward *f, i
                                 .token_ids = self->ws.token_ids + first,
                                 .logprobs = self->ws.logprobs,
                                 .workspace = self->ws.sample,
-                                .all_greedy = f->plan.all_greedy};
+                                .all_greedy = f->plan.all_greedy,
+                                .publish = publish ? &self->io : NULL};
     return qf_cuda_sample(&args, &self->device, self->stream, err);
 }
 
@@ -306,23 +318,17 @@ void qf_cuda_decode_fill(const qf_cuda_backend *self, int32_t num_seqs, qf_cuda_
                                  .workspace = self->ws.decode};
 }
 
+/* A graph's rows fit the logits' buffer (qf_cuda_graph_size). */
 qf_status qf_cuda_decode_forward(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err)
 {
     int32_t rows = f->meta->num_rows;
-    int32_t max_logprobs = f->plan.all_greedy ? 0 : rows * (1 + QF_CUDA_MAX_TOP_LOGPROBS);
-    int32_t delta_splits;
-    QF_TRY(qf_cuda_step_fetch(&self->io, f->meta->fixed_bytes, self->stream, err));
-    QF_TRY(qf_cuda_embed(self, f, err));
+    QF_TRY(qf_cuda_begin(self, f, true, err));
     if (self->decode_kernel && f->meta->num_seqs == 1) {
         QF_TRY(decode_kernel(self, f, err));
-        QF_TRY(qf_cuda_sample_rows(self, f, 0, rows, err));
-        return qf_cuda_step_publish(&self->io, rows, max_logprobs, self->stream, err);
+    } else {
+        int32_t delta_splits;
+        QF_TRY(qf_cuda_layers(self, f, 0, self->config.num_layers, NULL, NULL, &delta_splits, err));
+        QF_TRY(qf_cuda_logits(self, f, 0, rows, delta_splits, err));
     }
-    QF_TRY(qf_cuda_layers(self, f, 0, self->config.num_layers, NULL, NULL, &delta_splits, err));
-    for (int32_t first = 0; first < rows; first += self->logit_rows) {
-        int32_t count = rows - first < self->logit_rows ? rows - first : self->logit_rows;
-        QF_TRY(qf_cuda_logits(self, f, first, count, delta_splits, err));
-        QF_TRY(qf_cuda_sample_rows(self, f, first, count, err));
-    }
-    return qf_cuda_step_publish(&self->io, rows, max_logprobs, self->stream, err);
+    return qf_cuda_sample_rows(self, f, 0, rows, true, err);
 }

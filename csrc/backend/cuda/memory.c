@@ -165,8 +165,11 @@ qf_status qf_cuda_workspace_layout(qf_cuda_backend *self, char *storage, size_t 
     ws->slots[1] = carve(storage, &at, self->layout.slot_bytes);
     ws->decode_layers = carve(storage, &at, (size_t)self->config.num_layers * sizeof *ws->decode_layers);
     ws->zero_begin = storage != NULL ? storage + at : NULL;
+    for (int i = 0; i < QF_CUDA_STEPS_IN_FLIGHT; i++) {
+        ws->staging[i] = carve(storage, &at, self->meta_bytes);
+    }
     ws->last_token = carve(storage, &at, seqs * sizeof(int32_t));
-    ws->step_counter = carve(storage, &at, sizeof(uint32_t));
+    ws->step_state = carve(storage, &at, sizeof *ws->step_state);
     ws->counts = carve(storage, &at, seqs * vocab_size * sizeof(uint16_t));
     ws->attention = carve(storage, &at,
                           options->float32 ? 0

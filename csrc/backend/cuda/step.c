@@ -1,10 +1,11 @@
-/* A step's metadata: one buffer, filled on the host and fetched by the device in one piece (kernels/step_io.cu).
+/* A step's metadata: one buffer, filled on the host and sent to the device in one piece (kernels/step_io.cu).
  *
  *   header | token_ids | positions | slot_mapping | query_start_loc | seq_lens | block_table_start | num_items | logit_rows |
  *   sample_rows | items | sliding items | block tables, bitmasks, biases as long as they are
  *
- * All but the last part has a fixed place for given capacities, so a captured graph finds it at constant addresses; the
- * last part is reached by indices that count from the start of the buffer. */
+ * The host's buffer holds what is in use and no more. On the device the lists of items have room for as many as there
+ * can be, so that for given capacities a captured graph finds all parts but the last at constant addresses; the last is
+ * reached by indices that count from the start of the device's buffer. */
 #include <math.h>
 #include <string.h>
 
@@ -62,15 +63,16 @@ void qf_cuda_meta_layout(const qf_cuda_backend *self, char *buffer, int32_t num_
                  {(void **)&out->block_table_start, seqs * sizeof(int32_t)},
                  {(void **)&out->num_items, 4 * sizeof(int32_t)},
                  {(void **)&out->logit_rows, rows * sizeof(int32_t)},
-                 {(void **)&out->sample_rows, rows * sizeof(qf_cuda_sample_row)},
-                 {(void **)&out->items, (size_t)max_items * sizeof(qf_cuda_attention_item)},
-                 {(void **)&out->sliding_items,
-                  self->any_sliding ? (size_t)max_items * sizeof(qf_cuda_attention_item) : 0}};
+                 {(void **)&out->sample_rows, rows * sizeof(qf_cuda_sample_row)}};
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
         *parts[i].place = buffer + at;
         at = align_up(at + parts[i].bytes, 16);
     }
     out->fixed_bytes = at;
+    out->items_bytes = align_up((size_t)max_items * sizeof(qf_cuda_attention_item), 16);
+    out->sliding_bytes = self->any_sliding ? out->items_bytes : 0;
+    out->items = (qf_cuda_attention_item *)(void *)(buffer + at);
+    out->sliding_items = (qf_cuda_attention_item *)(void *)(buffer + at + out->items_bytes);
 }
 
 size_t qf_cuda_meta_capacity(const qf_cuda_backend *self)
@@ -82,7 +84,7 @@ size_t qf_cuda_meta_capacity(const qf_cuda_backend *self)
     static const char nowhere[1];
     qf_cuda_meta_layout(self, (char *)(uintptr_t)nowhere, tokens, seqs, tokens, items_bound(self, seqs, tokens), &meta);
     size_t words = (size_t)seqs * (table_stride(self) + mask_words(self) + 2 * MAX_ROW_BIASES + 1);
-    return align_up(meta.fixed_bytes + words * sizeof(int32_t), 256);
+    return align_up(meta.fixed_bytes + meta.items_bytes + meta.sliding_bytes + words * sizeof(int32_t), 256);
 }
 
 int32_t qf_cuda_step_max_items(const qf_cuda_backend *self, const qf_batch *batch, int32_t padded_seqs)
@@ -109,7 +111,8 @@ typedef struct builder {
     qf_cuda_backend *self;
     const qf_cuda_meta *meta;
     qf_cuda_plan *plan;
-    size_t used_words; /* of the buffer */
+    size_t used_words; /* of the host's buffer */
+    size_t shift;      /* by how many words what follows the items stands further behind on the device: even */
     int32_t num_logprobs;
 } builder;
 
@@ -134,7 +137,7 @@ static int32_t add_bitmask(builder *b, const qf_logit_task *task)
     } else {
         memcpy(mask, task->bitmask, count * sizeof *mask);
     }
-    int32_t at = (int32_t)b->used_words;
+    int32_t at = (int32_t)(b->used_words + b->shift);
     b->used_words += count;
     return at;
 }
@@ -155,7 +158,7 @@ static void add_biases(builder *b, const qf_logit_task *task, int32_t position, 
     for (int32_t i = 0; i < p->num_logit_bias; i++) {
         *out++ = (qf_cuda_logit_bias){.token_id = p->logit_bias[i].token_id, .bias = p->logit_bias[i].bias};
     }
-    row->bias_offset = (int32_t)(first / 2);
+    row->bias_offset = (int32_t)((first + b->shift) / 2);
     row->num_bias = count;
     b->used_words = first + 2 * (size_t)count;
 }
@@ -271,12 +274,12 @@ static void build_tables(builder *b, const qf_batch *batch)
     for (int32_t s = 0; s < meta->num_seqs; s++) {
         if (s >= batch->num_seqs) {
             meta->seq_lens[s] = 0;
-            meta->block_table_start[s] = (int32_t)b->used_words;
+            meta->block_table_start[s] = (int32_t)(b->used_words + b->shift);
             continue;
         }
         int32_t blocks = (batch->seq_lens[s] + block_size - 1) / block_size;
         meta->seq_lens[s] = batch->seq_lens[s];
-        meta->block_table_start[s] = (int32_t)b->used_words;
+        meta->block_table_start[s] = (int32_t)(b->used_words + b->shift);
         memcpy(meta->words + b->used_words, batch->block_tables + (size_t)s * (size_t)batch->block_table_stride,
                (size_t)blocks * sizeof(int32_t));
         b->used_words += (size_t)blocks;
@@ -299,37 +302,71 @@ static void build_tokens(const qf_cuda_meta *meta, const qf_batch *batch)
     }
 }
 
+static int32_t num_items(const qf_cuda_attention_plan *plan)
+{
+    return plan->num_decode_items + plan->num_prefill_items;
+}
+
+/* The end of a list of items that starts at `begin`, in bytes of the host's buffer. */
+static size_t items_end(size_t begin, const qf_cuda_attention_plan *plan)
+{
+    return align_up(begin + (size_t)num_items(plan) * sizeof(qf_cuda_attention_item), 16);
+}
+
+/* Both lists of items, and where they end. */
+static void build_items(builder *b, const qf_batch *batch, qf_cuda_step_header *header)
+{
+    qf_cuda_backend *self = b->self;
+    const qf_cuda_meta *meta = b->meta;
+    qf_cuda_plan *plan = b->plan;
+    bool invariant = self->options.batch_invariant;
+    size_t end = meta->fixed_bytes;
+    header->items_end = header->sliding_end = (uint32_t)end;
+    memset(meta->num_items, 0, 4 * sizeof *meta->num_items);
+    if (!self->options.float32) {
+        qf_cuda_attention_shape shape = shape_of(self, false);
+        qf_cuda_attention_plan_make(&shape, batch->num_seqs, batch->query_start_loc, batch->seq_lens, invariant,
+                                    meta->items, &plan->full);
+        meta->num_items[0] = plan->full.num_decode_items;
+        meta->num_items[1] = plan->full.num_prefill_items;
+        end = items_end(end, &plan->full);
+        header->items_end = header->sliding_end = (uint32_t)end;
+        if (self->any_sliding) {
+            shape = shape_of(self, true);
+            qf_cuda_attention_plan_make(&shape, batch->num_seqs, batch->query_start_loc, batch->seq_lens, invariant,
+                                        (qf_cuda_attention_item *)(void *)((char *)meta->words + end),
+                                        &plan->sliding);
+            meta->num_items[2] = plan->sliding.num_decode_items;
+            meta->num_items[3] = plan->sliding.num_prefill_items;
+            end = items_end(end, &plan->sliding);
+            header->sliding_end = (uint32_t)end;
+        }
+    }
+    b->used_words = end / sizeof(int32_t);
+    b->shift = (meta->fixed_bytes + meta->items_bytes + meta->sliding_bytes - end) / sizeof(int32_t);
+}
+
 qf_status qf_cuda_step_build(qf_cuda_backend *self, qf_cuda_step *step, const qf_batch *batch, const qf_cuda_meta *host,
                              qf_cuda_plan *plan, qf_error *err)
 {
-    builder b = {.self = self, .meta = host, .plan = plan, .used_words = host->fixed_bytes / sizeof(int32_t)};
+    builder b = {.self = self, .meta = host, .plan = plan};
+    qf_cuda_step_header header = {.sequence = (uint32_t)self->num_submitted};
     *plan = (qf_cuda_plan){.all_greedy = true};
     build_tokens(host, batch);
+    build_items(&b, batch, &header);
     build_tables(&b, batch);
     QF_TRY(build_rows(&b, step, batch, err));
-    if (!self->options.float32) {
-        qf_cuda_attention_shape shape = shape_of(self, false);
-        qf_cuda_attention_plan_make(&shape, batch->num_seqs, batch->query_start_loc, batch->seq_lens,
-                                    self->options.batch_invariant, host->items, &plan->full);
-        host->num_items[0] = plan->full.num_decode_items;
-        host->num_items[1] = plan->full.num_prefill_items;
-        if (self->any_sliding) {
-            shape = shape_of(self, true);
-            qf_cuda_attention_plan_make(&shape, batch->num_seqs, batch->query_start_loc, batch->seq_lens,
-                                        self->options.batch_invariant, host->sliding_items, &plan->sliding);
-            host->num_items[2] = plan->sliding.num_decode_items;
-            host->num_items[3] = plan->sliding.num_prefill_items;
-        }
-    }
     plan->meta_bytes = align_up(b.used_words * sizeof(int32_t), 16);
+    size_t device_bytes = plan->meta_bytes + b.shift * sizeof(int32_t);
     step->num_results = batch->num_logit_tasks;
     step->num_logprobs = b.num_logprobs;
-    if (plan->meta_bytes > self->meta_bytes || b.num_logprobs > self->logprob_capacity) {
+    if (device_bytes > self->meta_bytes || b.num_logprobs > self->logprob_capacity) {
         return QF_FAIL(err, QF_ERROR_INTERNAL, "a step's metadata of %zu bytes and %d logprobs exceeds %zu and %d",
-                       plan->meta_bytes, b.num_logprobs, self->meta_bytes, self->logprob_capacity);
+                       device_bytes, b.num_logprobs, self->meta_bytes, self->logprob_capacity);
     }
-    *host->header = (qf_cuda_step_header){.meta_bytes = (uint32_t)plan->meta_bytes,
-                                          .num_results = (uint32_t)batch->num_logit_tasks,
-                                          .num_logprobs = (uint32_t)b.num_logprobs};
+    header.meta_bytes = (uint32_t)plan->meta_bytes;
+    header.num_results = (uint32_t)batch->num_logit_tasks;
+    header.num_logprobs = (uint32_t)b.num_logprobs;
+    *host->header = header;
     return QF_OK;
 }

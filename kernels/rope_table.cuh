@@ -1,0 +1,19 @@
+/* One entry of the table of cosines and sines (rope.cu). */
+#ifndef QF_ROPE_TABLE_CUH
+#define QF_ROPE_TABLE_CUH
+
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
+
+/* row: cosines of half a head, then sines. */
+static __device__ __forceinline__ void qf_rope_table_entry(int32_t position, float inv_freq, double factor, float *row,
+                                                           int32_t j, int32_t half)
+{
+    const float angle = __fmul_rn((float)position, inv_freq);
+    double sine, cosine;
+    sincos((double)angle, &sine, &cosine);
+    row[j] = (float)(cosine * factor);
+    row[half + j] = (float)(sine * factor);
+}
+
+#endif
