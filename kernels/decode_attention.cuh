@@ -12,18 +12,10 @@
  *
  * The splits of the positions depend on the length alone: at least 256 each, and at most max_splits. With several, a CTA
  * leaves (m, l, O) and warps all over the grid merge them, in order of split. */
-#ifndef QF_DECODE_ATTENTION_CUH
-#define QF_DECODE_ATTENTION_CUH
+#ifndef QF_DECODE_CUH
+#define QF_DECODE_CUH
 
 #include "decode_linear.cuh"
-
-/* 2^x; what is too small becomes 0. */
-__device__ __forceinline__ float qf_exp2(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 /* Shared memory of an item, in place of x. */
 template <int head_dim> struct qf_decode_attention_shared {

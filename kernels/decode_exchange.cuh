@@ -69,17 +69,8 @@ __device__ __forceinline__ uint2 qf_ll_load_pair(const uint2 *p)
     return v;
 }
 
-/* Rounds to 22 bits of mantissa (infinity and NaN stay what they are) and puts the tag in. */
-__device__ __forceinline__ uint32_t qf_ll_encode(float value, uint32_t tag)
-{
-    uint32_t bits = __float_as_uint(value);
-    if ((bits & 0x7f800000u) != 0x7f800000u) {
-        bits += 2;
-    } else if (bits & 0x7fffffu) {
-        bits |= 0x400000u;
-    }
-    return (bits & ~3u) | tag;
-}
+/* Cuts off the two lowest bits of the mantissa (infinity and NaN stay what they are) and puts the tag in. */
+__device__ __forceinline__ uint32_t qf_ll_encode(float value, uint32_t tag) { return (__float_as_uint(value) & ~3u) | tag; }
 
 __device__ __forceinline__ float qf_ll_decode(uint32_t word) { return __uint_as_float(word & ~3u); }
 
@@ -180,12 +171,10 @@ __device__ __forceinline__ float *qf_norm_squares(const qf_decode_params &p, int
            (kind == QF_DECODE_GATE_UP ? p.hidden_size / 128 + 1 : 0);
 }
 
-/* What is added once to this CTA's rows: the residual, of o and down, and qkv's bias: (local tile, 16). */
+/* The residual in this CTA's rows, which is added once, of o and of any other linear: (local tile, 16). */
 __device__ __forceinline__ float *qf_saved(const qf_decode_params &p, int kind)
 {
-    return reinterpret_cast<float *>(qf_decode_shared + (kind == QF_DECODE_QKV ? p.map.saved_qkv
-                                                         : kind == QF_DECODE_O ? p.map.saved_o
-                                                                               : p.map.saved_down));
+    return reinterpret_cast<float *>(qf_decode_shared + (kind == QF_DECODE_O ? p.map.saved_o : p.map.saved_down));
 }
 
 #endif

@@ -52,6 +52,23 @@ __device__ __forceinline__ float *qf_block_sums(const qf_decode_params &p)
     return reinterpret_cast<float *>(qf_decode_shared + p.map.sums);
 }
 
+/* Before a gather: warp 0 awaits one vector a lane, spread over the row; the others wait for it at a barrier. So one warp
+ * asks again and again instead of eight, which would keep L2 from what they wait for, and all that is wanted has mostly
+ * come when it is asked for. at: word of the vector. */
+static __device__ __noinline__ void qf_gather_await(const qf_decode_params &p, const uint32_t *words, int at, bool wanted,
+                                                    uint32_t tag, uint32_t mask)
+{
+    if (threadIdx.x < 32) {
+#pragma unroll 1
+        for (uint32_t n = 1; wanted && (qf_ll_differs(qf_ll_load(words + at), tag) & mask) != 0; n++) {
+            if (qf_ll_give_up(p, n)) {
+                break;
+            }
+        }
+    }
+    qf_consumer_barrier();
+}
+
 /* For qkv, gate_up and the head. The residual stream's next state h = the sum of the pieces (which hold the last state:
  * see qf_decode_finish); x = bf16(h * norm weight), not yet divided by the root mean square, whose sums of squares are
  * left aside; and h of the rows to which this CTA will add. Without a part here only those are wanted. A thread has two
@@ -70,6 +87,9 @@ static __device__ __forceinline__ void qf_gather_rows(const qf_decode_params &p,
                            p.linear[QF_DECODE_QKV].tiles + (mid ? 0 : p.linear[QF_DECODE_O].tiles);
     const float4 *norm = reinterpret_cast<const float4 *>(qf_layer(p, layer)->norm[mid]);
     float *squares = qf_norm_squares(p, kind), *saved = qf_saved(p, mid ? QF_DECODE_DOWN : QF_DECODE_O);
+    const int probe = begin + lane * vectors / 32;
+    const uint32_t slots = vectors > 0 && !first_layer ? masks[probe >> 2] : 0;
+    qf_gather_await(p, words, (slots & 1 ? 0 : 31 - __clz((int)slots | 1)) * p.hidden_size + 4 * probe, slots != 0, tag, 3u);
 #pragma unroll 1
     for (int q0 = threadIdx.x; q0 < vectors; q0 += 2 * QF_DECODE_THREADS) { /* whole warps where `all` */
         uint4 v[8]; /* vector j's slot s: 4 j + s */
@@ -142,6 +162,8 @@ static __device__ __forceinline__ void qf_gather_words(const qf_decode_params &p
     const int first = ph.ks0 * 128, width = (o ? p.linear[QF_DECODE_O].kb * 128 : p.act_size) - first;
     const int vectors = ph.kbs * 32, lane = threadIdx.x & 31, turn = ph.turn;
     const uint32_t *words = qf_exchange(p, epoch) + (o ? p.ll.attention : p.ll.act) + first, tag = epoch & 0xffffu;
+    const int probe = 4 * (lane * vectors / 32);
+    qf_gather_await(p, words, probe, probe < width, tag, 0xffffu);
 #pragma unroll 1
     for (int q0 = threadIdx.x; q0 < vectors; q0 += ahead * QF_DECODE_THREADS) {
         uint4 v[ahead];

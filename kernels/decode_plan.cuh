@@ -44,7 +44,7 @@ struct qf_decode_layer_entry {
 };
 
 struct qf_decode_shared_map { /* byte offsets into dynamic shared memory */
-    int32_t layers, rope, squares, masks, saved_qkv, saved_o, saved_down, red, x, sums, ring, total;
+    int32_t layers, rope, squares, masks, saved_o, saved_down, red, x, sums, ring, total;
     int32_t stages, stage_bytes, red_tiles;
 };
 
@@ -177,8 +177,6 @@ static inline bool qf_decode_plan_shared(const qf_decode_params *p, int head_dim
     at = qf_decode_align(at + 2 * (p->hidden_size / 128 + 1) * 4);
     m->masks = at;
     at = qf_decode_align(at + l[QF_DECODE_QKV].tiles + l[QF_DECODE_O].tiles + l[QF_DECODE_DOWN].tiles);
-    m->saved_qkv = at;
-    at += qf_decode_local_tiles(&l[QF_DECODE_QKV]) * 64;
     m->saved_o = at;
     at += qf_decode_local_tiles(&l[QF_DECODE_O]) * 64;
     m->saved_down = at;
@@ -187,16 +185,21 @@ static inline bool qf_decode_plan_shared(const qf_decode_params *p, int head_dim
     m->red_tiles = qf_decode_max(qf_decode_max(m->red_tiles, qf_decode_local_tiles(&l[QF_DECODE_QKV])),
                                  qf_decode_max(qf_decode_local_tiles(&l[QF_DECODE_O]),
                                                qf_decode_local_tiles(&l[QF_DECODE_DOWN])));
-    m->red = at;
-    at = qf_decode_align(at + m->red_tiles * QF_DECODE_TILE_FLOATS * 4);
     m->x = at;
     int x_blocks = qf_decode_max(l[QF_DECODE_QKV].kb, l[QF_DECODE_O].kb);
     x_blocks = qf_decode_max(x_blocks, qf_decode_range_blocks(&l[QF_DECODE_DOWN]));
     m->sums = m->x + x_blocks * 256;
     at = qf_decode_align(m->x + qf_decode_max(x_blocks * (256 + 4), qf_decode_attention_bytes(head_dim)));
     m->stage_bytes = QF_DECODE_CHUNK_UNITS * (1024 + 64);
-    m->ring = at;
+    m->red = at; /* and what no stage would fill, for the head */
+    at = qf_decode_align(at + m->red_tiles * QF_DECODE_TILE_FLOATS * 4);
     m->stages = qf_decode_min((max_shared - at) / m->stage_bytes, QF_DECODE_MAX_STAGES);
+    const int room = max_shared - at - m->stages * m->stage_bytes - 128, tile_bytes = QF_DECODE_TILE_FLOATS * 4;
+    const int wanted = qf_decode_local_tiles(&l[QF_DECODE_HEAD]) - m->red_tiles;
+    const int more = qf_decode_max(0, qf_decode_min(room / tile_bytes, wanted));
+    m->red_tiles += more;
+    at = qf_decode_align(at + more * tile_bytes);
+    m->ring = at;
     m->total = at + m->stages * m->stage_bytes;
     return m->stages >= 2;
 }

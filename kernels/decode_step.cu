@@ -29,54 +29,62 @@
  * caches is fetched from L2 each time, at more than the work itself costs. So there is one code for all four linears of a
  * layer, loops are rolled, and what is rare is not inlined.
  *
- *   shared memory:  barriers, partition | layer table | cos, sin | squares | slot masks | kept rows | red | x, attention |
+ *   shared memory:  barriers, partition | layer table | cos, sin | squares | slot masks | kept rows | x, attention | red |
  *                   ring
  *
- * Measured (H200, context 256, 16-bit head): 0.5B 492 us a step, 7B 1,636 us; with context 32,768 7B 2,166 us. Of a layer
- * of 0.5B (18 us), attention and the four linears work for 5.7 us: units 0.5, 0.5, 1.2, 0.8, adding up and storing 0.4
- * each, attention's tiles 1.0 and what follows 0.6. The rest is five exchanges of 2 to 3 us each, from the last store of
- * one linear to the barrier behind the next one's gather; 3 to 4 us for 7B, whose gate_up streams at 4.7 TB/s.
- * Tried and lost: 16 consumer warps (barriers, registers); one kernel for 1 to 8 sequences, all bit widths and groups, its
- * gathers unrolled for all loads at once (210 KB of code: 7B 1,870 us); q - zero on the ALU before the product instead of
- * raw integers and sums of x (7B's gate_up 23 us instead of 17); polling for one word before asking for the rest (7B 6 %
- * slower) and pauses between polls (0.5B 5 % slower); 2 or 3 ring stages (7B 12 and 5 % slower); down in one range of k
- * (1 %); before that, a chain of five kernels a layer (2.9 us a kernel). */
+ * Measured (H200, context 256, 16-bit head): see PERF.md. Of a layer of 0.5B, units take 0.5, 0.5, 1.2 and 0.9 us, adding
+ * up and storing 0.3 each, attention's tiles 1.1 and what follows 0.6; the rest is five exchanges. In gate_up of 7B a warp
+ * takes 440 clocks a unit, with the ring never empty: the consumers' time, not the memory's.
+ * Tried and lost: 16 consumer warps (barriers, registers; 12 spill as well); attention two tiles at a time (7B's tiles 0.3 us
+ * less of 3.1, but the step 5 % longer, other small changes included; why is not known); one kernel for 1 to 8 sequences,
+ * all bit widths and groups, its gathers unrolled for all loads at once (210 KB of code: 7B 1,870 us); q - zero on the ALU
+ * before the product instead of raw integers and sums of x (7B's gate_up 23 us instead of 17); every thread polling for all
+ * its words at once (0.5B 12 % and 7B 4 % slower), or for one of them (0.5B 5 % slower still); pauses between polls (no
+ * gain, with or without a part in what follows); 2 or 3 ring stages (7B 12 and 5 % slower); down in one range of k (1 %);
+ * before that, a chain of five kernels a layer (2.9 us a kernel). */
 #include "decode_attention.cuh"
 #include "decode_setup.cuh"
 #include "decode_step.cuh"
 
 /* ---- the kernel ------------------------------------------------------------------------------------------------ */
 
-/* r = 1 / root mean square: the last warp's, which has the fewest units. Read behind the next barrier. */
-__device__ __forceinline__ void qf_decode_make_r(const qf_decode_params &p, int kind)
+/* What all sums are multiplied by, behind the squares' sums: the multiplier of the weights, divided by the root mean
+ * square if x is normed. The last warp's, which has the fewest units. Read behind the next barrier. at: its address. */
+__device__ __forceinline__ void qf_decode_make_scale(const qf_decode_params &p, bool normed, float multiplier, uint32_t at)
 {
-    float *squares = qf_norm_squares(p, kind);
-    const int lane = threadIdx.x & 31, blocks = p.hidden_size / 128;
-    if (threadIdx.x >> 5 != QF_DECODE_WARPS - 1) {
+    if (threadIdx.x < QF_DECODE_THREADS - 32) {
         return;
     }
+    const int lane = threadIdx.x & 31, blocks = p.hidden_size / 128;
     float sum = 0.0f;
+    if (normed) {
 #pragma unroll 1
-    for (int i = lane; i < blocks; i += 32) {
-        sum += squares[i];
-    }
+        for (int i = lane; i < blocks; i += 32) {
+            sum += __uint_as_float(qf_lds_32(at - (blocks - i) * 4));
+        }
 #pragma unroll
-    for (int mask = 16; mask != 0; mask >>= 1) {
-        sum += __shfl_xor_sync(~0u, sum, mask);
+        for (int mask = 16; mask != 0; mask >>= 1) {
+            sum += __shfl_xor_sync(~0u, sum, mask);
+        }
+        multiplier *= rsqrtf(__fdividef(sum, (float)p.hidden_size) + p.eps);
     }
     if (lane == 0) {
-        squares[blocks] = rsqrtf(__fdividef(sum, (float)p.hidden_size) + p.eps);
+        qf_sts_32(at, multiplier);
     }
 }
 
-/* qkv's bias of this CTA's rows, fetched while the residual is awaited. */
-__device__ __forceinline__ float qf_decode_bias(const qf_decode_phase &ph, const float *bias, int i)
+/* qkv's bias of this thread's rows, fetched while the residual is awaited. */
+__device__ __forceinline__ void qf_decode_take_bias(const qf_decode_phase &ph, const float *bias, int tile,
+                                                    qf_decode_result &result)
 {
-    return bias != nullptr && i < ph.local_tiles * 16 ? __ldg(bias + ph.tile0 * 16 + i) : 0.0f;
+    if (result.adds && bias != nullptr) {
+        result.low = __ldg(bias + (ph.tile0 + tile) * 16 + (threadIdx.x & 7));
+        result.high = __ldg(bias + (ph.tile0 + tile) * 16 + (threadIdx.x & 7) + 8);
+    }
 }
 
 /* The layers, by the consumer warps. Barriers: each linear in which this CTA has a part has one when x is complete and
- * one when `red` is; attention has its own. All depend on the CTA and the linear alone, so every warp meets them all.
+ * one when `red` is; attention and the gathers have their own. All depend on the CTA and the linear alone, so every warp meets them all.
  * Behind the second barrier no warp reads x any more, so the next x may be written at once; what the adding threads still
  * read (r, kept rows) is not written again before the words that they then store have come back as complete results. */
 template <int head_dim>
@@ -89,24 +97,27 @@ __device__ __forceinline__ void qf_decode_layers(const qf_decode_params &p, qf_d
         const uint32_t epoch = first_epoch + layer;
         const qf_decode_phase &ph = qf_fixed().phase[kind];
         const bool part = ph.blocks > 0;
-        qf_decode_walk walk;
-        uint32_t words[8];
-        float multiplier = 0.0f, bias = 0.0f;
+        const int local_tiles = ph.local_tiles, mine = threadIdx.x >> 3; /* the first row tile that this thread adds up */
+        qf_decode_run run;
+        qf_decode_result result;
+        float multiplier = 0.0f;
         qf_decode_stamp(p, step, QF_STAMP_START);
         if (kind == QF_DECODE_O) {
             qf_decode_attention<head_dim>(p, layer, epoch, ring);
         }
         if (part) {
             multiplier = qf_layer(p, layer)->multiplier[kind];
-            qf_decode_begin(p, ph, ring, walk, words);
+            qf_decode_begin(p, ph, ring, run);
+            qf_decode_place(p, ph, kind, mine, epoch, result);
+            asm volatile("" : "+r"(result.red), "+r"(result.scale), "+r"(result.saved), "+l"(result.to)); /* here and now */
         }
         if (kind & 1) {
             if (part) {
                 qf_gather_words(p, kind, epoch);
             }
         } else {
-            if (kind == QF_DECODE_QKV) {
-                bias = qf_decode_bias(ph, qf_layer(p, layer)->bias, threadIdx.x);
+            if (part && kind == QF_DECODE_QKV) {
+                qf_decode_take_bias(ph, qf_layer(p, layer)->bias, mine, result);
             }
             qf_gather_rows(p, kind, layer, epoch);
         }
@@ -114,18 +125,16 @@ __device__ __forceinline__ void qf_decode_layers(const qf_decode_params &p, qf_d
         if (!part) {
             continue;
         }
-        if (kind == QF_DECODE_QKV && (int)threadIdx.x < ph.local_tiles * 16) {
-            qf_saved(p, QF_DECODE_QKV)[threadIdx.x] = bias;
-        }
         qf_consumer_barrier();
         qf_decode_stamp(p, step, QF_STAMP_X);
-        if ((kind & 1) == 0) {
-            qf_decode_make_r(p, kind);
+        qf_decode_make_scale(p, (kind & 1) == 0, multiplier, result.scale);
+        if (kind & 1) {
+            qf_decode_take_saved(result);
         }
-        qf_decode_consume(p, ph, ring, walk, words);
+        qf_decode_consume(p, ring, run);
         qf_decode_stamp(p, step, QF_STAMP_UNITS);
         qf_consumer_barrier();
-        qf_decode_finish(p, ph, kind, multiplier, epoch);
+        qf_decode_finish(p, kind, local_tiles, epoch, result);
         qf_decode_stamp(p, step, QF_STAMP_END);
     }
 }
@@ -145,7 +154,8 @@ __global__ void __launch_bounds__((QF_DECODE_WARPS + 1) * 32, 1) qf_decode_kerne
     qf_gather_rows(p, QF_DECODE_HEAD, p.num_layers, qf_fixed().epoch + p.num_layers);
     qf_decode_stamp(p, step, QF_STAMP_GATHERED);
     qf_consumer_barrier();
-    qf_decode_make_r(p, QF_DECODE_HEAD);
+    qf_decode_make_scale(p, true, qf_layer(p, p.num_layers)->multiplier[0],
+                         qf_shared_address(qf_norm_squares(p, QF_DECODE_HEAD) + p.hidden_size / 128));
     qf_consumer_barrier();
     qf_decode_stamp(p, step, QF_STAMP_X);
     switch (p.linear[QF_DECODE_HEAD].bits) {

@@ -22,6 +22,39 @@ __device__ __forceinline__ uint32_t qf_lds_32(uint32_t address)
     return v;
 }
 
+__device__ __forceinline__ float2 qf_lds_64(uint32_t address)
+{
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void qf_sts_32(uint32_t address, float x)
+{
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+
+__device__ __forceinline__ void qf_sts_64_if(uint32_t address, float x, float y, bool wanted)
+{
+    if (wanted) {
+        asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+    }
+}
+
+/* 2^x; what is too small becomes 0. */
+__device__ __forceinline__ float qf_exp2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* The float16 in the lower half. */
+__device__ __forceinline__ float qf_half_low(uint32_t pair)
+{
+    return __half2float(__ushort_as_half((unsigned short)(pair & 0xffffu)));
+}
+
 __device__ __forceinline__ void qf_ldmatrix_at(uint32_t (&r)[4], uint32_t address)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -64,21 +97,38 @@ template <int bits>
 __device__ __forceinline__ void qf_apply_scales(uint32_t low, uint32_t high, float sum, float c_low, float c_high,
                                                 float (&acc)[2])
 {
-    acc[0] += __half2float(__ushort_as_half((unsigned short)(low & 0xffffu))) * (c_low - qf_bf16_high(low) * sum);
-    acc[1] += __half2float(__ushort_as_half((unsigned short)(high & 0xffffu))) *
-              (c_high - qf_bf16_high(high) * (bits == 4 ? 16.0f * sum : sum));
+    acc[0] += qf_half_low(low) * (c_low - qf_bf16_high(low) * sum);
+    acc[1] += qf_half_low(high) * (c_high - qf_bf16_high(high) * (bits == 4 ? 16.0f * sum : sum));
 }
 
-/* The products of one unit; words: of this lane; x: shared address of its first k at this lane's t. Of each accumulator
- * only column 0 is wanted: the low and the high row of lanes with t = 0. Four chains hide each other's latency. */
+/* Only lanes 0 .. 3 read, which is a quarter of the time for shared memory: of B only column 0 is wanted, theirs. What the
+ * others hold comes out in other columns. */
+__device__ __forceinline__ void qf_lds_128_if(uint4 &v, uint32_t address, bool wanted)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+                 : "r"(address), "r"((uint32_t)wanted)
+                 : "memory");
+}
+
+/* The part of x that multiplies one unit; x: shared address of its first k at this lane's t. */
+template <int bits> __device__ __forceinline__ void qf_decode_load_x(uint32_t x, uint4 (&b)[16 / bits])
+{
+    const bool wanted = (threadIdx.x & 31) < 4;
+#pragma unroll
+    for (int j = 0; j < 16 / bits; j++) {
+        qf_lds_128_if(b[j], x + j * 64, wanted);
+    }
+}
+
+/* The products of one unit; words: of this lane. Of each accumulator only column 0 is wanted: the low and the high row of
+ * lanes with t = 0. Four chains hide each other's latency. */
 template <int bits>
-__device__ __forceinline__ void qf_decode_unit(const uint32_t (&words)[8], uint32_t x, float &low, float &high)
+__device__ __forceinline__ void qf_decode_unit(const uint32_t (&words)[8], const uint4 (&b)[16 / bits], float (&c)[4][4])
 {
     constexpr int steps = 32 / bits; /* k16 steps */
-    float c[4][4] = {};
 #pragma unroll
     for (int j = 0; j < steps / 2; j++) {
-        const uint4 b = qf_lds_128(x + j * 64);
         uint32_t a0[4], a1[4];
         if (bits == 4) {
             qf_raw_4(words[(2 * j) % 8], a0);
@@ -93,11 +143,15 @@ __device__ __forceinline__ void qf_decode_unit(const uint32_t (&words)[8], uint3
                 a1[i] = words[4 + i];
             }
         }
-        qf_mma_bf16(c[2 * j % 4], a0, b.x, b.y);
-        qf_mma_bf16(c[(2 * j + 1) % 4], a1, b.z, b.w);
+        qf_mma_bf16(c[2 * j % 4], a0, b[j].x, b[j].y);
+        qf_mma_bf16(c[(2 * j + 1) % 4], a1, b[j].z, b[j].w);
     }
-    low = steps > 2 ? (c[0][0] + c[1][0]) + (c[2][0] + c[3][0]) : c[0][0] + c[1][0];
-    high = steps > 2 ? (c[0][2] + c[1][2]) + (c[2][2] + c[3][2]) : c[0][2] + c[1][2];
+}
+
+/* Row 0: the low one, g; row 2: the high one, g + 8. */
+template <int bits> __device__ __forceinline__ float qf_decode_unit_sum(const float (&c)[4][4], int row)
+{
+    return bits == 16 ? c[0][row] + c[1][row] : (c[0][row] + c[1][row]) + (c[2][row] + c[3][row]);
 }
 
 #endif
