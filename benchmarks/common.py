@@ -149,8 +149,13 @@ def cpu_name() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Where and how a result was taken."""
-    from qwen_fast import _engine
+    """Where and how a result was taken. What measures the kernels' own programs needs no built package."""
+    try:
+        from qwen_fast import _engine
+    except ImportError:
+        build = None
+    else:
+        build = _engine.build_info()
 
     def git(*words: str) -> str:
         try:
@@ -168,7 +173,7 @@ def environment() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),
         "kernel": platform.release(),
-        "build": _engine.build_info(),
+        "build": build,
     }
 
 

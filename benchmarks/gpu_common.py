@@ -113,7 +113,12 @@ def run_json(command: list[str]) -> dict[str, Any] | None:
 
 
 def gpu_environment(args: argparse.Namespace) -> dict[str, Any]:
-    from qwen_fast import _engine
+    try:
+        from qwen_fast import _engine
+    except ImportError:  # as in common.environment
+        gpus = None
+    else:
+        gpus = _engine.device_info()
 
     fields = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
@@ -122,7 +127,7 @@ def gpu_environment(args: argparse.Namespace) -> dict[str, Any]:
     except OSError:
         shown = ""
     found: dict[str, Any] = {
-        "gpus": _engine.device_info(),
+        "gpus": gpus,
         "nvidia_smi": dict(zip(fields.split(","), shown.split(", "))),
     }
     if args.commit:

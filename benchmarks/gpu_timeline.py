@@ -100,9 +100,9 @@ def work(
         per_token = hidden * (4 + 4 + 4 + 2)  # residual in and out, what is added to it, the result
     elif "rope_kv" in name:
         per_token = (q + 2 * kv) * (4 + 2)
-    elif "scan" in name:
+    elif "sample" in name and "finish" not in name:
         per_token = 4 * info["vocab_size"]
-    elif "embedding" in name:
+    elif "embedding" in name or "step_begin" in name:
         per_token = hidden * (2 + 4)
     return batch * per_token, 0.0
 
@@ -170,18 +170,27 @@ def print_table(rows: list[dict[str, Any]], step: Step) -> None:
         rate = f"{row['bytes'] / row['us'] / 1e3:6,.0f}" if row["bytes"] and row["us"] > 0 else "     -"
         share = f"{100 * row['share']:4.0f} %" if row["share"] is not None else "     -"
         print(
-            f"  {row['kernel'][:34]:34} {row['place']:16} {row['calls']:5} {row['us']:8.2f} {row['us'] / row['calls']:8.2f} "
+            f"  {row['kernel'][:34]:34} {row['place']:16} {row['calls']:5.4g} {row['us']:8.2f} {row['us'] / row['calls']:8.2f} "
             f"{row['gap_us']:8.2f} {row['overlapped_us']:7.2f} {row['bytes'] / row['calls'] / 1e6:11.3f} {rate} {share}"
         )
     busy, gaps = sum(row["us"] for row in rows), sum(row["gap_us"] for row in rows)
     least = sum(row["least_us"] for row in rows)
     print(
-        f"  {'sum':34} {'':16} {sum(row['calls'] for row in rows):5} {busy:8.2f} {'':8} {gaps:8.2f}; together "
+        f"  {'sum':34} {'':16} {sum(row['calls'] for row in rows):5.4g} {busy:8.2f} {'':8} {gaps:8.2f}; together "
         f"{busy + gaps:.2f} us, the mean of {step.steps} steps; the limits allow {least:.2f} us"
     )
 
 
-def measure(name: str, head: str, model: Path, directory: Path, limits: Limits, args: argparse.Namespace) -> list[Any]:
+def measure(
+    name: str,
+    head: str,
+    model: Path,
+    directory: Path,
+    limits: Limits,
+    args: argparse.Namespace,
+    cases: list[dict[str, Any]],
+) -> None:
+    """Adds a case for each batch size."""
     from qwen_fast import _engine
 
     batches = [int(one) for one in args.batches.split(",")]
@@ -197,7 +206,6 @@ def measure(name: str, head: str, model: Path, directory: Path, limits: Limits, 
         max_model_len=8192,
         kv_cache_tokens=most * (PROMPT_TOKENS + NEW_TOKENS + 64) + 2 * GATE_TOKENS,
     )
-    cases = []
     try:
         digest = check_logits(engine)
         print(f"\n{name}, {head} head: {engine.info()['description']}; logits {digest}, twice the same")
@@ -233,7 +241,6 @@ def measure(name: str, head: str, model: Path, directory: Path, limits: Limits, 
             )
     finally:
         engine.close()
-    return cases
 
 
 def inside(program: Path) -> list[str]:
@@ -260,19 +267,23 @@ def main() -> None:
     limits = Limits(args)
     cases: list[dict[str, Any]] = []
     checks: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        for name, shape in SHAPES.items():
-            if args.only not in (None, name):
-                continue
-            model = dummy(Path(directory) / name, shape)
-            for head in args.heads.split(","):
-                if not args.skip_check:
-                    options = {"quantization": "w4", "lm_head_dtype": head}
-                    checks[f"{name}, {head} head"] = check_against_cpu(name, Path(directory), options)
-                cases += measure(name, head, model, Path(directory), limits, args)
-    more = {"decode_program": inside(args.decode_program)} if args.decode_program else {}
-    environment = gpu_environment(args)
-    save("gpu-timeline", cases, args.save, args.results, **environment, limits=limits.said, checks=checks, **more)
+    lines: list[str] = []
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            for name, shape in SHAPES.items():
+                if args.only not in (None, name):
+                    continue
+                model = dummy(Path(directory) / name, shape)
+                for head in args.heads.split(","):
+                    if not args.skip_check:
+                        options = {"quantization": "w4", "lm_head_dtype": head}
+                        checks[f"{name}, {head} head"] = check_against_cpu(name, Path(directory), options)
+                    measure(name, head, model, Path(directory), limits, args, cases)
+        if args.decode_program:
+            lines = inside(args.decode_program)
+    finally:  # what was measured before a failure stays
+        more = {"limits": limits.said, "checks": checks, "decode_program": lines}
+        save("gpu-timeline", cases, args.save, args.results, True, **gpu_environment(args), **more)
     wrong = [f"{case['model']} batch {case['batch']}" for case in cases if not case["agrees"]]
     if wrong:
         sys.exit(f"kernels and gaps do not add up to the step: {', '.join(wrong)}")

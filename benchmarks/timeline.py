@@ -9,6 +9,7 @@ gaps add up to the step, exactly.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -19,25 +20,27 @@ MIN_STEPS, MAX_PERIOD = 8, 1024
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One thing that ran, in microseconds. launch: the call that enqueued it; a graph's kernels share one."""
+    """One thing that ran, in microseconds. launch: the call that enqueued it; a graph's kernels share one. is_copy: it
+    may run on a stream of its own, beside any kernel of the step before."""
 
     name: str
     start: float
     end: float
     launch: int = 0
+    is_copy: bool = False
 
 
 @dataclasses.dataclass
 class Part:
-    """What one kernel, or several of one kind, took."""
+    """What one kernel, or several of one kind, took; calls may be a mean over steps."""
 
-    calls: int = 0
+    calls: float = 0.0
     own: float = 0.0
     overlapped: float = 0.0
     gap: float = 0.0
 
     def add(self, other: Part, factor: float = 1.0) -> None:
-        self.calls += other.calls
+        self.calls += factor * other.calls
         self.own += factor * other.own
         self.overlapped += factor * other.overlapped
         self.gap += factor * other.gap
@@ -56,7 +59,8 @@ def read_trace(trace: dict[str, Any]) -> list[Event]:
     for one in trace["traceEvents"]:
         if one.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             launch = int(one.get("args", {}).get("correlation", 0))
-            events.append(Event(short_name(one["name"]), one["ts"], one["ts"] + one["dur"], launch))
+            is_copy = one["cat"] != "kernel"
+            events.append(Event(short_name(one["name"]), one["ts"], one["ts"] + one["dur"], launch, is_copy))
     return sorted(events, key=lambda event: (event.start, event.end))
 
 
@@ -88,7 +92,7 @@ def find_period(names: Sequence[str]) -> tuple[int, int, int]:
             best, found = length, (period, first, first + length + period)
     period, first, end = found
     if period == 0 or end - first < MIN_STEPS * period:
-        raise ValueError(f"no sequence of names among {len(ids)} repeats {MIN_STEPS} times")
+        raise ValueError(f"no sequence of names among {len(ids)} repeats {MIN_STEPS} times; the last: {names[-24:]}")
     return found
 
 
@@ -115,13 +119,16 @@ def first_of_step(events: Sequence[Event], period: int) -> int:
     return max(range(period), key=means)
 
 
-def split_steps(events: Sequence[Event]) -> list[list[Event]]:
-    """The whole steps, each with the same names in the same order; before the first one there is another event."""
-    period, first, end = find_period([event.name for event in events])
-    stretch = events[first:end]
-    offset = first_of_step(stretch, period) or period
-    starts = range(offset, len(stretch) - period + 1, period)
-    return [list(stretch[start - 1 : start + period]) for start in starts]
+def split_steps(events: Sequence[Event]) -> list[tuple[float, list[Event]]]:
+    """The whole steps: the end of all that ran before, and what began before the next step did. All have the same
+    kernels in the same order; copies come where they come."""
+    kernels = [i for i, event in enumerate(events) if not event.is_copy]
+    period, first, end = find_period([events[i].name for i in kernels])
+    stretch = kernels[first:end]
+    offset = first_of_step([events[i] for i in stretch], period)
+    frontiers = list(itertools.accumulate((event.end for event in events), max))
+    starts = [start for start in stretch[offset::period] if start > 0]
+    return [(frontiers[start - 1], list(events[start:stop])) for start, stop in itertools.pairwise(starts)]
 
 
 @dataclasses.dataclass
@@ -133,23 +140,23 @@ class Step:
     parts: dict[tuple[str, str], Part]
 
 
-def account(steps: Sequence[Sequence[Event]], roles: Callable[[Sequence[str]], Sequence[str]]) -> Step:
-    """Adds up the kernels of a step by name and role. Each of `steps` begins with the last event before the step.
+def account(steps: Sequence[tuple[float, list[Event]]], roles: Callable[[Sequence[str]], Sequence[str]]) -> Step:
+    """Adds up what ran in a step, kernels by name and role, copies by name. roles(the names of a step's kernels).
 
     Of the steps, sorted by time, the middle half counts: neighbours on the host delay one or the other.
     """
-    taken = []
-    names = [event.name for event in steps[0][1:]]
+    names = [event.name for event in steps[0][1] if not event.is_copy]
     keys = list(zip(names, roles(names)))
-    for before, *events in steps:
-        parts = attribute(events, before.end)
-        taken.append((sum(part.own + part.gap for part in parts), parts))
+    taken = []
+    for frontier, events in steps:
+        parts = attribute(events, frontier)
+        taken.append((sum(part.own + part.gap for part in parts), list(zip(events, parts))))
     taken.sort(key=lambda one: one[0])
     middle = taken[len(taken) // 4 : len(taken) - len(taken) // 4]
     result: dict[tuple[str, str], Part] = {key: Part() for key in keys}
-    for _, parts in middle:
-        for key, part in zip(keys, parts):
-            result[key].add(part, 1 / len(middle))
-    for key, part in result.items():
-        part.calls = keys.count(key)
+    for _, pairs in middle:
+        remaining = iter(keys)
+        for event, part in pairs:
+            key = (event.name, "") if event.is_copy else next(remaining)
+            result.setdefault(key, Part()).add(part, 1 / len(middle))
     return Step(statistics.mean(us for us, _ in middle), len(middle), result)

@@ -1,17 +1,17 @@
 /* Attention of the decode kernel. A CTA has one kv head and a run of tiles of positions (8192 / head_dim positions, one
- * ring stage, each), or nothing; all query heads of the kv head (at most 8) share the tiles. Each consumer warp works for
- * itself on an eighth of the positions of every tile, by mma.m16n8k16 with the heads as rows (8 .. 15 are nought):
+ * ring stage, each), or nothing; all query heads of the kv head (at most 8) share the tiles. Each consumer warp works
+ * for itself on an eighth of the positions of every tile, by mma.m16n8k16 with the heads as rows (8 .. 15 are nought):
  *
  *   S (8 heads, 16 or 8 positions) = q K^T;  running maximum and sum of each head;  O (8 heads, head_dim) += P V
  *
- * where S as it comes out of the first product is, rounded, the A operand of the second. Behind the last tile the warps'
- * (m, l, O) meet in shared memory; three barriers in all (four for head_dim 128), none a tile.
+ * where S as it comes out of the first product is, rounded, the A operand of the second. Behind the last tile the
+ * warps' (m, l, O) meet in shared memory; three barriers in all (four for head_dim 128), none a tile.
  *
- * The newest key and value come from qkv's results, not from the cache (where the last split's CTA writes them); the warp
- * whose rows they are puts them into the tile, which has zeros there.
+ * The newest key and value come from qkv's results, not from the cache (where the last split's CTA writes them); the
+ * warp whose rows they are puts them into the tile, which has zeros there.
  *
- * The splits of the positions depend on the length alone: at least 256 each, and at most max_splits. With several, a CTA
- * leaves (m, l, O) and warps all over the grid merge them, in order of split. */
+ * The splits of the positions depend on the length alone: at least 256 each, and at most max_splits. With several, a
+ * CTA leaves (m, l, O) and warps all over the grid merge them, in order of split. */
 #ifndef QF_DECODE_CUH
 #define QF_DECODE_CUH
 
@@ -38,8 +38,8 @@ __device__ __forceinline__ float4 qf_ll_add(const uint4 &a, const uint4 &b)
 /* Gathers q of the item's heads and, if the new token is its own, the new key and value; rotates; rounds; stores to the
  * cache. A thread has four neighbours in the first half of a head and the four that they rotate with, or four of v. */
 template <int head_dim>
-__device__ __forceinline__ void qf_attention_gather(const qf_decode_params &p, const qf_decode_item &item, uint32_t epoch,
-                                                    const qf_decode_layer_entry *layer,
+__device__ __forceinline__ void qf_attention_gather(const qf_decode_params &p, const qf_decode_item &item,
+                                                    uint32_t epoch, const qf_decode_layer_entry *layer,
                                                     qf_decode_attention_shared<head_dim> &sh)
 {
     constexpr int half = head_dim / 2, quads = half / 4;
@@ -148,7 +148,8 @@ __device__ __forceinline__ void qf_attention_tile(float scale_log2, uint32_t til
 #pragma unroll
         for (int i = 0; i < head_dim / 32; i++) {
             uint32_t b[4];
-            qf_ldmatrix_at(b, tile + (row0 + n * 8 + (lane & 7)) * row_bytes + (((i * 4 + (lane >> 3)) ^ (lane & 7)) << 4));
+            qf_ldmatrix_at(b, tile + (row0 + n * 8 + (lane & 7)) * row_bytes +
+                                  (((i * 4 + (lane >> 3)) ^ (lane & 7)) << 4));
             const uint32_t a0[4] = {state.q[4 * i], 0, state.q[4 * i + 1], 0};
             const uint32_t a1[4] = {state.q[4 * i + 2], 0, state.q[4 * i + 3], 0};
             qf_mma_bf16(c, a0, b[0], b[1]);
@@ -310,14 +311,16 @@ __device__ __forceinline__ void qf_pair_get(const qf_decode_params &p, float (&v
 
 /* Merges the splits: a warp takes 32 columns of a head; lane i weighs split i. */
 template <int head_dim>
-static __device__ __noinline__ void qf_attention_merge(const qf_decode_params &p, int splits, uint32_t epoch, uint32_t tag)
+static __device__ __noinline__ void qf_attention_merge(const qf_decode_params &p, int splits, uint32_t epoch,
+                                                       uint32_t tag)
 {
     static_assert(QF_DECODE_MAX_SPLITS == 32, "a lane for each");
     constexpr int slices = head_dim / 32, ahead = 8;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const uint2 *partials = p.partials + (epoch & 1) * p.partials_half;
 #pragma unroll 1
-    for (int u = (int)blockIdx.x + warp * (int)gridDim.x; u < p.num_heads * slices; u += QF_DECODE_WARPS * (int)gridDim.x) {
+    for (int u = (int)blockIdx.x + warp * (int)gridDim.x; u < p.num_heads * slices;
+         u += QF_DECODE_WARPS * (int)gridDim.x) {
         const int slice = u % slices, head = u / slices;
         const uint2 *ml = partials + p.partials_ml + (head * p.max_splits + lane) * 2;
         const uint2 *from = partials + head * p.max_splits * head_dim + slice * 32 + lane;

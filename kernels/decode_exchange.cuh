@@ -5,10 +5,10 @@
  *   partial sums (float32): the two lowest bits of the mantissa hold the tag, epoch / 2 mod 4; what is lost is 2^-22.
  *   bf16 values: upper half the value, lower half the tag, epoch mod 2^16.
  *   attention's partials: pairs of a float32 and a 32-bit tag, stored as 8 bytes.
- * The epoch counts layers, over all steps; the exchange buffer has two halves used in turn, by epoch & 1. The short tags
- * need that every word of a half is written each time the half is used: the word then bears the tag of two layers ago
- * until the new one comes. (Memory starts as zeros, epochs at 2.) Attention's partials, whose number varies, have tags that
- * do not come again.
+ * The epoch counts layers, over all steps; the exchange buffer has two halves used in turn, by epoch & 1. The short
+ * tags need that every word of a half is written each time the half is used: the word then bears the tag of two layers
+ * ago until the new one comes. (Memory starts as zeros, epochs at 2.) Attention's partials, whose number varies, have
+ * tags that do not come again.
  *
  * No word is overwritten while somebody may still read its last value. Let X(e + 2) overwrite X(e), X any of qkv,
  * attention (and its partials), o, act, down. Every part of qkv(e + 2) and of o(e + 2) first reads complete rows of
@@ -17,9 +17,9 @@
  * gate_up: so every CTA had stored its share of act(e + 1). Before it stored that, it had, in its program order, read
  * what it needs of every phase of layer e and of down(e) (words are in registers before their tags are accepted, and a
  * barrier of all its warps comes before the store).
- * The kernel's end orders one step before the next. The epoch is advanced by CTA 0 behind its head, when it has read all
- * of down(last): by then every CTA has read the epoch. Keys and values written to the cache are read by nobody within
- * the step: who needs the newest row takes it from qkv's results.
+ * The kernel's end orders one step before the next. The epoch is advanced by CTA 0 behind its head, when it has read
+ * all of down(last): by then every CTA has read the epoch. Keys and values written to the cache are read by nobody
+ * within the step: who needs the newest row takes it from qkv's results.
  *
  * Polls are bounded; a poll that gives up sets the error word, which is never cleared, and everybody who waits looks
  * there now and then. A failed CTA writes NaN logits. */
@@ -70,7 +70,10 @@ __device__ __forceinline__ uint2 qf_ll_load_pair(const uint2 *p)
 }
 
 /* Cuts off the two lowest bits of the mantissa (infinity and NaN stay what they are) and puts the tag in. */
-__device__ __forceinline__ uint32_t qf_ll_encode(float value, uint32_t tag) { return (__float_as_uint(value) & ~3u) | tag; }
+__device__ __forceinline__ uint32_t qf_ll_encode(float value, uint32_t tag)
+{
+    return (__float_as_uint(value) & ~3u) | tag;
+}
 
 __device__ __forceinline__ float qf_ll_decode(uint32_t word) { return __uint_as_float(word & ~3u); }
 

@@ -6,11 +6,12 @@
 
 #define QF_DECODE_THREADS (QF_DECODE_WARPS * 32) /* that consume */
 
-/* Puts four k (vector i of them) into x, as bf16 pairs; returns their sum, times 2^-133 as integers of weights are. x is
- * (k block, 32 k, 4 t, 4 words): the words that lane t of a fragment needs of two k16 steps lie together. */
+/* Puts four k (vector i of them) into x, as bf16 pairs; returns their sum, times 2^-133 as integers of weights are. x
+ * is (k block, 32 k, 4 t, 4 words): the words that lane t of a fragment needs of two k16 steps lie together. */
 __device__ __forceinline__ float qf_put_x(const qf_decode_params &p, int i, uint2 pairs)
 {
-    uint32_t *to = reinterpret_cast<uint32_t *>(qf_decode_shared + p.map.x + (i >> 3) * 64 + (i & 1) * 32 + (i >> 1 & 3) * 4);
+    uint32_t *to = reinterpret_cast<uint32_t *>(qf_decode_shared + p.map.x + (i >> 3) * 64 + (i & 1) * 32 +
+                                                (i >> 1 & 3) * 4);
     to[0] = pairs.x;
     to[4] = pairs.y;
     float sum = (qf_bf16_low(pairs.x) + qf_bf16_high(pairs.x)) + (qf_bf16_low(pairs.y) + qf_bf16_high(pairs.y));
@@ -52,11 +53,11 @@ __device__ __forceinline__ float *qf_block_sums(const qf_decode_params &p)
     return reinterpret_cast<float *>(qf_decode_shared + p.map.sums);
 }
 
-/* Before a gather: warp 0 awaits one vector a lane, spread over the row; the others wait for it at a barrier. So one warp
- * asks again and again instead of eight, which would keep L2 from what they wait for, and all that is wanted has mostly
- * come when it is asked for. at: word of the vector. */
-static __device__ __noinline__ void qf_gather_await(const qf_decode_params &p, const uint32_t *words, int at, bool wanted,
-                                                    uint32_t tag, uint32_t mask)
+/* Before a gather: warp 0 awaits one vector a lane, spread over the row; the others wait for it at a barrier. So one
+ * warp asks again and again instead of eight, which would keep L2 from what they wait for, and all that is wanted has
+ * mostly come when it is asked for. at: word of the vector. */
+static __device__ __noinline__ void qf_gather_await(const qf_decode_params &p, const uint32_t *words, int at,
+                                                    bool wanted, uint32_t tag, uint32_t mask)
 {
     if (threadIdx.x < 32) {
 #pragma unroll 1
@@ -89,7 +90,8 @@ static __device__ __forceinline__ void qf_gather_rows(const qf_decode_params &p,
     float *squares = qf_norm_squares(p, kind), *saved = qf_saved(p, mid ? QF_DECODE_DOWN : QF_DECODE_O);
     const int probe = begin + lane * vectors / 32;
     const uint32_t slots = vectors > 0 && !first_layer ? masks[probe >> 2] : 0;
-    qf_gather_await(p, words, (slots & 1 ? 0 : 31 - __clz((int)slots | 1)) * p.hidden_size + 4 * probe, slots != 0, tag, 3u);
+    const int slot = slots & 1 ? 0 : 31 - __clz((int)slots | 1);
+    qf_gather_await(p, words, slot * p.hidden_size + 4 * probe, slots != 0, tag, 3u);
 #pragma unroll 1
     for (int q0 = threadIdx.x; q0 < vectors; q0 += 2 * QF_DECODE_THREADS) { /* whole warps where `all` */
         uint4 v[8]; /* vector j's slot s: 4 j + s */
@@ -145,7 +147,8 @@ static __device__ __forceinline__ void qf_gather_rows(const qf_decode_params &p,
         }
         if (all) {
             const float sum = qf_warp_sums(reduced);
-            const int q = q0 - lane + (lane >> 3 & 1) * QF_DECODE_THREADS, block = qf_gather_turn(q, vectors, turn) >> 5;
+            const int q = q0 - lane + (lane >> 3 & 1) * QF_DECODE_THREADS;
+            const int block = qf_gather_turn(q, vectors, turn) >> 5;
             if ((lane & 7) == 0 && q < vectors) {
                 *((lane < 16 ? qf_block_sums(p) : squares) + block) = sum;
             }

@@ -1,10 +1,11 @@
 /* A CTA's part of one linear: its consumer warps take the units of each chunk of the ring in turn, every warp sums what
- * it has of a row tile in registers and leaves it in `red`; behind a barrier, 8 threads a tile add the warps' sums, always
- * as the same tree, and store the results.
+ * it has of a row tile in registers and leaves it in `red`; behind a barrier, 8 threads a tile add the warps' sums,
+ * always as the same tree, and store the results.
  *
  * `red` is (row tiles, warps, 8 row pairs, 2 floats) and all zeros whenever a part is begun: who adds up a place also
- * clears it, before the barrier at which x of the next part is complete. So a warp without a unit in a tile adds nothing.
- * The same code serves qkv, o, gate_up and down; the head, of other formats and with more row tiles, has its own. */
+ * clears it, before the barrier at which x of the next part is complete. So a warp without a unit in a tile adds
+ * nothing. The same code serves qkv, o, gate_up and down; the head, of other formats and with more row tiles, has its
+ * own. */
 #ifndef QF_DECODE_LINEAR_CUH
 #define QF_DECODE_LINEAR_CUH
 
@@ -20,7 +21,8 @@ struct qf_decode_walk {
 };
 
 /* Awaits the chunk and finds this warp's units of it. `blocks` blocks a chunk, 1 << unit_shift units a block. */
-__device__ __forceinline__ void qf_decode_open(const qf_decode_ring &ring, int blocks, int unit_shift, qf_decode_walk &walk)
+__device__ __forceinline__ void qf_decode_open(const qf_decode_ring &ring, int blocks, int unit_shift,
+                                               qf_decode_walk &walk)
 {
     const int chunk_blocks = QF_DECODE_CHUNK_UNITS >> unit_shift;
     const int units = min(chunk_blocks, blocks - walk.chunk * chunk_blocks) << unit_shift;
@@ -102,13 +104,14 @@ struct qf_decode_run {
     int32_t left, first; /* blocks from the current chunk on; where it begins, as of `offset` of the part */
     int32_t kbs;
     uint32_t reciprocal;
-    uint32_t data, end, scales; /* shared addresses of this lane's words and scales; end: behind its last of the chunk */
+    uint32_t data, end, scales; /* shared addresses of this lane's words and scales; end: behind the chunk's last */
     int32_t tile, k;
     uint32_t words[8], low_row, high_row;
 };
 
 /* Awaits the chunk and finds this warp's units of it: data == end if none, which happens in the last chunk only. */
-__device__ __forceinline__ void qf_decode_open(const qf_decode_params &p, const qf_decode_ring &ring, qf_decode_run &run)
+__device__ __forceinline__ void qf_decode_open(const qf_decode_params &p, const qf_decode_ring &ring,
+                                               qf_decode_run &run)
 {
     const int lane = threadIdx.x & 31;
     const uint32_t units = (uint32_t)min(QF_DECODE_CHUNK_UNITS, run.left);
@@ -154,12 +157,13 @@ __device__ __forceinline__ void qf_decode_begin(const qf_decode_params &p, const
     run.kbs = ph.kbs;
     run.reciprocal = ph.reciprocal;
     qf_decode_open(p, ring, run);
-    static_assert(QF_DECODE_CHUNK_UNITS % QF_DECODE_WARPS == 0, "a warp without a unit reads in vain, of the same stage");
+    static_assert(QF_DECODE_CHUNK_UNITS % QF_DECODE_WARPS == 0, "without a unit: read in vain, of the same stage");
     qf_decode_load(run);
 }
 
 /* From a chunk that this warp has read to the next; false behind the last unit. */
-__device__ __forceinline__ bool qf_decode_next_chunk(const qf_decode_params &p, qf_decode_ring &ring, qf_decode_run &run)
+__device__ __forceinline__ bool qf_decode_next_chunk(const qf_decode_params &p, qf_decode_ring &ring,
+                                                     qf_decode_run &run)
 {
     qf_decode_close(p, ring, run);
     if (run.left <= 0) {
@@ -233,8 +237,8 @@ struct qf_decode_result {
     float low, high;
 };
 
-__device__ __forceinline__ void qf_decode_place(const qf_decode_params &p, const qf_decode_phase &ph, int kind, int tile,
-                                                uint32_t epoch, qf_decode_result &result)
+__device__ __forceinline__ void qf_decode_place(const qf_decode_params &p, const qf_decode_phase &ph, int kind,
+                                                int tile, uint32_t epoch, qf_decode_result &result)
 {
     const int slot = tile == 0 ? ph.first_slot : ph.slot, rows = kind == QF_DECODE_GATE_UP ? 8 : 16;
     result.to = qf_exchange(p, epoch) + ph.out + slot * ph.n + (ph.tile0 + tile) * rows + (threadIdx.x & 7);
@@ -276,7 +280,8 @@ static __device__ __noinline__ void qf_decode_store_more(const qf_decode_params 
 {
     const qf_decode_phase &ph = qf_fixed().phase[kind];
 #pragma unroll 1
-    for (int tile = (int)threadIdx.x / 8 + QF_DECODE_THREADS / 8; tile < ph.local_tiles; tile += QF_DECODE_THREADS / 8) {
+    for (int tile = (int)threadIdx.x / 8 + QF_DECODE_THREADS / 8; tile < ph.local_tiles;
+         tile += QF_DECODE_THREADS / 8) {
         qf_decode_result result;
         qf_decode_place(p, ph, kind, tile, epoch, result);
         qf_decode_take_saved(result);
@@ -306,7 +311,8 @@ static __device__ __noinline__ void qf_decode_head(const qf_decode_params &p, qf
     const uint32_t base = qf_shared_address(qf_decode_shared), x = base + p.map.x + (lane & 3) * 16;
     const float scale = qf_norm_squares(p, QF_DECODE_HEAD)[p.hidden_size / 128];
     const volatile int32_t *failed = &qf_fixed().failed;
-    qf_decode_walk walk = {0, (ph.blocks + (QF_DECODE_CHUNK_UNITS >> unit_shift) - 1) >> (5 - unit_shift), 0, 0, -1, {}};
+    const int chunks = (ph.blocks + (QF_DECODE_CHUNK_UNITS >> unit_shift) - 1) >> (5 - unit_shift);
+    qf_decode_walk walk = {0, chunks, 0, 0, -1, {}};
     bool open = false;
 #pragma unroll 1
     for (int first = 0; first < ph.local_tiles; first += group) {
@@ -358,7 +364,8 @@ static __device__ __noinline__ void qf_decode_head(const qf_decode_params &p, qf
         walk.tile = -1;
         qf_consumer_barrier();
 #pragma unroll 1
-        for (int tile = threadIdx.x >> 3; tile < group && first + tile < ph.local_tiles; tile += QF_DECODE_THREADS / 8) {
+        for (int tile = threadIdx.x >> 3; tile < group && first + tile < ph.local_tiles;
+             tile += QF_DECODE_THREADS / 8) {
             const uint32_t red = qf_shared_address(qf_decode_red(p, tile, threadIdx.x & 7));
             const float2 sum = qf_decode_add_up(red);
             qf_decode_clear(red);

@@ -165,7 +165,8 @@ static inline __host__ __device__ constexpr int qf_decode_attention_bytes(int he
 static inline int qf_decode_align(int bytes) { return (bytes + 127) / 128 * 128; }
 
 /* Places everything in shared memory; false if fewer than two ring stages fit. */
-static inline bool qf_decode_plan_shared(const qf_decode_params *p, int head_dim, int max_shared, qf_decode_shared_map *m)
+static inline bool qf_decode_plan_shared(const qf_decode_params *p, int head_dim, int max_shared,
+                                         qf_decode_shared_map *m)
 {
     const qf_decode_linear *l = p->linear;
     int at = 1024; /* barriers, phases, attention's items, flags */
@@ -286,7 +287,8 @@ static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_de
     l[QF_DECODE_GATE_UP].by_tile = l[QF_DECODE_HEAD].by_tile = 1;
     l[QF_DECODE_O].rotation = l[QF_DECODE_QKV].parts % grid;
     l[QF_DECODE_DOWN].rotation = (l[QF_DECODE_QKV].parts + l[QF_DECODE_O].parts) % grid;
-    const int slots[3] = {l[QF_DECODE_QKV].max_pieces, l[QF_DECODE_O].max_pieces, splits * l[QF_DECODE_DOWN].max_pieces};
+    const int slots[3] = {l[QF_DECODE_QKV].max_pieces, l[QF_DECODE_O].max_pieces,
+                          splits * l[QF_DECODE_DOWN].max_pieces};
     /* as many as a thread asks for at once, and qkv's biases in one round */
     if (slots[0] > 2 || slots[1] > 4 || slots[2] > 4 ||
         qf_decode_local_tiles(&l[QF_DECODE_QKV]) * 16 > QF_DECODE_WARPS * 32) {

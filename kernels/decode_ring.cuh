@@ -2,8 +2,8 @@
  * which its consumer warps will want it, through `stages` equal stages of shared memory.
  *
  * A stage holds one chunk: up to 32 units of 1,024 bytes of weights followed by their scales, or one tile of keys and
- * values. Barrier counts: full[i] 32 (every lane of the producer arrives once a chunk: by cp.async's own arrival, or, of
- * a bulk chunk, lane 0 with the bytes to come and the others plainly); empty[i] one arrival of every consumer warp.
+ * values. Barrier counts: full[i] 32 (every lane of the producer arrives once a chunk: by cp.async's own arrival, or,
+ * of a bulk chunk, lane 0 with the bytes to come and the others plainly); empty[i] one arrival of every consumer warp.
  * Chunk number c uses stage c % stages; the n-th use of a stage (n from 0) completes phase n of its full barrier, which
  * consumers await with parity n & 1; the producer awaits phase n - 1 of empty with parity (n & 1) ^ 1, which for n = 0
  * is the phase before the first and counts as complete.
@@ -50,7 +50,10 @@ static_assert(sizeof(qf_decode_fixed) <= 1024, "see qf_decode_plan_shared");
 /* All of shared memory; what stands where: p.map. */
 extern __shared__ __align__(128) char qf_decode_shared[];
 
-__device__ __forceinline__ qf_decode_fixed &qf_fixed() { return *reinterpret_cast<qf_decode_fixed *>(qf_decode_shared); }
+__device__ __forceinline__ qf_decode_fixed &qf_fixed()
+{
+    return *reinterpret_cast<qf_decode_fixed *>(qf_decode_shared);
+}
 
 __device__ __forceinline__ const qf_decode_layer_entry *qf_layer(const qf_decode_params &p, int layer)
 {
@@ -145,8 +148,8 @@ __device__ __forceinline__ void qf_ring_copy(bool bulk, uint32_t shared, const c
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (bulk) {
         if (lane == 0) {
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                             shared),
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                         ::"r"(shared),
                          "l"(global), "r"(bytes), "r"(qf_shared_address(barrier))
                          : "memory");
         }
@@ -223,9 +226,9 @@ static __device__ __forceinline__ bool qf_produce_linear(const qf_decode_params 
     return true;
 }
 
-/* Streams the old keys and values of this CTA's item. A tile is 32 KB: rows of head_dim of keys, then of values, 16-byte
- * pieces of row r exchanged by r & 7 so that ldmatrix meets no bank twice. Rows that are not seen, among them that of
- * the new token, become zeros. */
+/* Streams the old keys and values of this CTA's item. A tile is 32 KB: rows of head_dim of keys, then of values,
+ * 16-byte pieces of row r exchanged by r & 7 so that ldmatrix meets no bank twice. Rows that are not seen, among them
+ * that of the new token, become zeros. */
 template <int head_dim>
 static __device__ __forceinline__ bool qf_produce_attention(const qf_decode_params &p,
                                                             const qf_decode_layer_entry *layer, qf_decode_ring &ring,

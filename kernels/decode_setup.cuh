@@ -88,7 +88,8 @@ static __device__ __forceinline__ float qf_decode_unscale(const qf_decode_linear
     return l.bits == 16 ? 1.0f / QF_DECODE_X_SCALE : 0x1p37f;
 }
 
-static __device__ __forceinline__ void qf_decode_make_entry(const qf_decode_params &p, int layer, qf_decode_layer_entry *e)
+static __device__ __forceinline__ void qf_decode_make_entry(const qf_decode_params &p, int layer,
+                                                            qf_decode_layer_entry *e)
 {
     *e = qf_decode_layer_entry{};
     if (layer == p.num_layers) {

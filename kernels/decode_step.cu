@@ -9,10 +9,10 @@
  * Bound: memory. Weights are read once: 0.53 bytes a weight, 4.48 GB for Qwen2.5-7B with a 16-bit head (1.02 ms at
  * 4.4 TB/s), 0.46 GB for 0.5B (0.10 ms); the latter is bound by its 121 dependencies instead.
  *
- * Plan. One CTA on each SM, all resident (cooperative launch). In each, one producer warp streams this CTA's share of all
- * weights, in program order, through a ring that fills most of shared memory (decode_ring.cuh), and never waits for
- * activations; eight warps consume (decode_linear.cuh, decode_attention.cuh). CTAs hand each other results in words that
- * carry their own flags (decode_exchange.cuh), so a dependency costs one store, one trip through L2, one load.
+ * Plan. One CTA on each SM, all resident (cooperative launch). In each, one producer warp streams this CTA's share of
+ * all weights, in program order, through a ring that fills most of shared memory (decode_ring.cuh), and never waits for
+ * activations; eight warps consume (decode_linear.cuh, decode_attention.cuh). CTAs hand each other results in words
+ * that carry their own flags (decode_exchange.cuh), so a dependency costs one store, one trip through L2, one load.
  *
  *   phase      parts                            reads                   writes
  *   qkv        row tiles x k, evenly cut        residual or down's      partial sums, bias
@@ -25,23 +25,26 @@
  * The residual stream h lives nowhere: it travels in the first piece of o's and down's sums. The CTA that makes that
  * piece has seen h of those rows when it gathered all of h to norm it, and has kept them.
  *
- * A layer is some 2,000 instructions that every warp runs through once or a few times: what does not fit the instruction
- * caches is fetched from L2 each time, at more than the work itself costs. So there is one code for all four linears of a
- * layer, loops are rolled, and what is rare is not inlined.
+ * A layer is some 2,000 instructions that every warp runs through once or a few times: what does not fit the
+ * instruction caches is fetched from L2 each time, at more than the work itself costs. So there is one code for all
+ * four linears of a layer, loops are rolled, and what is rare is not inlined.
  *
- *   shared memory:  barriers, partition | layer table | cos, sin | squares | slot masks | kept rows | x, attention | red |
- *                   ring
+ *   shared memory:  barriers, partition | layer table | cos, sin | squares | slot masks | kept rows | x, attention |
+ *                   red | ring
  *
- * Measured (H200, context 256, 16-bit head): see PERF.md. Of a layer of 0.5B, units take 0.5, 0.5, 1.2 and 0.9 us, adding
- * up and storing 0.3 each, attention's tiles 1.1 and what follows 0.6; the rest is five exchanges. In gate_up of 7B a warp
- * takes 440 clocks a unit, with the ring never empty: the consumers' time, not the memory's.
- * Tried and lost: 16 consumer warps (barriers, registers; 12 spill as well); attention two tiles at a time (7B's tiles 0.3 us
- * less of 3.1, but the step 5 % longer, other small changes included; why is not known); one kernel for 1 to 8 sequences,
- * all bit widths and groups, its gathers unrolled for all loads at once (210 KB of code: 7B 1,870 us); q - zero on the ALU
- * before the product instead of raw integers and sums of x (7B's gate_up 23 us instead of 17); every thread polling for all
- * its words at once (0.5B 12 % and 7B 4 % slower), or for one of them (0.5B 5 % slower still); pauses between polls (no
- * gain, with or without a part in what follows); 2 or 3 ring stages (7B 12 and 5 % slower); down in one range of k (1 %);
- * before that, a chain of five kernels a layer (2.9 us a kernel). */
+ * Measured (H200, context 256, 16-bit head): 0.5B 414 us a step, with an 8-bit head 391 us; 7B 1,600 us, with 32,768
+ * positions 2,136 us. Of a layer of 0.5B, units take 0.5, 0.5, 1.2 and 0.9 us, adding up and storing 0.3 each,
+ * attention's tiles 1.1 and what follows 0.6; the rest is five exchanges. In gate_up of 7B (15.5 us) the ring is never
+ * empty; of 402 clocks a unit a warp, as sampled, 115 are issue, 111 fixed waits, 74 branches, 35 the other warp's
+ * turn.
+ * Tried and lost (us for 0.5B, 7B): clusters that share the gather by st.async (of 2: 463, 1,722; of 4: 424, 1,730; of
+ * 8: 418, 1,668); a leaner unit loop, two units a turn and no branches (422, 1,597); attention two tiles at a time,
+ * with other small changes (7B 90 us more); every thread polling for all its words at once (0.5B 12 % and 7B 4 %
+ * slower), or for one of them (0.5B 5 % slower still); pauses between polls (no gain); 12 and 16 consumer warps
+ * (spills; 16 in an earlier form: barriers); one kernel for 1 to 8 sequences, all bit widths and groups, its gathers
+ * unrolled for all loads at once (210 KB of code: 7B 1,870 us); q - zero on the ALU before the product instead of raw
+ * integers and sums of x (7B's gate_up 23 us instead of 17); 2 or 3 ring stages (7B 16 and 5 % slower; 0.5B 3 % and
+ * nothing); down in one range of k (7B 3 %); before that, a chain of five kernels a layer (2.9 us a kernel). */
 #include "decode_attention.cuh"
 #include "decode_setup.cuh"
 #include "decode_step.cuh"
@@ -50,7 +53,8 @@
 
 /* What all sums are multiplied by, behind the squares' sums: the multiplier of the weights, divided by the root mean
  * square if x is normed. The last warp's, which has the fewest units. Read behind the next barrier. at: its address. */
-__device__ __forceinline__ void qf_decode_make_scale(const qf_decode_params &p, bool normed, float multiplier, uint32_t at)
+__device__ __forceinline__ void qf_decode_make_scale(const qf_decode_params &p, bool normed, float multiplier,
+                                                     uint32_t at)
 {
     if (threadIdx.x < QF_DECODE_THREADS - 32) {
         return;
@@ -84,9 +88,10 @@ __device__ __forceinline__ void qf_decode_take_bias(const qf_decode_phase &ph, c
 }
 
 /* The layers, by the consumer warps. Barriers: each linear in which this CTA has a part has one when x is complete and
- * one when `red` is; attention and the gathers have their own. All depend on the CTA and the linear alone, so every warp meets them all.
- * Behind the second barrier no warp reads x any more, so the next x may be written at once; what the adding threads still
- * read (r, kept rows) is not written again before the words that they then store have come back as complete results. */
+ * one when `red` is; attention and the gathers have their own. All depend on the CTA and the linear alone, so every
+ * warp meets them all. Behind the second barrier no warp reads x any more, so the next x may be written at once; what
+ * the adding threads still read (r, kept rows) is not written again before the words that they then store have come
+ * back as complete results. */
 template <int head_dim>
 __device__ __forceinline__ void qf_decode_layers(const qf_decode_params &p, qf_decode_ring &ring)
 {
@@ -97,7 +102,7 @@ __device__ __forceinline__ void qf_decode_layers(const qf_decode_params &p, qf_d
         const uint32_t epoch = first_epoch + layer;
         const qf_decode_phase &ph = qf_fixed().phase[kind];
         const bool part = ph.blocks > 0;
-        const int local_tiles = ph.local_tiles, mine = threadIdx.x >> 3; /* the first row tile that this thread adds up */
+        const int local_tiles = ph.local_tiles, mine = threadIdx.x >> 3; /* the first tile that this thread adds up */
         qf_decode_run run;
         qf_decode_result result;
         float multiplier = 0.0f;
@@ -109,7 +114,7 @@ __device__ __forceinline__ void qf_decode_layers(const qf_decode_params &p, qf_d
             multiplier = qf_layer(p, layer)->multiplier[kind];
             qf_decode_begin(p, ph, ring, run);
             qf_decode_place(p, ph, kind, mine, epoch, result);
-            asm volatile("" : "+r"(result.red), "+r"(result.scale), "+r"(result.saved), "+l"(result.to)); /* here and now */
+            asm volatile("" : "+r"(result.red), "+r"(result.scale), "+r"(result.saved), "+l"(result.to)); /* now */
         }
         if (kind & 1) {
             if (part) {
@@ -140,7 +145,8 @@ __device__ __forceinline__ void qf_decode_layers(const qf_decode_params &p, qf_d
 }
 
 template <int head_dim>
-__global__ void __launch_bounds__((QF_DECODE_WARPS + 1) * 32, 1) qf_decode_kernel(const __grid_constant__ qf_decode_params p)
+__global__ void __launch_bounds__((QF_DECODE_WARPS + 1) * 32, 1)
+    qf_decode_kernel(const __grid_constant__ qf_decode_params p)
 {
     qf_decode_set_up<head_dim>(p);
     if (threadIdx.x >= QF_DECODE_THREADS) {

@@ -16,7 +16,7 @@ enum {
 typedef struct qf_cuda_decode_options {
     int32_t max_stages; /* of the ring; 0: as many as fit */
     int32_t splits;     /* k ranges of down; 0: chosen */
-    long long *stamps;  /* device: (sm_count, 4 num_layers + 1, QF_STAMPS), zeros where a CTA does not come by; or NULL */
+    long long *stamps;  /* device: (sm_count, 4 num_layers + 1, QF_STAMPS), zeros where a CTA is not; or NULL */
 } qf_cuda_decode_options;
 
 qf_status qf_cuda_decode_with(const qf_cuda_decode_args *args, const qf_cuda_decode_options *options,

@@ -1,4 +1,5 @@
-/* From a unit of packed weights in shared memory (1,024 bytes of one row tile) to sums in registers, on tensor cores. */
+/* From a unit of packed weights in shared memory (1,024 bytes of one row tile) to sums in registers, on tensor
+ * cores. */
 #ifndef QF_DECODE_UNITS_CUH
 #define QF_DECODE_UNITS_CUH
 
@@ -72,9 +73,9 @@ __device__ __forceinline__ void qf_ldmatrix_trans_at(uint32_t (&r)[4], uint32_t 
 }
 
 /* A fragment of integers without arithmetic: an integer q of at most 8 bits is, as the bits of a bf16 number, q 2^-133
- * (below 128 such a number has no leading one, and from there on its exponent is the least, which is the same scale). So
- * the bits of two nibbles of a 16-bit half are q and 16 q: rows g + 8 (registers 1 and 3) come out 16 times too large,
- * and x is stored times 2^96 (QF_DECODE_X_SCALE) so that sums are far from both ends of float32. */
+ * (below 128 such a number has no leading one, and from there on its exponent is the least, which is the same scale).
+ * So the bits of two nibbles of a 16-bit half are q and 16 q: rows g + 8 (registers 1 and 3) come out 16 times too
+ * large, and x is stored times 2^96 (QF_DECODE_X_SCALE) so that sums are far from both ends of float32. */
 __device__ __forceinline__ void qf_raw_4(uint32_t word, uint32_t (&a)[4])
 {
     const uint32_t upper = word >> 8;
@@ -101,8 +102,8 @@ __device__ __forceinline__ void qf_apply_scales(uint32_t low, uint32_t high, flo
     acc[1] += qf_half_low(high) * (c_high - qf_bf16_high(high) * (bits == 4 ? 16.0f * sum : sum));
 }
 
-/* Only lanes 0 .. 3 read, which is a quarter of the time for shared memory: of B only column 0 is wanted, theirs. What the
- * others hold comes out in other columns. */
+/* Only lanes 0 .. 3 read, which is a quarter of the time for shared memory: of B only column 0 is wanted, theirs. What
+ * the others hold comes out in other columns. */
 __device__ __forceinline__ void qf_lds_128_if(uint4 &v, uint32_t address, bool wanted)
 {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
@@ -121,10 +122,11 @@ template <int bits> __device__ __forceinline__ void qf_decode_load_x(uint32_t x,
     }
 }
 
-/* The products of one unit; words: of this lane. Of each accumulator only column 0 is wanted: the low and the high row of
- * lanes with t = 0. Four chains hide each other's latency. */
+/* The products of one unit; words: of this lane. Of each accumulator only column 0 is wanted: the low and the high row
+ * of lanes with t = 0. Four chains hide each other's latency. */
 template <int bits>
-__device__ __forceinline__ void qf_decode_unit(const uint32_t (&words)[8], const uint4 (&b)[16 / bits], float (&c)[4][4])
+__device__ __forceinline__ void qf_decode_unit(const uint32_t (&words)[8], const uint4 (&b)[16 / bits],
+                                               float (&c)[4][4])
 {
     constexpr int steps = 32 / bits; /* k16 steps */
 #pragma unroll

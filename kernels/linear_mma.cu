@@ -36,9 +36,11 @@
  *      r + 1                        0 1 0 1 | 0 1 0 1 |        weights go through a ring in registers as in "stream".
  *                x in shared memory:  chunk      chunk
  *
- *   x would fill shared memory, so it passes through it in 3 stages of about 16 KB that all the warps use in step: one
- *   barrier a chunk, while each warp's ring of weights runs on. A CTA with more rows than warps goes over k again for
- *   the next ones (passes); the ring does not stop in between. Sums are stored straight from registers.
+ *   x of over 16 tokens would fill shared memory, so it passes through it in 3 stages of about 16 KB that all the warps
+ *   use in step: one barrier a chunk, while each warp's ring of weights runs on. Where x has room (up to 16 tokens, and
+ *   more if rows take several passes) it stays, and a warp waits for the copies of a chunk only, not for other warps. A
+ *   CTA with more rows than warps goes over k again for the next ones (passes); the ring does not stop in between. Sums
+ *   are stored straight from registers.
  *
  * tile (any number of tokens; linear_mma_tile.cuh). Grid (token passes, row groups, num_splits); 8 warps, or 4
  * where that leaves fewer SMs idle at the end.
@@ -260,6 +262,7 @@ extern "C" qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const q
         p.slices = batch.slices;
         p.passes = batch.passes;
         p.chunk_blocks = batch.chunk_blocks;
+        p.resident = batch.resident;
         p.chunk_columns = batch.chunk_blocks / batch.slices * (bits / 4);
         p.stage_bytes = batch.chunk_blocks * qf_batch_x_bytes(p.num_tiles);
         p.slot_offset = batch.slot_offset;

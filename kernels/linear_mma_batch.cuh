@@ -5,6 +5,7 @@
 #include "linear_mma_stream.cuh"
 
 #define QF_BATCH_STAGES 3 /* chunks of x in shared memory */
+#define QF_BATCH_MAX_CHUNKS 32 /* of x that stays in shared memory; a barrier of 8 bytes each */
 #define QF_BATCH_MAX_SLICES 8
 #define QF_BATCH_MAX_TOKENS 32
 
@@ -108,6 +109,12 @@ static __device__ __forceinline__ void qf_batch_load_x(const qf_linear_mma_param
     }
 }
 
+/* Counts this thread in at the barrier once its copies so far have come. */
+static __device__ __forceinline__ void qf_batch_arrive_copied(uint64_t *barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(qf_shared_address(barrier)) : "memory");
+}
+
 /* Adds the slices' sums in order in the warps of slice 0. */
 template <int tokens, int rows>
 static __device__ __forceinline__ void qf_batch_add_slices(float (&acc)[rows][tokens][4], float *slots, int slices,
@@ -175,7 +182,9 @@ template <int bits, int groups, int tokens, int rows>
 static __global__ void __launch_bounds__(qf_batch_max_warps(bits, bits == 4 ? 128 / groups : 128, tokens) * 32, 1)
     qf_linear_batch_kernel(const __grid_constant__ qf_linear_mma_params p)
 {
-    extern __shared__ __align__(128) uint8_t shared[];
+    extern __shared__ __align__(128) uint8_t all_shared[];
+    uint64_t *arrived = reinterpret_cast<uint64_t *>(all_shared);
+    uint8_t *shared = all_shared + QF_BATCH_MAX_CHUNKS * sizeof(uint64_t);
     constexpr int block_pieces = bits / 4, depth = qf_batch_depth(bits, groups, tokens, rows);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int slice = warp / p.row_warps, row_warp = warp - slice * p.row_warps;
@@ -194,10 +203,17 @@ static __global__ void __launch_bounds__(qf_batch_max_warps(bits, bits == 4 ? 12
             qf_batch_fetch<bits, groups, rows>(ring[i], p, at, tile, i);
         }
     }
-    qf_grid_dependency_wait();
-    /* x comes in chunks, every row's run over k again. */
+    /* x comes in chunks, every row's run over k again, or once for all if it has room: then warps wait for x only, not
+     * for each other. */
     const int block_bytes = qf_batch_x_bytes(p.num_tiles);
     const int chunks = (share_blocks + p.chunk_blocks - 1) / p.chunk_blocks;
+    if (p.resident) {
+        if (threadIdx.x < chunks) {
+            qf_mbarrier_init(&arrived[threadIdx.x], blockDim.x);
+        }
+        __syncthreads();
+    }
+    qf_grid_dependency_wait();
     int left = chunks * p.passes, load_chunk = 0; /* chunks to bring; the next, in its run over k */
     auto bring = [&](int place) {
         if (left > 0) {
@@ -207,8 +223,11 @@ static __global__ void __launch_bounds__(qf_batch_max_warps(bits, bits == 4 ? 12
         left--;
         load_chunk = load_chunk + 1 == chunks ? 0 : load_chunk + 1;
     };
-    for (int i = 0; i < QF_BATCH_STAGES - 1; i++) {
+    for (int i = 0; i < (p.resident ? chunks : QF_BATCH_STAGES - 1); i++) {
         bring(i);
+        if (p.resident) {
+            qf_batch_arrive_copied(&arrived[i]);
+        }
     }
     /* A step of 16 columns of two token tiles is an ldmatrix: two core matrices each. The last of three tiles is read
      * twice. */
@@ -219,6 +238,7 @@ static __global__ void __launch_bounds__(qf_batch_max_warps(bits, bits == 4 ? 12
     for (int pass = 0; pass < p.passes; pass++, tile += pass_tiles) {
         float acc[rows][tokens][4] = {};
         int in_chunk = 0; /* pieces done of this chunk */
+        slot = p.resident ? -1 : slot;
         for (int base = 0; base < columns; base += depth) {
 #pragma unroll
             for (int i = 0; i < depth; i++) {
@@ -226,7 +246,10 @@ static __global__ void __launch_bounds__(qf_batch_max_warps(bits, bits == 4 ? 12
                 if (unit >= columns) {
                     break;
                 }
-                if (in_chunk == 0) { /* all have done with the chunk before: its place is free */
+                if (in_chunk == 0 && p.resident) {
+                    qf_mbarrier_wait(&arrived[++slot], 0);
+                    x = x_start + slot * p.stage_bytes;
+                } else if (in_chunk == 0) { /* all have done with the chunk before: its place is free */
                     qf_cp_async_wait<QF_BATCH_STAGES - 2>();
                     __syncthreads();
                     bring(slot);

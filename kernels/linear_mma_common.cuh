@@ -26,6 +26,7 @@ struct qf_linear_mma_params {
     /* batch kernel: warps along rows and along k, runs over k; a chunk's k blocks, a warp's pieces, bytes of x */
     int32_t row_warps, slices, passes;
     int32_t chunk_blocks, chunk_columns, stage_bytes;
+    int32_t resident; /* batch kernel: x stays in shared memory */
     int32_t token_warps; /* tile kernel: warps side by side along the tokens */
     float multiplier;
 };

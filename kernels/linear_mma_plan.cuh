@@ -14,6 +14,7 @@ typedef struct qf_stream_plan {
 typedef struct qf_batch_plan {
     int32_t row_groups, row_warps, slices, passes; /* a CTA has row_warps * slices warps */
     int32_t chunk_blocks, slot_offset, shared_bytes;
+    bool resident;
     double cost_us; /* an estimate, to compare num_splits by */
 } qf_batch_plan;
 
@@ -90,18 +91,25 @@ static bool qf_batch_plan_make(const qf_cuda_device *device, int32_t row_tiles, 
         const int32_t longest = qf_ceil_div(share, plan->slices), usual = 8 / (num_tiles * plan->slices);
         const int32_t length = usual < 1 ? 1 : usual > longest ? longest : usual;
         plan->chunk_blocks = plan->slices * length;
-        plan->slot_offset = QF_BATCH_STAGES * plan->chunk_blocks * qf_batch_x_bytes(num_tiles);
-        plan->shared_bytes =
-            plan->slot_offset + (plan->slices - 1) * plan->row_warps * qf_batch_slot_bytes(tokens, rows);
+        const int32_t slot_bytes = (plan->slices - 1) * plan->row_warps * qf_batch_slot_bytes(tokens, rows);
+        const int32_t chunks = qf_ceil_div(share, plan->chunk_blocks);
+        const int32_t chunk_bytes = plan->chunk_blocks * qf_batch_x_bytes(num_tiles);
+        plan->resident = (tokens == 2 || plan->passes > 1) && chunks <= QF_BATCH_MAX_CHUNKS &&
+                         chunks * chunk_bytes + slot_bytes + 256 <= device->max_shared_bytes;
+        plan->slot_offset = (plan->resident ? chunks : QF_BATCH_STAGES) * chunk_bytes;
+        plan->shared_bytes = QF_BATCH_MAX_CHUNKS * 8 + plan->slot_offset + slot_bytes;
         if (plan->shared_bytes <= device->max_shared_bytes) {
             const double kilobytes = (double)plan->passes * plan->row_warps * rows * share * (bits / 4);
             const double x_kilobytes = (double)plan->passes * share * num_tiles * 2;
-            /* An SM's weights come at 30 GB/s, with x from L2 at 45. A warp's piece takes 0.35 us at best. */
+            /* An SM's weights come at 30 GB/s, with x from L2 at 45, x to start with at 50. A warp's piece takes 0.35
+             * us at best, one that has to be unpacked 0.8. */
             const double turns = (double)plan->passes * qf_ceil_div(share, plan->slices) * (bits / 4);
             const double memory_us = kilobytes * 0.033, l2_us = (kilobytes + x_kilobytes) * 0.022;
-            const double busy_us = memory_us > l2_us ? memory_us : l2_us, latency_us = 0.35 * turns;
-            plan->cost_us = (busy_us > latency_us ? busy_us : latency_us) +
-                            num_splits * (0.06 + 2.0 * num_tokens * row_tiles * 64 / 3e6);
+            const double busy_us = memory_us > l2_us ? memory_us : l2_us;
+            const double latency_us = (bits == 16 ? 0.35 : 0.8 * rows) * turns;
+            const double start_us = 0.02 * share * num_tiles * 2;
+            plan->cost_us = start_us + (busy_us > latency_us ? busy_us : latency_us) +
+                            num_splits * (0.06 + 1.0 * num_tokens * row_tiles * 64 / 3e6);
             return true;
         }
     }
@@ -189,6 +197,9 @@ extern "C" int32_t qf_cuda_linear_mma_splits(const qf_cuda_device *device, int32
     }
     if (!batch_invariant && num_tokens <= 8) {
         return qf_stream_splits(device, row_tiles, blocks, bits, num_tokens);
+    }
+    if (!batch_invariant && num_tokens <= QF_BATCH_MAX_TOKENS && row_tiles >= 8 * device->sm_count) {
+        return 1; /* rows enough, and many sums */
     }
     int32_t best = 1;
     double best_us = 0;

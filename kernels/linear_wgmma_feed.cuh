@@ -6,19 +6,24 @@
 #include "common/launch.cuh"
 #include "common/wgmma.cuh"
 
-#define QF_WG_ROW_TILES 8 /* of 16 rows, a block: one per consumer warp */
-#define QF_WG_THREADS (32 * QF_WG_ROW_TILES + 128) /* and a warpgroup whose first warp copies x */
-
-/* What follows from bits and tokens of a tile. */
-template <int bits, int tokens> struct qf_wg_shape {
+/* What follows from the bits of the weights and the size of a tile. */
+template <int num_bits, int num_tokens, int num_row_tiles> struct qf_wg_shape {
+    static constexpr int bits = num_bits, tokens = num_tokens;
+    static constexpr int row_tiles = num_row_tiles; /* of 16 rows, a block: one per consumer warp */
+    /* Two warpgroups take registers from a third, whose first warp copies x; of three, 128 a thread are enough. */
+    static constexpr bool shares_registers = row_tiles == 8;
+    static constexpr int threads = 32 * row_tiles + (shares_registers ? 128 : 32);
     static constexpr int token_tiles = tokens / 8;
     /* Blocks that share one tile of x, each fetching a part for all. */
     static constexpr int cluster = tokens >= 32 ? 2 : 1;
     static constexpr int blocks_per_sm = tokens <= 32 ? 3 : tokens <= 64 ? 2 : 1;
     static constexpr bool persistent = blocks_per_sm == 1; /* a block takes units in turn */
     /* k of a stage: a block of the weights, or half a one where x would leave too few stages. */
-    static constexpr int stage_k = tokens <= 64 && bits < 16 ? 128 : 64;
+    static constexpr int stage_k = bits < 16 ? 128 : 64;
     static constexpr int slices = stage_k / 64;
+    /* Barriers of a stage, for an equal part of its k each: in wide tiles one for each 64 k. */
+    static constexpr int parts = persistent ? slices : 1;
+    static constexpr int part_slices = slices / parts;
     /* Steps of 16 k in a batch of qf_wg_sum: the A registers of two batches must fit beside the results. */
     static constexpr int steps = bits == 4 && (tokens == 8 || tokens == 64) ? 4 : bits == 16 && tokens == 64 ? 4 : 2;
     /* Registers of a thread, as setmaxnreg shares them out: 2 consumers + producer = 3 x those at the launch. */
@@ -29,7 +34,7 @@ template <int bits, int tokens> struct qf_wg_shape {
     static constexpr int weight_bytes = stage_k * 2 * bits;          /* of a row tile */
     static constexpr int scale_bytes = bits == 16 ? 0 : stage_k * 2; /* of a row tile, groups of 32 */
     static constexpr int slot_bytes = weight_bytes + scale_bytes;    /* a warp's part of a stage */
-    static constexpr int stage_bytes = x_bytes + QF_WG_ROW_TILES * slot_bytes;
+    static constexpr int stage_bytes = x_bytes + row_tiles * slot_bytes;
     /* An SM has 228 KB; a block takes 1 KB for itself, and 256 bytes of barriers. */
     static constexpr int room = (blocks_per_sm == 1 ? 227 * 1024 : 228 * 1024 / blocks_per_sm - 1024) - 256;
     static constexpr int stages = room / stage_bytes > 8 ? 8 : room / stage_bytes;
@@ -64,10 +69,9 @@ typedef struct qf_wg_unit {
 } qf_wg_unit;
 
 /* Token groups run fastest, so the blocks at work at one time share weights and, `row_groups` apart, x. */
-template <int bits, int tokens>
+template <typename shape>
 __device__ __forceinline__ qf_wg_unit qf_wg_unit_get(const qf_wg_params &p, int unit, int rank)
 {
-    typedef qf_wg_shape<bits, tokens> shape;
     int per_raster = p.row_groups * p.num_splits * QF_WG_RASTER;
     int raster = unit / per_raster;
     int rest = unit - raster * per_raster;
@@ -77,7 +81,7 @@ __device__ __forceinline__ qf_wg_unit qf_wg_unit_get(const qf_wg_params &p, int 
     int blocks = p.k / 128;
     qf_wg_unit u;
     u.split = rest / p.row_groups;
-    u.row_tile = ((rest - u.split * p.row_groups) * shape::cluster + rank) * QF_WG_ROW_TILES;
+    u.row_tile = ((rest - u.split * p.row_groups) * shape::cluster + rank) * shape::row_tiles;
     u.token_tile = token_group * shape::token_tiles;
     u.k_begin = u.split * blocks / p.num_splits * 128;
     u.k_end = (u.split + 1) * blocks / p.num_splits * 128;
@@ -88,8 +92,7 @@ __device__ __forceinline__ qf_wg_unit qf_wg_unit_get(const qf_wg_params &p, int 
 
 /* Copies of a stage. A bulk copy takes its operands from uniform registers, so lanes that copy different things take
  * turns: one lane copies whole slices; only tiles of fewer than 8 tokens take a lane for each core matrix. */
-template <int bits, int tokens> struct qf_wg_copier {
-    typedef qf_wg_shape<bits, tokens> shape;
+template <typename shape> struct qf_wg_copier {
     const uint8_t *source;    /* at k = 0 */
     uint32_t target;          /* offset in the stage */
     uint32_t bytes;           /* of a copy; 0: none */
@@ -102,12 +105,12 @@ template <int bits, int tokens> struct qf_wg_copier {
         const int tiles = (p.num_tokens + 7) / 8;
         const int width = p.num_tokens > 4 ? 8 : p.num_tokens > 2 ? 4 : p.num_tokens; /* of a token tile */
         const int there = min(shape::token_tiles, tiles - u.token_tile);
-        stage_bytes = shape::slices * there * width * 128;
-        spread = tokens == 8 && width < 8;
+        stage_bytes = shape::part_slices * there * width * 128;
+        spread = shape::tokens == 8 && width < 8;
         if (spread) {
             source = p.x + lane * width * 16;
             target = lane * 128;
-            bytes = lane < 8 * shape::slices ? width * 16 : 0;
+            bytes = lane < 8 * shape::part_slices ? width * 16 : 0;
             k_bytes = width * 2;
         } else {
             const int share = (shape::token_tiles + shape::cluster - 1) / shape::cluster;
@@ -130,7 +133,7 @@ template <int bits, int tokens> struct qf_wg_copier {
             return;
         }
 #pragma unroll
-        for (int slice = 0; slice < shape::slices; slice++) {
+        for (int slice = 0; slice < shape::part_slices; slice++) {
             uint8_t *to = stage + target + slice * shape::slice_bytes;
             if (shape::cluster > 1) {
                 qf_bulk_copy_multicast(to, from + slice * 64 * k_bytes, bytes, full, (1 << shape::cluster) - 1);
@@ -141,29 +144,29 @@ template <int bits, int tokens> struct qf_wg_copier {
     }
 };
 
-template <int bits, int tokens>
+template <typename shape>
 __device__ __forceinline__ void qf_wg_produce(const qf_wg_params &p, uint8_t *shared, uint64_t *full, uint64_t *empty,
                                               int rank, int first_unit, int unit_step)
 {
-    typedef qf_wg_shape<bits, tokens> shape;
     const int lane = threadIdx.x % 32;
-    int stage = 0;
+    int part = 0; /* of all stages */
     uint32_t phase = 0;
     qf_grid_dependency_wait();
     for (int unit = first_unit; unit < p.units; unit += unit_step) {
-        const qf_wg_unit u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
-        qf_wg_copier<bits, tokens> copier;
+        const qf_wg_unit u = qf_wg_unit_get<shape>(p, unit, rank);
+        qf_wg_copier<shape> copier;
         copier.set(p, u, rank, lane);
 #pragma unroll 1
-        for (int k = u.k_begin; k < u.k_end; k += shape::stage_k) {
-            qf_mbarrier_wait_bounded(&empty[stage], phase ^ 1);
+        for (int k = u.k_begin; k < u.k_end; k += 64 * shape::part_slices) {
+            qf_mbarrier_wait_bounded(&empty[part], phase ^ 1);
             if (lane == 0) {
-                qf_mbarrier_arrive_expect(&full[stage], copier.stage_bytes);
+                qf_mbarrier_arrive_expect(&full[part], copier.stage_bytes);
             }
             __syncwarp();
-            copier.copy(shared + stage * shape::stage_bytes, &full[stage], k);
-            if (++stage == shape::stages) {
-                stage = 0;
+            uint8_t *to = shared + part / shape::parts * shape::stage_bytes;
+            copier.copy(to + part % shape::parts * (shape::part_slices * shape::slice_bytes), &full[part], k);
+            if (++part == shape::stages * shape::parts) {
+                part = 0;
                 phase ^= 1;
             }
         }
@@ -172,26 +175,39 @@ __device__ __forceinline__ void qf_wg_produce(const qf_wg_params &p, uint8_t *sh
 
 /* --- weights: each consumer warp fetches its own ---------------------------------------------------------------- */
 
+/* Copies 16 bytes, bringing what stands beside them into L2. */
+__device__ __forceinline__ void qf_wg_copy_16(uint32_t shared, const void *global)
+{
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
 /* Where a warp's copies stand, a ring of stages ahead of its sums: `at` counts stages of k of its row tiles from the
  * start of the matrix. A lane copies the words of weights that it reads itself; a row tile beyond the last is the last,
  * and its sums are dropped. */
-template <int bits, int tokens> struct qf_wg_feed {
-    typedef qf_wg_shape<bits, tokens> shape;
+template <typename shape> struct qf_wg_feed {
     uint32_t at, end;        /* of the unit being fetched */
     uint32_t next, next_end; /* of the one after it, which has a ring of stages at least, or none */
+    const uint8_t *weights, *scales; /* of the matrix, at this lane's bytes */
+    uint32_t slot;        /* of this warp, at this lane's bytes: a shared address in the first stage */
+    uint32_t scale_bytes; /* of a stage */
 
     static __device__ __forceinline__ void range(const qf_wg_params &p, int unit, int rank, uint32_t &from,
                                                  uint32_t &to)
     {
-        const qf_wg_unit u = qf_wg_unit_get<bits, tokens>(p, unit, rank);
+        const qf_wg_unit u = qf_wg_unit_get<shape>(p, unit, rank);
         const int row_tile = min(u.row_tile + (int)threadIdx.x / 32, p.n / 16 - 1);
         from = (row_tile * p.k + u.k_begin) / shape::stage_k;
         to = (row_tile * p.k + u.k_end) / shape::stage_k;
     }
-    __device__ __forceinline__ void set(const qf_wg_params &p, int unit, int rank)
+    __device__ __forceinline__ void set(const qf_wg_params &p, const uint8_t *shared, int unit, int rank)
     {
         range(p, unit, rank, at, end);
         next = next_end = 0;
+        const int lane = threadIdx.x % 32;
+        weights = p.weights + lane * 16;
+        scales = p.scales + lane * 16;
+        slot = qf_shared_address(shared) + shape::x_bytes + threadIdx.x / 32 * shape::slot_bytes + lane * 16;
+        scale_bytes = max(shape::stage_k >> p.group_shift, 1) * 64;
     }
     __device__ __forceinline__ void set_next(const qf_wg_params &p, int unit, int rank)
     {
@@ -202,24 +218,22 @@ template <int bits, int tokens> struct qf_wg_feed {
     }
 
     /* Fills this warp's part of a stage, which it has read, if anything is left to fetch. */
-    __device__ __forceinline__ void fetch(const qf_wg_params &p, uint8_t *stage)
+    __device__ __forceinline__ void fetch(int stage)
     {
-        const int lane = threadIdx.x % 32;
-        uint8_t *slot = stage + shape::x_bytes + threadIdx.x / 32 * shape::slot_bytes + lane * 16;
+        const uint32_t to = slot + stage * shape::stage_bytes;
         if (shape::persistent && at == end) {
             at = next, end = next_end;
             next = next_end;
         }
         __syncwarp();
         if (at < end) {
-            const uint8_t *weights = p.weights + (uint64_t)at * shape::weight_bytes + lane * 16;
+            const uint8_t *from = weights + (uint64_t)at * shape::weight_bytes;
 #pragma unroll
             for (int i = 0; i < shape::weight_bytes; i += 512) {
-                qf_cp_async_16_stream(slot + i, weights + i);
+                qf_wg_copy_16(to + i, from + i);
             }
-            if (bits < 16 && lane < max(shape::stage_k >> p.group_shift, 1) * 4) {
-                const uint32_t group = at * shape::stage_k >> p.group_shift;
-                qf_cp_async_16_stream(slot + shape::weight_bytes, p.scales + (uint64_t)group * 64 + lane * 16);
+            if (shape::bits < 16 && threadIdx.x % 32 * 16 < scale_bytes) {
+                qf_wg_copy_16(to + shape::weight_bytes, scales + (uint64_t)at * scale_bytes);
             }
             at++;
         }

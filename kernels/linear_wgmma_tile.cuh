@@ -6,16 +6,84 @@
 
 #ifdef QF_SM90A
 
-/* --- consumers: two warpgroups -------------------------------------------------------------------------------- */
+/* --- consumers: two or three warpgroups ----------------------------------------------------------------------- */
+
+__device__ __forceinline__ uint4 qf_wg_shared_16(uint32_t address)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ uint32_t qf_wg_shared_4(uint32_t address)
+{
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint32_t qf_wg_fma_bf16(uint32_t a, uint32_t b, uint32_t c)
+{
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+__device__ __forceinline__ uint32_t qf_wg_mul_bf16(uint32_t a, uint32_t b)
+{
+    uint32_t r;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+/* Scales and zero points of a lane's rows, g = lane / 4 and g + 8, and the way to A registers. Below 2^-125 bf16 is
+ * evenly spaced by 2^-133, so that the bits of an integer q <= 255 are the number q 2^-133.
+ * 4 bits: q 2^-133 (row g + 8: 2^-129, its nibbles are 4 bits up) times scale 2^101 (2^97), plus -zero scale 2^-32.
+ * 8 bits: q 2^-133 times 2^127, less zero / 64, is exact; then times 64 scale. */
+template <int bits> struct qf_wg_rows {
+    uint32_t scale[2], zero[2];
+
+    __device__ __forceinline__ void set(uint32_t row0, uint32_t row8)
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t row = i == 0 ? row0 : row8;
+            const float s = __half2float(__ushort_as_half((unsigned short)(row & 0xffffu)));
+            const uint32_t z = __byte_perm(row, 0, 0x3232);
+            if (bits == 4) {
+                const float t = s * (i == 0 ? 0x1p101f : 0x1p97f);
+                scale[i] = qf_pack_bf16(t, t);
+                zero[i] = qf_wg_mul_bf16(scale[i], qf_wg_mul_bf16(z, i == 0 ? 0x80018001u : 0x80108010u));
+            } else {
+                scale[i] = qf_pack_bf16(64.0f * s, 64.0f * s);
+                zero[i] = qf_wg_mul_bf16(z, 0xbc80bc80u); /* -1 / 64 */
+            }
+        }
+    }
+    /* The A registers of a step of 16 k: 4 bits have one word of it, 8 bits two. */
+    __device__ __forceinline__ void unpack(const uint32_t *word, uint32_t (&a)[4]) const
+    {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if constexpr (bits == 4) {
+                const uint32_t q = (i < 2 ? word[0] : word[0] >> 8) & (i % 2 == 0 ? 0x000f000fu : 0x00f000f0u);
+                a[i] = qf_wg_fma_bf16(q, scale[i % 2], zero[i % 2]);
+            } else {
+                const uint32_t q = __byte_perm(word[i / 2], 0, i % 2 == 0 ? 0x4140 : 0x4342);
+                a[i] = qf_wg_mul_bf16(qf_wg_fma_bf16(q, 0x7f007f00u, zero[i % 2]), scale[i % 2]);
+            }
+        }
+    }
+};
 
 /* The A registers of `steps` steps of 16 k, `k` into the stage. */
-template <int bits, int tokens, int steps>
+template <typename shape, int steps>
 __device__ __forceinline__ void qf_wg_load(uint32_t (&a)[steps][4], const uint8_t *stage, int k, int group_shift)
 {
-    typedef qf_wg_shape<bits, tokens> shape;
     const int lane = threadIdx.x % 32, row_tile = threadIdx.x / 32;
     const uint8_t *weights = stage + shape::x_bytes + row_tile * shape::slot_bytes;
-    if constexpr (bits == 16) {
+    if constexpr (shape::bits == 16) {
 #pragma unroll
         for (int s = 0; s < steps; s++) {
             uint4 w = reinterpret_cast<const uint4 *>(weights + (k + 16 * s) * 32)[lane];
@@ -23,86 +91,72 @@ __device__ __forceinline__ void qf_wg_load(uint32_t (&a)[steps][4], const uint8_
         }
     } else {
         /* 4 bits: 64 k are 32 lanes x 16 bytes; 8 bits: 32 k are. */
-        uint32_t word[steps * bits / 4];
-        if constexpr (bits == 4 && steps == 2) {
+        uint32_t word[steps * shape::bits / 4];
+        if constexpr (shape::bits == 4 && steps == 2) {
             uint2 w = *reinterpret_cast<const uint2 *>(weights + k / 64 * 512 + lane * 16 + k % 64 / 4);
             word[0] = w.x, word[1] = w.y;
         } else {
 #pragma unroll
-            for (int i = 0; i < steps * bits / 16; i++) {
-                uint4 w = reinterpret_cast<const uint4 *>(weights + k * 2 * bits + i * 512)[lane];
+            for (int i = 0; i < steps * shape::bits / 16; i++) {
+                uint4 w = reinterpret_cast<const uint4 *>(weights + k * 2 * shape::bits + i * 512)[lane];
                 word[4 * i] = w.x, word[4 * i + 1] = w.y, word[4 * i + 2] = w.z, word[4 * i + 3] = w.w;
             }
         }
         const uint32_t *scales = reinterpret_cast<const uint32_t *>(weights + shape::weight_bytes) +
                                  (k >> group_shift) * 16 + lane / 4;
-        qf_row_scales r = qf_unpack_scales<bits>(scales[0], scales[8]);
-        uint32_t scale[2] = {qf_pack_bf16(r.scale[0], r.scale[0]), qf_pack_bf16(r.scale[1], r.scale[1])};
+        qf_wg_rows<shape::bits> rows;
+        rows.set(scales[0], scales[8]);
 #pragma unroll
         for (int s = 0; s < steps; s++) {
             if (s == 2 && group_shift == 5) {
-                r = qf_unpack_scales<bits>(scales[16], scales[24]);
-                scale[0] = qf_pack_bf16(r.scale[0], r.scale[0]);
-                scale[1] = qf_pack_bf16(r.scale[1], r.scale[1]);
+                rows.set(scales[16], scales[24]);
             }
-            if constexpr (bits == 4) {
-                qf_dequant_4(word[s], r, a[s]);
-            } else {
-                qf_dequant_8(word[2 * s], word[2 * s + 1], r, a[s]);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                a[s][i] = qf_mul_bf16(a[s][i], scale[i & 1]);
-            }
+            rows.unpack(word + s * shape::bits / 4, a[s]);
         }
     }
 }
 
-/* The words of a stage of 64 k as they stand in shared memory, and their scales; 16 bits are A registers there. */
-template <int bits, int tokens> struct qf_wg_words {
-    typedef qf_wg_shape<bits, tokens> shape;
-    const uint8_t *slot;
-    uint32_t word[bits < 16 ? bits : 1], scale[2];
-    qf_row_scales rows;
+/* A stage of wide tiles as it stands in shared memory: 128 k of 4 and 8 bits in words, with their scales; of 16 bits,
+ * 64 k that are A registers there. */
+template <typename shape> struct qf_wg_words {
+    uint32_t slot, scales; /* shared addresses of this lane's weights and scales */
+    uint32_t word[shape::bits < 16 ? 2 * shape::bits : 1], row[2];
+    qf_wg_rows<shape::bits> rows;
 
-    __device__ __forceinline__ void load_scales(int group)
+    __device__ __forceinline__ void load_rows(int group)
     {
-        const uint32_t *scales = reinterpret_cast<const uint32_t *>(slot + shape::weight_bytes) + group * 16;
-        rows = qf_unpack_scales<bits>(scales[threadIdx.x % 32 / 4], scales[threadIdx.x % 32 / 4 + 8]);
-        scale[0] = qf_pack_bf16(rows.scale[0], rows.scale[0]);
-        scale[1] = qf_pack_bf16(rows.scale[1], rows.scale[1]);
+        row[0] = qf_wg_shared_4(scales + group * 64);
+        row[1] = qf_wg_shared_4(scales + group * 64 + 32);
     }
-    __device__ __forceinline__ void load(const uint8_t *stage)
+    __device__ __forceinline__ void load(uint32_t from_slot, uint32_t from_scales)
     {
-        slot = stage + shape::x_bytes + threadIdx.x / 32 * shape::slot_bytes;
-        if constexpr (bits < 16) {
+        slot = from_slot, scales = from_scales;
+        if constexpr (shape::bits < 16) {
 #pragma unroll
-            for (int i = 0; i < bits / 4; i++) {
-                uint4 w = reinterpret_cast<const uint4 *>(slot + i * 512)[threadIdx.x % 32];
+            for (int i = 0; i < shape::bits / 2; i++) {
+                uint4 w = qf_wg_shared_16(slot + i * 512);
                 word[4 * i] = w.x, word[4 * i + 1] = w.y, word[4 * i + 2] = w.z, word[4 * i + 3] = w.w;
             }
-            load_scales(0);
+            load_rows(0);
         }
     }
     /* The A registers of a step of 16 k; steps in ascending order. */
     __device__ __forceinline__ void unpack(int step, int group_shift, uint32_t (&a)[4])
     {
-        if constexpr (bits == 16) {
-            uint4 w = reinterpret_cast<const uint4 *>(slot + step * 512)[threadIdx.x % 32];
+        if constexpr (shape::bits == 16) {
+            uint4 w = qf_wg_shared_16(slot + step * 512);
             a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
         } else {
-            if (step == 2 && group_shift == 5) {
-                load_scales(1);
+            if ((step == 2 || step == 6) && group_shift == 5) {
+                load_rows(step / 2);
+                rows.set(row[0], row[1]);
+            } else if (step == 4 && group_shift != 7) {
+                load_rows(group_shift == 6 ? 1 : 2);
+                rows.set(row[0], row[1]);
+            } else if (step == 0) {
+                rows.set(row[0], row[1]);
             }
-            if constexpr (bits == 4) {
-                qf_dequant_4(word[step], rows, a);
-            } else {
-                qf_dequant_8(word[2 * step], word[2 * step + 1], rows, a);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                a[i] = qf_mul_bf16(a[i], scale[i & 1]);
-            }
+            rows.unpack(word + step * shape::bits / 4, a);
         }
     }
 };
@@ -136,38 +190,37 @@ template <int cluster> __device__ __forceinline__ void qf_wg_release(uint64_t *e
 
 /* d = the products of `blocks` blocks of 128 k, from the stages on from `stage`, in tiles whose SM has other blocks
  * too. While one batch is multiplied the next is unpacked into the other set of A registers. */
-template <int bits, int tokens>
-__device__ __forceinline__ void qf_wg_sum(float (&d)[tokens / 2], const qf_wg_params &p, qf_wg_feed<bits, tokens> &feed,
+template <typename shape>
+__device__ __forceinline__ void qf_wg_sum(float (&d)[shape::tokens / 2], const qf_wg_params &p, qf_wg_feed<shape> &feed,
                                           uint8_t *shared, uint64_t *full, uint64_t *empty, int &stage,
                                           uint32_t &phase, int blocks)
 {
-    typedef qf_wg_shape<bits, tokens> shape;
     constexpr int steps = shape::steps, batches = 8 / steps;
     uint32_t a[2][steps][4];
     int previous = 0; /* the stage of the batch before */
     const uint32_t x = qf_shared_address(shared);
 #pragma unroll
-    for (int i = 0; i < tokens / 2; i++) {
+    for (int i = 0; i < shape::tokens / 2; i++) {
         d[i] = 0.0f;
     }
     if (blocks == 0) {
         return;
     }
     feed.wait();
-    qf_wg_load<bits, tokens, steps>(a[0], shared + stage * shape::stage_bytes, 0, p.group_shift);
+    qf_wg_load<shape, steps>(a[0], shared + stage * shape::stage_bytes, 0, p.group_shift);
     qf_mbarrier_wait_bounded(&full[stage], phase);
     for (int block = 0; block < blocks; block++) {
 #pragma unroll
         for (int i = 0; i < batches; i++) {
             const int k = i * 16 * steps % shape::stage_k, next_k = (k + 16 * steps) % shape::stage_k;
             const uint32_t batch = x + stage * shape::stage_bytes + k / 64 * shape::slice_bytes + k % 64 * 16;
-            qf_wg_multiply<tokens, steps, 1>(d, a[i & 1], qf_wgmma_descriptor(batch));
+            qf_wg_multiply<shape::tokens, steps, 1>(d, a[i & 1], qf_wgmma_descriptor(batch));
             if (k == 0 && (i > 0 || block > 0)) {
                 qf_wg_release<shape::cluster>(&empty[previous]);
             }
             previous = stage;
             if (next_k == 0) {
-                feed.fetch(p, shared + stage * shape::stage_bytes);
+                feed.fetch(stage);
                 if (++stage == shape::stages) {
                     stage = 0;
                     phase ^= 1;
@@ -177,7 +230,7 @@ __device__ __forceinline__ void qf_wg_sum(float (&d)[tokens / 2], const qf_wg_pa
                 if (next_k == 0) {
                     feed.wait();
                 }
-                qf_wg_load<bits, tokens, steps>(a[(i + 1) & 1], shared + stage * shape::stage_bytes, next_k,
+                qf_wg_load<shape, steps>(a[(i + 1) & 1], shared + stage * shape::stage_bytes, next_k,
                                                 p.group_shift);
                 if (next_k == 0) {
                     qf_mbarrier_wait_bounded(&full[stage], phase);
@@ -190,60 +243,117 @@ __device__ __forceinline__ void qf_wg_sum(float (&d)[tokens / 2], const qf_wg_pa
     qf_wg_release<shape::cluster>(&empty[previous]);
 }
 
+/* Where a consumer of a wide tile finds things: shared addresses. */
+struct qf_wg_place {
+    uint32_t stages, full;
+    uint32_t empty; /* of the block of the cluster that this lane tells, or 0 */
+    uint32_t slot, scales; /* this lane's weights and scales in the first stage */
+};
+
+template <typename shape>
+__device__ __forceinline__ qf_wg_place qf_wg_place_get(const uint8_t *shared, const uint64_t *full,
+                                                       const uint64_t *empty)
+{
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    qf_wg_place at;
+    at.stages = qf_shared_address(shared);
+    at.full = qf_shared_address(full);
+    at.empty = 0;
+    if (lane < shape::cluster) {
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at.empty) : "r"(qf_shared_address(empty)), "r"(lane));
+    }
+    at.slot = at.stages + shape::x_bytes + warp * shape::slot_bytes + lane * 16;
+    at.scales = at.stages + shape::x_bytes + warp * shape::slot_bytes + shape::weight_bytes + lane / 4 * 4;
+    return at;
+}
+
+/* Tells the blocks of the cluster that this warp's wgmma have read part `part` of the ring. */
+__device__ __forceinline__ void qf_wg_release_part(const qf_wg_place &at, int part)
+{
+    if (at.empty != 0) {
+        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(at.empty + part * 8) : "memory");
+    }
+}
+
+__device__ __forceinline__ void qf_wg_wait_part(const qf_wg_place &at, int part, uint32_t parity)
+{
+    for (uint32_t tries = 0;; tries++) {
+        uint32_t done;
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(at.full + part * 8), "r"(parity)
+                     : "memory");
+        if (done) {
+            return;
+        }
+        if (tries > (1u << 24)) {
+            __trap();
+        }
+    }
+}
+
 /* The same in wide tiles, which have the SM to themselves: step i + 2 is unpacked between the starts of i and i + 1,
  * while i - 1 and i run. */
-template <int bits, int tokens>
-__device__ __forceinline__ void qf_wg_sum_wide(float (&d)[tokens / 2], const qf_wg_params &p,
-                                               qf_wg_feed<bits, tokens> &feed, uint8_t *shared, uint64_t *full,
-                                               uint64_t *empty, int &stage, uint32_t &phase, int blocks)
+template <typename shape>
+__device__ __forceinline__ void qf_wg_sum_wide(float (&d)[shape::tokens / 2], const qf_wg_params &p,
+                                               qf_wg_feed<shape> &feed, const qf_wg_place &at, int &stage,
+                                               uint32_t &phase, int blocks)
 {
-    typedef qf_wg_shape<bits, tokens> shape;
-    static_assert(shape::stage_k == 64, "four steps a stage");
+    constexpr int steps = shape::stage_k / 16, part_steps = steps / shape::parts;
     uint32_t a[4][1][4];
-    qf_wg_words<bits, tokens> words;
+    qf_wg_words<shape> words;
 #pragma unroll
-    for (int i = 0; i < tokens / 2; i++) {
+    for (int i = 0; i < shape::tokens / 2; i++) {
         d[i] = 0.0f;
     }
     if (blocks == 0) {
         return;
     }
     feed.wait();
-    words.load(shared + stage * shape::stage_bytes);
-    words.unpack(0, p.group_shift, a[0][0]);
-    words.unpack(1, p.group_shift, a[1][0]);
-    qf_mbarrier_wait_bounded(&full[stage], phase);
-    int previous = stage;
+    words.load(at.slot + stage * shape::stage_bytes, at.scales + stage * shape::stage_bytes);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        words.unpack(i, p.group_shift, a[i][0]);
+    }
+    qf_wg_wait_part(at, shape::parts * stage, phase);
+    int previous = -1; /* the last part of the stage before */
 #pragma unroll 1
-    for (int left = 2 * blocks; left > 0; left--) {
-        const uint64_t x = qf_wgmma_descriptor(qf_shared_address(shared) + stage * shape::stage_bytes);
-        qf_wg_multiply<tokens, 1, 2>(d, a[0], x);
-        words.unpack(2, p.group_shift, a[2][0]);
-        qf_wg_multiply<tokens, 1, 2>(d, a[1], x + QF_WGMMA_STEP);
-        if (left < 2 * blocks) {
-            qf_wg_release<shape::cluster>(&empty[previous]);
+    for (int left = blocks * (128 / shape::stage_k); left > 0; left--) {
+        const int part = shape::parts * stage;
+        const uint64_t x = qf_wgmma_descriptor(at.stages + stage * shape::stage_bytes);
+#pragma unroll
+        for (int i = 0; i < steps; i++) {
+            if (i == part_steps) {
+                qf_wg_wait_part(at, part + 1, phase);
+            }
+            const int offset = i / 4 * (shape::slice_bytes / 16) + i % 4 * QF_WGMMA_STEP;
+            qf_wg_multiply<shape::tokens, 1, 2>(d, a[i % 4], x + offset);
+            if (i == 1 && previous >= 0) {
+                qf_wg_release_part(at, previous);
+            }
+            if (i == part_steps + 1) {
+                qf_wg_release_part(at, part);
+            }
+            words.unpack((i + 2) % steps, p.group_shift, a[(i + 2) % 4][0]);
+            if (i == steps - 3) {
+                feed.fetch(stage);
+                previous = part + shape::parts - 1;
+                if (++stage == shape::stages) {
+                    stage = 0;
+                    phase ^= 1;
+                }
+                /* After the last stage these words are not those of this sum, or none at all; not multiplied. */
+                feed.wait();
+                words.load(at.slot + stage * shape::stage_bytes, at.scales + stage * shape::stage_bytes);
+            }
         }
-        words.unpack(3, p.group_shift, a[3][0]);
-        feed.fetch(p, shared + stage * shape::stage_bytes);
-        previous = stage;
-        if (++stage == shape::stages) {
-            stage = 0;
-            phase ^= 1;
-        }
-        /* After the last stage these words are not those of this sum, or none at all; they are not multiplied. */
-        feed.wait();
-        words.load(shared + stage * shape::stage_bytes);
-        qf_wg_multiply<tokens, 1, 2>(d, a[2], x + 2 * QF_WGMMA_STEP);
-        words.unpack(0, p.group_shift, a[0][0]);
-        qf_wg_multiply<tokens, 1, 2>(d, a[3], x + 3 * QF_WGMMA_STEP);
-        words.unpack(1, p.group_shift, a[1][0]);
         if (left > 1) {
-            qf_mbarrier_wait_bounded(&full[stage], phase);
+            qf_wg_wait_part(at, shape::parts * stage, phase);
         }
     }
     qf_wgmma_wait<0>();
     qf_wgmma_pin(d);
-    qf_wg_release<shape::cluster>(&empty[previous]);
+    qf_wg_release_part(at, previous);
 }
 
 /* --- epilogues ------------------------------------------------------------------------------------------------- */

@@ -740,6 +740,9 @@ int main(int argc, char **argv)
     test_shape(demo, 8, 32, false, o, 1, 3);
     test_shape(demo, 4, 128, true, o, 2, 3);
     test_many_steps(demo_wide, o);
+    if (check_brief) {
+        return check_report("decode");
+    }
     test_shape(small, 16, 32, false, o, 3, 4);
     test_shape(small, 8, 32, false, o, 5, 6);
     test_shape(middle, 16, 16, true, o, 1, 4);

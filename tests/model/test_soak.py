@@ -193,8 +193,12 @@ def test_soak(tmp_path, demo, device, count, most_growth):
         gc.collect()
         growth = rss_bytes() - before
         assert not on_gpu or gpu_bytes(model, options) == on_gpu
-    print(f"ends {ends}, {stats['num_preemptions']} preemptions, RSS grew by {growth / 1024:.0f} KiB, GPU {on_gpu}")
-    assert sum(warm_up.values()) + sum(ends.values()) >= count
+    total = sum(warm_up.values()) + sum(ends.values())
+    print(
+        f"{total} requests in {stats['num_steps']} steps, {stats['num_preemptions']} preemptions; of the second half {ends}"
+    )
+    print(f"RSS grew by {growth / 1024:.0f} KiB; GPU: held and free {on_gpu}")
+    assert total >= count
     for reason in ("stop", "length", "abort", "dropped"):
         assert ends.get(reason, 0) > 0
     assert stats["num_free_blocks"] == NUM_BLOCKS
