@@ -10,7 +10,7 @@
  * The newest key and value come from qkv's results, not from the cache (where the last split's CTA writes them); the
  * warp whose rows they are puts them into the tile, which has zeros there.
  *
- * The splits of the positions depend on the length alone: at least 256 each, and at most max_splits. With several, a
+ * The splits of the positions depend on the length alone: at least four tiles each, and at most max_splits. With several, a
  * CTA leaves (m, l, O) and warps all over the grid merge them, in order of split. */
 #ifndef QF_DECODE_CUH
 #define QF_DECODE_CUH

@@ -46,7 +46,7 @@ static __device__ __forceinline__ void qf_decode_make_phase(const qf_decode_para
     ph->turn = (int)blockIdx.x % ph->kbs * 32;
 }
 
-/* For one sliding window. The splits depend on the length alone: at least 256 positions each. Attention starts behind
+/* For one sliding window. The splits depend on the length alone: at least four tiles each. Attention starts behind
  * qkv's parts. */
 static __device__ __forceinline__ void qf_decode_make_item(const qf_decode_params &p, int window, int head_dim,
                                                            qf_decode_item *item)
@@ -54,7 +54,7 @@ static __device__ __forceinline__ void qf_decode_make_item(const qf_decode_param
     const int rows = 8192 / head_dim, length = p.seq_lens[0], slot = p.slot_mapping[0];
     const int start = window > 0 ? max(0, length - window) : 0, first = start / rows;
     const int tiles = length > 0 ? (length - 1) / rows - first + 1 : 0;
-    const int per_split = max(256 / rows, (tiles + p.max_splits - 1) / p.max_splits);
+    const int per_split = max(4, (tiles + p.max_splits - 1) / p.max_splits);
     int index = (int)blockIdx.x - p.linear[QF_DECODE_O].rotation;
     if (index < 0) {
         index += (int)gridDim.x;
