@@ -34,6 +34,7 @@ INCLUDES = [f"-I{path}" for path in (KERNELS, CSRC, TESTS, ROOT / "tests" / "c")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-Wall"]
 C_FLAGS = "-std=c11 -D_GNU_SOURCE -O2 -ffp-contract=off -fno-math-errno -pthread".split()
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+TRACKED_BARRIERS = 16384  # mbarriers of all blocks together that a tool follows; beyond its default it guesses
 SLOW_SANITIZERS = ("racecheck", "initcheck")  # their programs leave out the largest shapes
 RUN_TIMEOUT_S = 300
 SANITIZER_TIMEOUT_S = 3600
@@ -148,7 +149,10 @@ def run(program: pathlib.Path, arguments: list[str], sanitizer: str | None = Non
         tool = find_sanitizer()
         if tool is None:
             return 1, "compute-sanitizer was not found"
-        command = [tool, "--tool", sanitizer, "--error-exitcode", "86", *command]
+        options = ["--tool", sanitizer, "--error-exitcode", "86"]
+        if sanitizer in ("racecheck", "synccheck"):
+            options += ["--num-cuda-barriers", str(TRACKED_BARRIERS)]
+        command = [tool, *options, *command]
         if sanitizer in SLOW_SANITIZERS:
             command.append("--brief")
         timeout_s = SANITIZER_TIMEOUT_S
