@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from .llm import LLM
     from .outputs import CompletionOutput, Logprob, RequestOutput, StreamOutput
     from .params import SamplingParams
+    from .structured import StructuredOutputsParams
 
 _HOME = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
     "SamplingParams": "params",
+    "StructuredOutputsParams": "structured",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "StreamOutput": "outputs",
@@ -44,6 +46,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StreamOutput",
+    "StructuredOutputsParams",
     "__version__",
 ]
 

@@ -9,6 +9,8 @@ from .outputs import CompletionOutput, Logprob, RequestOutput, StreamOutput, Tim
 
 if TYPE_CHECKING:
     from ._engine import Engine, Request
+    from ._guidance import GuidedEngine
+    from ._guided import GuidedRequest
 
 # Fields of SamplingParams that the engine takes under the same name.
 _PASSED = (
@@ -43,7 +45,7 @@ class Group:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | GuidedEngine,
         request_id: str,
         prompt: str | None,
         prompt_token_ids: list[int],
@@ -60,9 +62,9 @@ class Group:
         self._seed = values["seed"]
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._usages: dict[int, Usage] = {}
-        self.requests: list[Request] = []
+        self.requests: list[Request | GuidedRequest] = []
         options = {name: values[name] for name in _PASSED}
-        leader = None
+        leader: Any = None
         try:
             for index in range(values["n"]):
                 request = engine.submit(

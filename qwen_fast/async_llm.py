@@ -18,11 +18,13 @@ from .errors import EngineError
 from .outputs import RequestOutput, StreamOutput
 from .params import SamplingParams
 from .prompts import conversation_list, one_conversation, params_list, prompt_list
+from .structured import structured_outputs
 
 if TYPE_CHECKING:
     import numpy
 
     from ._engine import Engine
+    from ._grammars import CompiledGrammar
 
 _LONG_TEXT = 4096  # characters; a longer prompt is tokenised in a thread
 
@@ -37,12 +39,14 @@ class _Wakeups:
         self._fd = os.dup(engine.event_fd())
         weakref.finalize(self, os.close, self._fd)
         self._tags = itertools.count(1)
-        self._waiting: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
+        self._waiting: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Event, bool]] = {}
         self._open: dict[asyncio.AbstractEventLoop, int] = {}
         self._lock = threading.Lock()
+        self.pass_on: Callable[[list[int]], None] = lambda tags: None  # given tags that are nobody's here
 
-    def add(self) -> tuple[int, asyncio.Event]:
-        """A tag for Engine.submit(notify=True), and the event that is set when the request has something to read."""
+    def add(self, watch: bool = True) -> tuple[int, asyncio.Event]:
+        """A tag for Engine.submit(notify=True), and the event that is set when the request has something to read.
+        watch=False: somebody else reads the engine's descriptor for it, and calls wake()."""
         loop = asyncio.get_running_loop()
         event = asyncio.Event()
         with self._lock:
@@ -51,17 +55,18 @@ class _Wakeups:
                 for dead in [known for known in self._open if known.is_closed()]:
                     del self._open[dead]
                     self._waiting = {i: entry for i, entry in self._waiting.items() if entry[0] is not dead}
-            self._waiting[tag] = (loop, event)
-            self._open[loop] = self._open.get(loop, 0) + 1
-            first = self._open[loop] == 1
+            self._waiting[tag] = (loop, event, watch)
+            if watch:
+                self._open[loop] = self._open.get(loop, 0) + 1
+            first = watch and self._open[loop] == 1
         if first:
             loop.add_reader(self._fd, self._ready)
         return tag, event
 
     def remove(self, tag: int) -> None:
         with self._lock:
-            loop, _ = self._waiting.pop(tag, (None, None))
-            if loop is None:
+            loop, _, watched = self._waiting.pop(tag, (None, None, False))
+            if loop is None or not watched:
                 return
             self._open[loop] -= 1
             last = self._open[loop] == 0
@@ -86,17 +91,31 @@ class _Wakeups:
             tags = list(self._waiting)
         self._wake(tags, None)
 
+    def wake(self, tags: Sequence[int]) -> None:
+        """These have something to read. From any thread."""
+        self._wake(tags, None)
+
     def _wake(self, tags: Sequence[int], here: asyncio.AbstractEventLoop | None) -> None:
+        elsewhere: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+        unknown = []
         for tag in tags:
             entry = self._waiting.get(tag)
             if entry is None:
-                continue
-            loop, event = entry
-            if loop is here:
-                event.set()
+                unknown.append(tag)
+            elif entry[0] is here:
+                entry[1].set()
             else:
-                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits there any more
-                    loop.call_soon_threadsafe(event.set)
+                elsewhere.setdefault(entry[0], []).append(entry[1])
+        for loop, events in elsewhere.items():
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits there any more
+                loop.call_soon_threadsafe(_set_all, events)
+        if unknown:
+            self.pass_on(unknown)
+
+
+def _set_all(events: Sequence[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
 
 
 class AsyncLLM(BaseLLM):
@@ -109,6 +128,8 @@ class AsyncLLM(BaseLLM):
 
     def _loaded(self) -> None:
         self._wakeups = _Wakeups(self._engine)
+        self._guidance.on_ready = self._guidance.pass_on = self._wakeups.wake
+        self._wakeups.pass_on = self._guidance.wake
 
     def close(self) -> None:
         super().close()
@@ -224,10 +245,11 @@ class AsyncLLM(BaseLLM):
         request_id: str | None = None,
         **extra: Any,
     ) -> AsyncIterator[StreamOutput]:
-        tag, event = self._wakeups.add()
+        grammar = await self._compiled(params)
+        tag, event = self._wakeups.add(watch=grammar is None)
         group: Group | None = None
         try:
-            group = self._start(prompt, params, request_id, notify=True, tag=tag, **extra)
+            group = self._start(prompt, params, request_id, grammar, notify=True, tag=tag, **extra)
             pending = list(range(len(group.requests)))
             while pending:
                 await event.wait()
@@ -245,10 +267,11 @@ class AsyncLLM(BaseLLM):
 
     async def _whole(self, prompt: Any, make: Callable[[Any], Any], params: SamplingParams) -> RequestOutput:
         ready = await self._in_thread(prompt, make)
-        tag, event = self._wakeups.add()
+        grammar = await self._compiled(params)
+        tag, event = self._wakeups.add(watch=grammar is None)
         group: Group | None = None
         try:
-            group = self._start(ready, params, notify=True, tag=tag)
+            group = self._start(ready, params, None, grammar, notify=True, tag=tag)
             completions = group.completions()
             while not all(completion.finished for completion in completions):
                 await event.wait()
@@ -261,6 +284,13 @@ class AsyncLLM(BaseLLM):
             if group is not None:
                 group.cancel()
             self._wakeups.remove(tag)
+
+    async def _compiled(self, params: SamplingParams | None) -> CompiledGrammar | None:
+        """The grammar of structured_outputs, compiled in another thread."""
+        form = structured_outputs(params.structured_outputs) if isinstance(params, SamplingParams) else None
+        if form is None or params is None:
+            return None
+        return await self._guidance.compile(form, params.n)
 
     async def _in_thread(self, prompt: Any, make: Callable[[Any], Any]) -> Any:
         """make(prompt), in a thread where the text is long: the event loop stays free."""

@@ -7,9 +7,10 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._group import Group
+from ._guidance import Guidance
 from .chat import ChatTemplate, is_conversation, load_chat_template
 from .errors import ModelError
 from .hub import resolve_model
@@ -20,6 +21,9 @@ from .progress import Progress
 from .prompts import refuse_bytes
 from .tokenizer import Tokenizer, check_token_ids, read_json_object
 from .utils import derived_seed, format_bytes, fresh_seed
+
+if TYPE_CHECKING:
+    from ._grammars import CompiledGrammar
 
 STREAM_UNREAD_TOKENS = 512  # a stream that nobody reads pauses after so many tokens
 
@@ -177,6 +181,7 @@ class BaseLLM:
         self.vocab_size: int = info["vocab_size"]
         self.max_model_len: int = info["max_model_len"]
         self._seed = seed
+        self._guidance = Guidance(self._engine, self.tokenizer, self.vocab_size, self._eos_token_ids)
         self._seed_numbers = itertools.count()
         self._request_numbers = itertools.count()
         self._loaded()
@@ -310,9 +315,11 @@ class BaseLLM:
         prompt: tuple[str | None, list[int]],
         params: SamplingParams | None,
         request_id: str | None = None,
+        grammar: CompiledGrammar | None = None,
         **extra: Any,
     ) -> Group:
-        """Submits a prompt. extra: other arguments of Engine.submit."""
+        """Submits a prompt. grammar: structured_outputs where they are compiled already. extra: other arguments of
+        Engine.submit."""
         if params is not None and not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
         values = (params or SamplingParams()).resolved(self._defaults)
@@ -328,21 +335,23 @@ class BaseLLM:
             values["max_tokens"] = max(1, min(values["max_tokens"], room))
         decode = self.tokenizer.token_bytes if self.tokenizer is not None else lambda token_id: b""
         request_id = request_id or str(next(self._request_numbers))
-        return Group(self._engine, request_id, text, ids, values, decode, extra)
+        form = values["structured_outputs"]
+        engine = self._engine if form is None else self._guidance.submitter(form, values["n"], grammar)
+        return Group(engine, request_id, text, ids, values, decode, extra)
 
     def _next_seed(self) -> int:
         return fresh_seed() if self._seed is None else derived_seed(self._seed, next(self._seed_numbers))
 
     def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
-        """A word at the start of a text and after a space are different tokens; both are banned, the second where the
-        space melts into the first token (else it would ban the space)."""
+        """A word at the start of a text and after a space are different tokens, often different in number too; both are
+        banned, the second where the space melts into the first token (else the first ban covers it)."""
         banned: list[list[int]] = []
         for word in words:
             bare = self.encode(word.lstrip())
             spaced = self.encode(" " + word.lstrip())
             if bare:
                 banned.append(bare)
-            if spaced and len(spaced) == len(bare) and spaced[0] != bare[0]:
+            if bare and spaced[0] != bare[0] and spaced[1:] != bare:
                 banned.append(spaced)
         return banned
 
@@ -362,6 +371,13 @@ class BaseLLM:
             raise ValueError(f"generation_config must be 'auto', 'vllm' or a dict, got {source!r}")
         path = Path(self.model_dir, "generation_config.json")
         return read_json_object(path) if source == "auto" and path.is_file() else {}
+
+    def override_generation_config(self, values: Mapping[str, Any]) -> None:
+        """Lays values over generation_config.json: the defaults of requests that begin later. ValueError where one is
+        no valid parameter."""
+        config = {**self.generation_config, **values}
+        self._defaults = generation_defaults(config, "generation_config")
+        self.generation_config = config
 
     def _load_tokenizer(
         self, source: Any, vocab_size: int | None, chat_template: Any, revision: str | None, download_dir: str | None

@@ -1,4 +1,4 @@
-"""The qwen-fast command: generate, chat, info, bench, doctor. `python -m qwen_fast` is the same.
+"""The qwen-fast command: generate, chat, serve, info, bench, doctor. `python -m qwen_fast` is the same.
 
 Modules are imported where they are needed: the time from `qwen-fast generate` to its first token is a promise.
 """
@@ -130,6 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
     _options(chat, "sampling", _SAMPLING)
     _model_options(chat)
 
+    _add_serve(commands)
+
     info = _command(commands, "info", _tool("info"), "a model's shape, and the memory it would take")
     info.add_argument("model_name", nargs="?", metavar="MODEL", help="demo (default), a directory or a hub id")
     info.add_argument("--gpu", action="store_true", help="the plan for the GPU: --device cuda")
@@ -146,7 +148,26 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = _command(commands, "doctor", _tool("doctor"), "what this installation and this machine offer")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+
+    cgi = _command(commands, "cgi", run_cgi, "hand a CGI request to a server started with `serve --fastcgi`")
+    cgi.add_argument("--connect", required=True, metavar="ADDRESS", help="unix:/path/of/the.sock or 127.0.0.1:PORT")
     return parser
+
+
+def _add_serve(commands: Any) -> None:
+    from .server.arguments import add_arguments
+
+    serve = _command(commands, "serve", _run_serve, "answer OpenAI's API over HTTP (needs the extra [server])")
+    serve.add_argument("model_name", nargs="?", metavar="MODEL", help="demo (default), a directory or a hub id")
+    _model_options(serve)
+    add_arguments(serve)
+
+
+def _run_serve(args: argparse.Namespace) -> int:
+    from .server.serve import run_serve
+
+    args.model = args.model_name or args.model
+    return run_serve(args)
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -180,6 +201,12 @@ def _tool(name: str) -> Any:
         return getattr(cli_tools, f"run_{name}")(args)
 
     return run
+
+
+def run_cgi(args: argparse.Namespace) -> int:
+    from .server import cgi
+
+    return cgi.main(["--connect", args.connect])
 
 
 def given(args: argparse.Namespace, rows: Sequence[tuple[str, Any, str]]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from typing import Any
 
+from .structured import StructuredOutputsParams, structured_outputs
+
 MAX_LOGPROBS = 64  # top logprobs per position
 MAX_SAMPLES = 1024  # n
 MAX_STOP_STRINGS = 16
@@ -16,8 +18,6 @@ _INT32_MAX = 2**31 - 1
 # vLLM's fields that are not built -> the values that ask for nothing, beside None. In the order of the fields below.
 _UNBUILT: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "structured_outputs": (),
-    "guided_decoding": (),
     "logits_processors": ([], ()),
     "truncate_prompt_tokens": (),
     "output_kind": (0,),  # RequestOutputKind.CUMULATIVE; stream() yields increments, generate() whole outputs
@@ -61,6 +61,8 @@ class SamplingParams:
     include_stop_str_in_output: see stop.
     detokenize: False leaves the text empty; stop strings then are refused.
     priority: lower runs first.
+    structured_outputs: a StructuredOutputsParams (a JSON schema, a regex, a choice, a grammar), or a dict of its fields.
+        The output ends with "stop" where the form is complete. guided_decoding is an older name.
 
     spaces_between_special_tokens is accepted and has no effect: no spaces are ever put between tokens. The fields after
     it are vLLM's too, and not built: a value that asks for something raises NotImplementedError. None of them is kept.
@@ -89,10 +91,10 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     detokenize: bool = True
     priority: int = 0
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    guided_decoding: InitVar[Any] = None
     spaces_between_special_tokens: InitVar[bool] = True
     best_of: InitVar[Any] = None
-    structured_outputs: InitVar[Any] = None
-    guided_decoding: InitVar[Any] = None
     logits_processors: InitVar[Any] = None
     truncate_prompt_tokens: InitVar[Any] = None
     output_kind: InitVar[Any] = None
@@ -102,7 +104,7 @@ class SamplingParams:
     flat_logprobs: InitVar[Any] = None
     extra_args: InitVar[Any] = None
 
-    def __post_init__(self, spaces_between_special_tokens: bool, *unbuilt: Any) -> None:
+    def __post_init__(self, guided_decoding: Any, spaces_between_special_tokens: bool, *unbuilt: Any) -> None:
         if not isinstance(spaces_between_special_tokens, bool):
             raise TypeError(f"spaces_between_special_tokens must be a bool, got {spaces_between_special_tokens!r}")
         for (name, accepted), value in zip(_UNBUILT.items(), unbuilt):
@@ -151,6 +153,11 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need detokenize=True")
         self.priority = _integer("priority", self.priority, -(2**31), _INT32_MAX)
+        if guided_decoding is not None and self.structured_outputs is not None:
+            raise ValueError("structured_outputs and guided_decoding, its older name, cannot both be given")
+        self.structured_outputs = structured_outputs(guided_decoding or self.structured_outputs)
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise ValueError("structured_outputs and ignore_eos cannot both be given: a grammar ends with an end token")
 
     def resolved(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """The fields as a dict in which no sampling field is None: `defaults` (see generation_defaults), then 1.0, 1.0,

@@ -138,6 +138,11 @@ class Tokenizer:
     def _added(self) -> dict[str, int]:
         return {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
 
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Added tokens by their text, special or not."""
+        return dict(self._added)
+
     @cached_property
     def added_pattern(self) -> re.Pattern[str]:
         """Matches an added token written out, the longest first."""

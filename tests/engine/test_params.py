@@ -263,8 +263,6 @@ def test_options_that_ask_for_what_is_not_there(options, message):
 
 UNBUILT_FIELDS = {
     "best_of": (2, 1),
-    "structured_outputs": ({"json": {}}, None),
-    "guided_decoding": ({"regex": "a"}, None),
     "logits_processors": ([len], []),
     "truncate_prompt_tokens": (5, None),
     "output_kind": (2, 0),

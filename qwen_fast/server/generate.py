@@ -1,0 +1,385 @@
+"""The one place where requests meet AsyncLLM: admission, rendering, submission, increments to events, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import EngineError
+from ..outputs import Logprob, StreamOutput
+from ..params import SamplingParams
+from .bounds import check_limits
+from .errors import ApiError, from_exception
+from .http_io import (
+    CONTEXT,
+    ClientGone,
+    Message,
+    Receive,
+    Send,
+    read_json,
+    route_path,
+    send_json,
+    send_last_words,
+    while_connected,
+)
+from .pacing import pacer_of
+from .protocol import GenerationRequest
+from .state import RequestRecord, Server
+
+_LOG = logging.getLogger("qwen_fast.server")
+_LONG_TEXT = 4096  # characters; longer ones are tokenised in a thread
+_EVENT_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(slots=True)
+class Prompt:
+    text: str | None
+    token_ids: list[int]
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One finished sequence: sample `index % n` of prompt `index // n`."""
+
+    index: int
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    last: StreamOutput | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+class Answer(ABC):
+    """How one request is rendered, and the shape of its answer. Made before admission: it may refuse the request, and
+    must not tokenise."""
+
+    route: str
+    stream: bool
+    include_usage: bool
+    params: SamplingParams
+    num_prompts: int
+    salt: int
+    id: str
+
+    @abstractmethod
+    def render(self) -> list[Prompt]:
+        """Tokenises; may be called in a thread."""
+
+    @abstractmethod
+    def begin(self, prompts: list[Prompt]) -> str:
+        """The events before the first increment."""
+
+    @abstractmethod
+    def events(self, output: StreamOutput) -> str:
+        """The events of an increment, possibly none."""
+
+    @abstractmethod
+    def usage_event(self, usage: dict[str, Any]) -> str: ...
+
+    @abstractmethod
+    def whole(self, prompts: list[Prompt], sequences: list[Sequence], usage: dict[str, Any]) -> dict[str, Any]:
+        """The whole response."""
+
+    @property
+    @abstractmethod
+    def text_length(self) -> int:
+        """Characters to tokenise, roughly."""
+
+
+def usage_of(record: RequestRecord) -> dict[str, Any]:
+    return {
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.completion_tokens,
+        "total_tokens": record.prompt_tokens + record.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
+    }
+
+
+async def handle(
+    server: Server,
+    scope: Message,
+    receive: Receive,
+    send: Send,
+    kind: type[GenerationRequest],
+    make: Callable[[Server, Any, RequestRecord], Answer],
+) -> None:
+    """A whole generation request. make: turns the validated request into an Answer."""
+    context = scope[CONTEXT]
+    record = RequestRecord(context.request_id, route_path(scope), context.principal, headers=context.headers)
+    record.model = server.model_names[0]
+    reply = _Reply(send)
+    with server.tracer.request(record), _recorded(server, record):
+        try:
+            require_ready(server)
+            request = kind.model_validate(await read_json(scope, receive, server.config.limits))
+            check_model(server, request.model)
+            check_limits(request, server.config.limits)
+            note_unknown_fields(request)
+            record.request_id = request.request_id or record.request_id
+            answer = make(server, request, record)
+            record.stream, record.params = answer.stream, answer.params
+            record.num_sequences = answer.num_prompts * answer.params.n
+            limit = server.config.limits.request_seconds
+            left = max(limit - (time.perf_counter() - record.arrived), 0.001)
+            running = _run(server, answer, record, reply)
+            await while_connected(running, receive, left, limit, server.interruption())
+        except ClientGone:
+            record.outcome = "cancelled"
+            raise
+        except Exception as error:  # noqa: BLE001 - every failure gets its answer
+            if isinstance(error, EngineError):
+                server.engine_error = str(error)
+            shown = from_exception(error, record.request_id)
+            record.status, record.error = shown.status, shown.message
+            record.outcome = "error" if record.prompt_tokens or shown.status >= 500 else "refused"
+            if not reply.started:
+                raise shown from None
+            await send_last_words(send, b"data: " + shown.body_bytes() + b"\n\n" + DONE)
+
+
+@contextlib.contextmanager
+def _recorded(server: Server, record: RequestRecord) -> Iterator[None]:
+    """Metrics and the audit log around a request."""
+    key = f"{record.request_id} {id(record)}"  # clients may give two requests the same id
+    server.in_flight[key] = record
+    server.metrics.request_started(record)
+    try:
+        yield
+        record.outcome = record.outcome or "ok"
+    finally:
+        server.in_flight.pop(key, None)
+        record.outcome = record.outcome or "cancelled"
+        record.finished = time.perf_counter()
+        server.admission.finished(record)
+        server.metrics.finished(record)
+        server.audit.write(audit_entry(record))
+
+
+def audit_entry(record: RequestRecord) -> dict[str, Any]:
+    """Who, when, how much, how it ended. Never text, except what record.prompt_text and output_text hold."""
+    ended = record.finished or time.perf_counter()
+    entry: dict[str, Any] = {
+        "time": time.time() - (time.perf_counter() - record.arrived),
+        "request_id": record.request_id,
+        "principal": record.principal.name,
+        "route": record.route,
+        "model": record.model,
+        "stream": record.stream,
+        "sequences": record.num_sequences,
+        "prompt_tokens": record.prompt_tokens,
+        "cached_tokens": record.cached_tokens,
+        "completion_tokens": record.completion_tokens,
+        "ttft_s": None if record.first_token is None else record.first_token - record.arrived,
+        "seconds": ended - record.arrived,
+        "status": record.status,
+        "outcome": record.outcome,
+        "finish_reasons": record.finish_reasons,
+        "error": record.error,
+    }
+    if record.output_text is not None:
+        entry["prompt"] = record.prompt_text
+        entry["output"] = [record.output_text[index] for index in sorted(record.output_text)]
+    return entry
+
+
+class _Reply:
+    def __init__(self, send: Send) -> None:
+        self.send = send
+        self.started = False
+
+    async def start_events(self) -> None:
+        self.started = True
+        await self.send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
+
+
+async def _run(server: Server, answer: Answer, record: RequestRecord, reply: _Reply) -> None:
+    async with server.admission.slot(record.principal, record.num_sequences):
+        answer.params.priority = server.admission.priority(record.principal)
+        if answer.text_length > _LONG_TEXT:
+            prompts = await asyncio.to_thread(answer.render)
+        else:
+            prompts = answer.render()
+        for prompt in prompts:
+            check_room(server, prompt, answer.params)
+        record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        async with contextlib.aclosing(_increments(server, answer, prompts, record)) as outputs:
+            if answer.stream:
+                await _stream(answer, prompts, outputs, record, reply)
+            else:
+                await _whole(answer, prompts, outputs, record, reply)
+
+
+def check_room(server: Server, prompt: Prompt, params: SamplingParams) -> None:
+    """ApiError where prompt and output cannot fit into the context."""
+    length, most = len(prompt.token_ids), server.llm.max_model_len
+    if not length:
+        raise ApiError(400, "the prompt is empty: it has no tokens", param="prompt")
+    asked = params.max_tokens or 0
+    if length + asked > most or (length == most and params.max_tokens != 0):
+        wanted = f"{length} tokens in the prompt" + (f" and {asked} in the completion" if asked else "")
+        raise ApiError(
+            400,
+            f"this model's maximum context length is {most} tokens (max_model_len); requested: {wanted}",
+            code="context_length_exceeded",
+        )
+
+
+async def _stream(
+    answer: Answer,
+    prompts: list[Prompt],
+    outputs: AsyncGenerator[StreamOutput, None],
+    record: RequestRecord,
+    reply: _Reply,
+) -> None:
+    send = reply.send
+    head = answer.begin(prompts)
+    async for output in outputs:
+        text = answer.events(output)
+        if not reply.started:  # only now: what the engine refuses still gets its status
+            await reply.start_events()
+            text = head + text
+        if text:
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+    tail = answer.usage_event(usage_of(record)) if answer.include_usage else ""
+    await send({"type": "http.response.body", "body": tail.encode() + DONE})
+
+
+async def _whole(
+    answer: Answer,
+    prompts: list[Prompt],
+    outputs: AsyncGenerator[StreamOutput, None],
+    record: RequestRecord,
+    reply: _Reply,
+) -> None:
+    sequences = [Sequence(index) for index in range(record.num_sequences)]
+    async for output in outputs:
+        sequence = sequences[output.index]
+        sequence.texts.append(output.text)
+        sequence.token_ids += output.token_ids
+        if output.logprobs:
+            sequence.logprobs += output.logprobs
+        if output.finished:
+            sequence.last = output
+    body = json.dumps(answer.whole(prompts, sequences, usage_of(record)), ensure_ascii=False, allow_nan=False).encode()
+    reply.started = True
+    await send_json(reply.send, 200, body)
+
+
+async def _increments(
+    server: Server, answer: Answer, prompts: list[Prompt], record: RequestRecord
+) -> AsyncGenerator[StreamOutput, None]:
+    """Every increment of every sequence as it comes; output.index counts through all prompts."""
+    if len(prompts) == 1:
+        outputs = _of_prompt(server, answer, prompts[0], 0, record)
+    else:
+        outputs = _merged([_of_prompt(server, answer, prompt, i, record) for i, prompt in enumerate(prompts)])
+    async with contextlib.aclosing(outputs):
+        async for output in outputs:
+            if record.first_token is None and output.token_ids:
+                record.first_token = time.perf_counter()
+                server.metrics.first_token(record)
+            record.completion_tokens += len(output.token_ids)
+            if record.output_text is not None:
+                record.output_text[output.index] = record.output_text.get(output.index, "") + output.text
+            if output.finish_reason is not None:
+                _note_finish(record, output)
+            yield output
+
+
+def _note_finish(record: RequestRecord, output: StreamOutput) -> None:
+    if output.finish_reason not in ("stop", "length"):
+        raise ApiError(503, f"the request was ended by the server ({output.finish_reason})", code="aborted")
+    record.finish_reasons.append(str(output.finish_reason))
+    record.timings.append(output.timings)
+    if output.usage is not None and output.index % (record.params.n if record.params else 1) == 0:
+        record.cached_tokens += output.usage.cached_tokens
+
+
+async def _of_prompt(
+    server: Server, answer: Answer, prompt: Prompt, number: int, record: RequestRecord
+) -> AsyncGenerator[StreamOutput, None]:
+    params, pacer = answer.params, pacer_of(server)
+    guided = getattr(params, "structured_outputs", None) is not None
+    first = number * params.n
+    unfinished = list(range(first, first + params.n))
+    outputs: Any = server.llm.stream(
+        {"prompt_token_ids": prompt.token_ids}, params, request_id=record.request_id, cache_salt=answer.salt
+    )
+    async with contextlib.aclosing(outputs):
+        async for output in outputs:
+            output.index += first
+            pause = output.index == unfinished[-1] and not guided  # all samples advance in the same steps
+            if output.finish_reason is not None:
+                unfinished.remove(output.index)
+            yield output
+            if pause and unfinished and (delay := pacer.delay()) > 0.001:
+                await asyncio.sleep(delay)
+
+
+async def _merged(streams: list[AsyncGenerator[StreamOutput, None]]) -> AsyncGenerator[StreamOutput, None]:
+    """The outputs of several streams as they come. The first failure ends them all."""
+    queue: asyncio.Queue[Any] = asyncio.Queue(maxsize=2 * len(streams))
+    end = object()
+
+    async def drain(stream: AsyncGenerator[StreamOutput, None]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for output in stream:
+                    await queue.put(output)
+            await queue.put(end)
+        except Exception as error:  # noqa: BLE001 - raised again by the reader
+            await queue.put(error)
+
+    tasks = [asyncio.ensure_future(drain(stream)) for stream in streams]
+    try:
+        left = len(streams)
+        while left:
+            item = await queue.get()
+            if item is end:
+                left -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def require_ready(server: Server) -> None:
+    """ApiError 503 where no request can be taken."""
+    dead = server.dead
+    if dead:
+        raise ApiError(503, dead, code="engine_error")
+    if not server.ready:
+        reason = server.not_ready_reason or "the server is not ready"
+        raise ApiError(503, reason, code="not_ready", headers={"retry-after": "5"})
+
+
+def check_model(server: Server, name: str | None) -> None:
+    """ApiError 404 for a name that is not served. A request without one means the first."""
+    if name is not None and name not in server.model_names:
+        shown = name if len(name) <= 100 else name[:97] + "..."
+        raise ApiError(404, f"the model {shown!r} does not exist", param="model", code="model_not_found")
+
+
+def note_unknown_fields(request: GenerationRequest) -> None:
+    if request.model_extra:
+        names = ", ".join(sorted(ascii(name[:64]) for name in list(request.model_extra)[:16]))
+        _LOG.info("fields of a request that mean nothing here: %s", names)

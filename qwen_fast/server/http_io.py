@@ -1,0 +1,257 @@
+"""Bodies in and out of ASGI: reading JSON under limits, sending JSON, noticing that the client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy
+
+from .config import Limits
+from .errors import ApiError, shortened
+from .state import Principal
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+T = TypeVar("T")
+
+CONTEXT = "qwen_fast"  # key of a scope that holds its Context
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_IN_THREAD_BYTES = 256 * 1024  # larger bodies are parsed in a thread
+_DISCARD_S = 5.0  # for a body that nobody wants
+_LAST_WORDS_S = 1.0  # for an error to reach a client that reads slowly
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the gate found out about a request. headers: by lower-case name."""
+
+    request_id: str
+    principal: Principal
+    headers: Mapping[str, str]
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+def route_path(scope: Message) -> str:
+    """The path without the prefix that a proxy stripped and the server put back."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+async def read_json(scope: Message, receive: Receive, limits: Limits) -> dict[str, Any]:
+    """The body as a JSON object. ApiError 400, 408, 413 or 415 where it is none."""
+    headers = scope[CONTEXT].headers
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise ApiError(415, f"content-type must be application/json, got {shortened(ascii(kind))}")
+    if headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise ApiError(415, "content-encoding must be identity: compressed bodies are not read")
+    declared = headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and len(declared) < 20 and int(declared) > limits.body_bytes:
+        raise _too_large(limits)
+    try:
+        body = await asyncio.wait_for(_read_body(receive, limits), limits.body_seconds)
+    except asyncio.TimeoutError:
+        message = f"the body did not arrive within {limits.body_seconds:g} s"
+        raise ApiError(408, message, headers={"connection": "close"}) from None
+    if len(body) > _IN_THREAD_BYTES:
+        return await asyncio.to_thread(parse_json, body, limits)
+    return parse_json(body, limits)
+
+
+def _too_large(limits: Limits) -> ApiError:
+    return ApiError(
+        413, f"the body has more than {limits.body_bytes} bytes, the limit", headers={"connection": "close"}
+    )
+
+
+async def _read_body(receive: Receive, limits: Limits) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limits.body_bytes:
+            raise _too_large(limits)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _skip_body(receive: Receive, limits: Limits) -> None:
+    """As _read_body, keeping nothing: it is nobody's who has shown a key."""
+    size = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        size += len(message.get("body", b""))
+        if size > limits.body_bytes:
+            raise _too_large(limits)
+        more = message.get("more_body", False)
+
+
+async def discard_body(receive: Receive, limits: Limits) -> bool:
+    """Reads what is left of a body that nobody wants, so that the connection can carry the next request. False where
+    it is too large or too slow for that; ClientGone where there is no connection any more."""
+    try:
+        await asyncio.wait_for(_skip_body(receive, limits), min(limits.body_seconds, _DISCARD_S))
+    except (ApiError, asyncio.TimeoutError):
+        return False
+    return True
+
+
+def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
+    """A JSON object with finite numbers, well-formed text and at most limits.json_depth levels."""
+    if not body.strip():
+        raise ApiError(400, "the body is empty; a JSON object is expected")
+    depth = json_depth(body)
+    if depth > limits.json_depth:
+        raise ApiError(400, f"the body is nested {depth} levels deep; the limit is {limits.json_depth}")
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not UTF-8: byte {error.start} is 0x{body[error.start]:02x}") from None
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded)
+    except json.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, f"the body must be a JSON object, got {_JSON_NAMES.get(type(value), 'null')}")
+    if _SURROGATE.search(body):
+        _refuse_surrogates(value)
+    return value
+
+
+_JSON_NAMES = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
+
+
+def json_depth(body: bytes) -> int:
+    """The deepest nesting of brackets outside strings, without parsing."""
+    if b"[" not in body and b"{" not in body:
+        return 0
+    codes = numpy.frombuffer(_STRING.sub(b"", body), dtype=numpy.uint8)
+    opens = (codes == ord("[")) | (codes == ord("{"))
+    closes = (codes == ord("]")) | (codes == ord("}"))
+    steps = opens.astype(numpy.int32) - closes.astype(numpy.int32)
+    return int(numpy.cumsum(steps, dtype=numpy.int32).max(initial=0))
+
+
+def _refuse_constant(name: str) -> float:
+    raise ApiError(400, f"the body holds {name}, which is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ApiError(400, f"the body holds {shortened(text, 40)}, a number too large for a float")
+    return value
+
+
+def _bounded(text: str) -> int:
+    if len(text) > 400:  # a float could not hold it either
+        raise ApiError(400, f"the body holds an integer of {len(text)} digits")
+    return int(text)
+
+
+def _refuse_surrogates(value: Any) -> None:
+    """ApiError where a text holds half of a surrogate pair, which UTF-8 cannot express."""
+    path: list[str] = []
+
+    def walk(item: Any) -> bool:
+        if isinstance(item, str):
+            return not _encodable(item)
+        entries = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ()
+        for key, entry in entries:
+            if walk(entry) or (isinstance(key, str) and not _encodable(key)):
+                path.insert(0, ascii(key).strip("'"))
+                return True
+        return False
+
+    if walk(value):
+        where = shortened(".".join(path))
+        raise ApiError(400, f"{where}: the text holds a lone surrogate, which is no character", param=where)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+async def send_json(send: Send, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
+    """A whole JSON response. value: bytes are sent as they are."""
+    body = value if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False).encode()
+    pairs = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    pairs += [(name.encode("latin-1"), text.encode("latin-1")) for name, text in (headers or {}).items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(send: Send, error: ApiError) -> None:
+    await send_json(send, error.status, error.body_bytes(), error.headers)
+
+
+async def while_connected(
+    work: Coroutine[Any, Any, T],
+    receive: Receive,
+    seconds: float,
+    limit: float,
+    interruption: asyncio.Future[tuple[str, str]],
+) -> T:
+    """The result of work, which is cancelled when the client goes (ClientGone), the time is up (ApiError 504), or the
+    server interrupts it (ApiError 503, see Server.interruption).
+
+    seconds: what is left of `limit`.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        awaited: set[asyncio.Future[Any]] = {task, watcher, interruption}
+        done, _ = await asyncio.wait(awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task in done:
+            return task.result()
+        if watcher in done:
+            watcher.result()
+            raise ClientGone
+        if interruption in done:
+            message, code = interruption.result()
+            raise ApiError(503, message, code=code)
+        raise ApiError(504, f"the request took longer than {limit:g} s", code="request_timeout")
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def send_last_words(send: Send, body: bytes) -> None:
+    """Ends a response that has begun; gives up on a client that does not read."""
+    message = {"type": "http.response.body", "body": body}
+    try:
+        await asyncio.wait_for(send(message), _LAST_WORDS_S)
+    except asyncio.TimeoutError:
+        raise ClientGone from None
