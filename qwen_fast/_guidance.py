@@ -3,7 +3,6 @@ when it is used."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib.util
 import threading
@@ -83,6 +82,8 @@ class Guidance:
         with self._lock:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="qwen_fast-grammars")
+        import asyncio  # whoever awaits has it already; `qwen-fast generate` need not load it
+
         return await asyncio.get_running_loop().run_in_executor(self._threads, compiler.compile, params, sequences)
 
     def submitter(
