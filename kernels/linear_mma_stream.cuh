@@ -14,6 +14,7 @@ __device__ constexpr int qf_stream_depth(int bits, int groups)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     return groups > 1 || bits == 8 ? 3 : 4;
 #else
+    (void)bits;
     return groups > 1 ? 3 : 4;
 #endif
 }

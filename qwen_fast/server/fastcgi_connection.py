@@ -274,6 +274,7 @@ class Connection(asyncio.Protocol):
         if role != fcgi.RESPONDER:
             self.answer(request, b"", protocol_status=fcgi.UNKNOWN_ROLE)
         elif self._refusing:
+            self._closing = True  # a kept connection would go on refusing when there is room again
             body = error_response(503, "too many connections; try again later", ((b"retry-after", b"1"),))
             self.answer(request, body, protocol_status=fcgi.OVERLOADED)
         else:

@@ -295,3 +295,13 @@ def test_json_depth_ignores_strings():
             value = {"x": [value]} if depth % 2 else [value]
         text = json.dumps(value).encode()
         assert json_depth(text) == (2 * depth if depth % 2 else depth)
+
+
+def test_json_depth_is_linear():
+    """Quotes that end no string, and escapes without end, cost what their length says."""
+    from qwen_fast.server.http_io import json_depth
+
+    for body in (b'{"' + b'\\"' * 2_000_000, b'{"' + b"\\" * 4_000_000, b'["' * 2_000_000, b'{"a": [' + b'"' * 4_000_001):
+        start = time.perf_counter()
+        json_depth(body)
+        assert time.perf_counter() - start < 2  # 0.05 s each; a rescan at every quote would take hours
