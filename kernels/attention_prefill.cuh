@@ -40,7 +40,7 @@ static __device__ __forceinline__ void copy_word(int32_t *shared, const int32_t 
 /* An item as the CTA sees it; in shared memory, for registers are scarce. */
 struct prefill_item {
     qf_cuda_attention_item item;
-    int32_t kv_head, first_tile, end_tile;
+    int32_t unit, kv_head, first_tile, end_tile;
     const int32_t *table;
     int32_t blocks[2][4]; /* of an even and an odd tile's four runs of 16 positions */
 };
@@ -372,14 +372,15 @@ static __device__ __forceinline__ void prefill_tiles(const attention_params &p, 
     copy_queries<head_dim, m_tiles>(p, it, queries);
     qf_cp_async_wait<0>();
     __syncthreads(); /* the first two tiles' blocks */
-    copy_tile<head_dim>(p, it, it.first_tile, keys, values);
+    copy_tile<head_dim>(p, it, it.first_tile, keys + (it.first_tile & 1) * tile_size,
+                        values + (it.first_tile & 1) * tile_size);
     qf_cp_async_commit();
 #pragma unroll 1
-    for (int32_t tile = it.first_tile, stage = 0; tile < it.end_tile; tile++, stage ^= 1) {
+    for (int32_t tile = it.first_tile; tile < it.end_tile; tile++) {
         qf_cp_async_wait<0>();
         __syncthreads(); /* the tile is there, and all warps have used the one before */
         if (tile + 1 < it.end_tile) {
-            const int other = (stage ^ 1) * tile_size;
+            const int other = (~tile & 1) * tile_size;
             copy_tile<head_dim>(p, it, tile + 1, keys + other, values + other);
             fetch_blocks(p, it, tile + 2);
             qf_cp_async_commit();
@@ -387,12 +388,12 @@ static __device__ __forceinline__ void prefill_tiles(const attention_params &p, 
         const int32_t first = tile * PREFILL_TILE, last = first + PREFILL_TILE - 1;
         if (span.used && first <= span.last && span.first - last < p.window) {
             float x[m_tiles][PREFILL_TILE / 8][4];
-            tile_scores<head_dim, m_tiles>(queries, keys + stage * tile_size, x);
+            tile_scores<head_dim, m_tiles>(queries, keys + (tile & 1) * tile_size, x);
             if (last > span.first || span.last - first >= p.window) {
                 mask_scores<head_dim, m_tiles>(s, it.item.first_position, p.window, tile, x);
             }
             soften_rows<head_dim, m_tiles>(s, p.scale_log2, x);
-            tile_values<head_dim, m_tiles>(s, values + stage * tile_size, x);
+            tile_values<head_dim, m_tiles>(s, values + (tile & 1) * tile_size, x);
         }
         if (invariant && ((tile + 1) % PREFILL_SPLIT_TILES == 0 || tile + 1 == it.end_tile)) {
             end_split<head_dim, m_tiles>(total, s, p.scale_log2);
@@ -418,8 +419,10 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     if ((int32_t)blockIdx.x >= __ldcg(p.a.num_items + 1) * num_kv_heads) {
         qf_grid_dependency_wait(); /* a kernel's end implies its predecessor's */
     }
-    for (int32_t unit = blockIdx.x; unit < __ldcg(p.a.num_items + 1) * num_kv_heads; unit += gridDim.x) {
+    for (int32_t unit = blockIdx.x; unit < __ldcg(p.a.num_items + 1) * num_kv_heads; unit = it.unit + gridDim.x) {
+        __syncthreads(); /* shared memory is written anew */
         if (threadIdx.x == 0) {
+            it.unit = unit;
             it.item = load_item(p.a.items + p.a.prefill_offset + unit / num_kv_heads);
             it.kv_head = unit % num_kv_heads;
             it.first_tile = it.item.kv_begin / PREFILL_TILE;
@@ -436,7 +439,6 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
         } else if (last_to_arrive(p, it.item.counter, it.kv_head, it.item.num_splits)) {
             merge_splits(p, it.item, it.kv_head);
         }
-        __syncthreads(); /* shared memory is written anew */
     }
 }
 

@@ -113,8 +113,6 @@ typedef struct qf_cuda_embedding_args {
     float *out;                /* (num_tokens, hidden_size) */
     int32_t num_tokens, hidden_size;
 } qf_cuda_embedding_args;
-qf_status qf_cuda_embedding(const qf_cuda_embedding_args *args, const qf_cuda_device *device, cudaStream_t stream,
-                            qf_error *err);
 
 /* ---- norms and small things ------------------------------------------------------------------------------ */
 
@@ -190,10 +188,6 @@ typedef struct qf_cuda_kv {
     int32_t block_size, num_kv_heads, head_dim;
     bool float32;
 } qf_cuda_kv;
-
-/* cos_sin[t] = cos(angle) | sin(angle), times factor; angle = float32(position * inv_freq[j]); taken in double. */
-qf_status qf_cuda_rope_table(const int32_t *positions, const float *inv_freq, double factor, float *cos_sin,
-                             int32_t num_tokens, int32_t head_dim, cudaStream_t stream, qf_error *err);
 
 /* Sums the splits of q | k | v, rotates q and k (pairs j, j + head_dim / 2), stores q and writes k, v to the cache. */
 typedef struct qf_cuda_rope_kv_write_args {
@@ -378,10 +372,11 @@ typedef struct qf_cuda_step_begin_args {
     size_t fixed_bytes;                /* of the fixed part: a multiple of 16, as are the next two */
     size_t items_bytes, sliding_bytes; /* room on the device */
     qf_cuda_embedding_args embedding;  /* token_ids: in the fixed part of device_meta. table NULL: none */
-    const int32_t *positions;          /* in the fixed part of device_meta; the rest as qf_cuda_rope_table */
-    const float *inv_freq;
+    const int32_t *positions;          /* in the fixed part of device_meta */
+    const float *inv_freq;             /* (head_dim / 2) */
     double factor;
-    float *cos_sin;
+    float *cos_sin;                    /* (num_tokens, head_dim): cos(angle) | sin(angle), times factor, where
+                                          angle = float32(position * inv_freq[j]), taken in double */
     int32_t num_tokens, head_dim;
 } qf_cuda_step_begin_args;
 qf_status qf_cuda_step_begin(const qf_cuda_step_begin_args *args, cudaStream_t stream, qf_error *err);

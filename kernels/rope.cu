@@ -1,13 +1,12 @@
 /* Rotary position embedding, and the write of new keys and values to the paged cache.
  *
- *   table:  angle = float32(position * inv_freq[j]);  cos_sin[t] = cos(angle) factor | sin(angle) factor
- *   write:  x = sum over s of qkv[s][t]     (in order of s)
- *           out_j       = x_j cos_j - x_{j + h/2} sin_j               j < h/2, h = head_dim, for q and k
- *           out_{j+h/2} = x_{j + h/2} cos_j + x_j sin_j
- *           q[t] = out;  cache_k[slot] = out;  cache_v[slot] = x
+ *   x = sum over s of qkv[s][t]     (in order of s)
+ *   out_j       = x_j cos_j - x_{j + h/2} sin_j               j < h/2, h = head_dim, for q and k
+ *   out_{j+h/2} = x_{j + h/2} cos_j + x_j sin_j
+ *   q[t] = out;  cache_k[slot] = out;  cache_v[slot] = x
  *
  * Shapes: qkv (num_splits, num_tokens, qkv_stride) float32, a row being num_heads heads of q, then num_kv_heads of k,
- * then as many of v; cos_sin (num_tokens, head_dim) float32; q (num_tokens, num_heads, head_dim) and the caches
+ * then as many of v; cos_sin (num_tokens, head_dim) float32 (rope_table.cuh); q (num_tokens, num_heads, head_dim) and the caches
  * (num_blocks, num_kv_heads, block_size, head_dim), bf16 or float32. slot = block * block_size + offset; a negative one
  * (padding) writes nothing to the cache.
  *
@@ -19,7 +18,8 @@
  * splits, and those of cosines and sines, go out before the first addition. Sums, rotations and rounding have one order, whatever the batch.
  *
  * Measured: see PERF.md. */
-#include "rope_table.cuh"
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
 
 #define THREADS 256
 #define SPLIT_BATCH 8
@@ -131,35 +131,6 @@ static __global__ void __launch_bounds__(THREADS) rope_kv_write_kernel(qf_cuda_r
     }
     store_vector(to + j, low);
     store_vector(to + half + j, high);
-}
-
-static __global__ void __launch_bounds__(THREADS)
-    rope_table_kernel(const int32_t *positions, const float *inv_freq, double factor, float *cos_sin,
-                      int32_t num_tokens, int32_t head_dim)
-{
-    qf_grid_dependency_wait();
-    const int32_t half = head_dim / 2;
-    const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    const int32_t token = (int32_t)(index / half), j = (int32_t)(index - (int64_t)token * half);
-    if (token >= num_tokens) {
-        return;
-    }
-    qf_rope_table_entry(positions[token], inv_freq[j], factor, cos_sin + (int64_t)token * head_dim, j, half);
-}
-
-extern "C" qf_status qf_cuda_rope_table(const int32_t *positions, const float *inv_freq, double factor, float *cos_sin,
-                                        int32_t num_tokens, int32_t head_dim, cudaStream_t stream, qf_error *err)
-{
-    if (positions == NULL || inv_freq == NULL || cos_sin == NULL) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "rope_table: a null pointer");
-    }
-    if (num_tokens <= 0 || head_dim <= 0 || head_dim % 2 != 0) {
-        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
-                       "rope_table: %d tokens and head_dim %d (must be positive, head_dim even)", num_tokens, head_dim);
-    }
-    const int64_t blocks = ((int64_t)num_tokens * (head_dim / 2) + THREADS - 1) / THREADS;
-    return qf_launch("rope_table", rope_table_kernel, dim3((unsigned)blocks), dim3(THREADS), 0, false, stream, err,
-                     positions, inv_freq, factor, cos_sin, num_tokens, head_dim);
 }
 
 static qf_status check_write(const qf_cuda_rope_kv_write_args *a, qf_error *err)

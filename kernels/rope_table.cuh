@@ -1,4 +1,6 @@
-/* One entry of the table of cosines and sines (rope.cu). */
+/* One entry of the table of cosines and sines, made by the step's first kernel (step_io.cu):
+ *
+ *   angle = float32(position * inv_freq[j]), taken in double;  cos_sin[t] = cos(angle) factor | sin(angle) factor */
 #ifndef QF_ROPE_TABLE_CUH
 #define QF_ROPE_TABLE_CUH
 

@@ -1,7 +1,7 @@
 /* A step's metadata in, its results out.
  *
  *   begin:    device_meta = staging[n % 2], spread out;  n counts the steps of this backend, on device and host alike
- *             cos_sin[t] = row of position t;  residual[t] = table[id(t)]    (rope.cu and embedding.cu have the formulas)
+ *             cos_sin[t] = row of position t;  residual[t] = table[id(t)]    (rope_table.cuh, embedding.cuh)
  *   publish:  host results[n % 2] = token ids, log-probabilities, times;  n += 1;  then the host is told
  *
  * Shapes: metadata starts with a qf_cuda_step_header; sizes are multiples of 16 bytes. The host has it copied to the

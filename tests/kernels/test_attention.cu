@@ -447,37 +447,6 @@ static void test_invariance()
 
 /* --- rope ------------------------------------------------------------------------------------------------------ */
 
-static void test_rope_table()
-{
-    for (int head_dim : {64, 128, 80}) {
-        const int tokens = 37;
-        std::vector<int32_t> positions;
-        std::vector<float> inv_freq;
-        Random random((uint64_t)head_dim);
-        for (int t = 0; t < tokens; t++) {
-            positions.push_back(t < 3 ? t : random.below(131072));
-        }
-        for (int j = 0; j < head_dim / 2; j++) {
-            inv_freq.push_back((float)pow(1e6, -2.0 * j / head_dim));
-        }
-        Device<int32_t> device_positions(positions);
-        Device<float> device_freq(inv_freq), out((size_t)tokens * head_dim);
-        CHECK_OK(qf_cuda_rope_table(device_positions.data, device_freq.data, 1.25, out.data, tokens, head_dim, 0,
-                                    &check_error));
-        std::vector<float> got = out.get();
-        double worst = 0;
-        for (int t = 0; t < tokens; t++) {
-            for (int j = 0; j < head_dim / 2; j++) {
-                volatile float angle = (float)positions[(size_t)t] * inv_freq[(size_t)j];
-                const float *row = &got[(size_t)t * head_dim + j];
-                worst = std::max(worst, fabs(row[0] - (double)(float)(cos((double)angle) * 1.25)));
-                worst = std::max(worst, fabs(row[head_dim / 2] - (double)(float)(sin((double)angle) * 1.25)));
-            }
-        }
-        CHECK(worst <= 1.2e-7); /* at most the last bit */
-    }
-}
-
 template <typename T> static float value_of(T x);
 template <> float value_of(float x) { return x; }
 template <> float value_of(uint16_t x) { return bf16_value(x); }
@@ -561,7 +530,6 @@ template <typename T> static void test_rope_write(int heads, int kv_heads, int h
 
 static void test_rope()
 {
-    test_rope_table();
     for (int tokens : {1, 2, 7, 17, 118}) {
         if (check_brief && tokens != 17) {
             continue;

@@ -1,5 +1,5 @@
 /* sources: base/status.c */
-/* Embedding, RMSNorm and the tiled layout against plain host loops. */
+/* RMSNorm and the tiled layout against plain host loops. */
 #include "check_cuda.cuh"
 
 static const int num_tokens_cases[] = {1, 2, 3, 4, 5, 7, 8, 9, 17, 64, 118, 130};
@@ -87,120 +87,6 @@ static void test_layout()
     }
     check_tile(random, 896, 896, 300);
     check_permute(random, 18944, 17);
-}
-
-/* --- embedding ------------------------------------------------------------------------------------------------ */
-
-/* Where element (row, k) of the fragments stands, in elements: by the definition in qf_kernels.h. */
-static size_t fragment_index(int row, int k, int k_padded)
-{
-    size_t block = (size_t)(row / 16) * (size_t)(k_padded / 128) + (size_t)(k / 128);
-    int step = k % 128 / 16, lane = row % 8 * 4 + k % 8 / 2, reg = row % 16 / 8 + k % 16 / 8 * 2;
-    return (block * 8 * 32 * 4 + (size_t)(step * 32 + lane) * 4 + (size_t)reg) * 2 + (size_t)(k % 2);
-}
-
-struct Table {
-    int bits, vocab_size, hidden_size, k_padded;
-    std::vector<float> values; /* (vocab_size, hidden_size) as it should come out */
-    std::vector<uint8_t> bytes;
-};
-
-static Table make_table(Random &random, int bits, int vocab_size, int hidden_size)
-{
-    Table t = {bits, vocab_size, hidden_size, (hidden_size + 127) / 128 * 128, {}, {}};
-    t.values = random_floats(random, (size_t)vocab_size * hidden_size);
-    if (bits == 32) {
-        t.bytes.resize(t.values.size() * 4);
-        memcpy(t.bytes.data(), t.values.data(), t.bytes.size());
-        return t;
-    }
-    size_t padded_rows = (size_t)(vocab_size + 15) / 16 * 16;
-    std::vector<uint16_t> stored(bits == 16 ? t.values.size() : padded_rows * t.k_padded);
-    for (int row = 0; row < vocab_size; row++) {
-        for (int k = 0; k < hidden_size; k++) {
-            float &value = t.values[(size_t)row * hidden_size + k];
-            size_t at = bits == 16 ? (size_t)row * hidden_size + k : fragment_index(row, k, t.k_padded);
-            stored[at] = bf16_bits(value);
-            value = bf16_round(value);
-        }
-    }
-    t.bytes.resize(stored.size() * 2);
-    memcpy(t.bytes.data(), stored.data(), t.bytes.size());
-    return t;
-}
-
-struct Tokens {
-    std::vector<int32_t> ids, last_token, resolved;
-};
-
-static Tokens make_tokens(Random &random, int num_tokens, int vocab_size)
-{
-    Tokens t = {std::vector<int32_t>((size_t)num_tokens), {3, vocab_size - 1, -1, 0, vocab_size / 2}, {}};
-    for (int32_t &id : t.ids) {
-        id = random.below(3) == 0 ? -1 - random.below((int)t.last_token.size()) : random.below(vocab_size);
-        int32_t resolved = id < 0 ? t.last_token[(size_t)(-1 - id)] : id;
-        t.resolved.push_back(resolved < 0 ? 0 : resolved);
-    }
-    return t;
-}
-
-static bool rows_match(const Table &table, const Tokens &tokens, const std::vector<float> &out)
-{
-    size_t hidden = (size_t)table.hidden_size;
-    for (size_t t = 0; t < tokens.resolved.size(); t++) {
-        if (memcmp(&out[t * hidden], &table.values[(size_t)tokens.resolved[t] * hidden], hidden * 4) != 0) {
-            return false;
-        }
-    }
-    return true;
-}
-
-static void check_embedding(Random &random, const qf_cuda_device *device, const Table &table, bool on_host)
-{
-    Device<uint8_t> device_table(table.bytes);
-    void *host_table = nullptr, *host_as_device = nullptr;
-    if (on_host) {
-        CHECK_CUDA(cudaHostAlloc(&host_table, table.bytes.size(), cudaHostAllocMapped));
-        memcpy(host_table, table.bytes.data(), table.bytes.size());
-        CHECK_CUDA(cudaHostGetDevicePointer(&host_as_device, host_table, 0));
-    }
-    for (int num_tokens : num_tokens_cases) {
-        if (check_brief && num_tokens != 3 && num_tokens != 17) {
-            continue;
-        }
-        Tokens tokens = make_tokens(random, num_tokens, table.vocab_size);
-        Device<int32_t> ids(tokens.ids), last_token(tokens.last_token);
-        Device<float> out((size_t)num_tokens * table.hidden_size);
-        qf_cuda_embedding_args args = {};
-        args.table = on_host ? host_as_device : device_table.data;
-        args.table_bits = table.bits;
-        args.k_padded = table.bits == -16 ? table.k_padded : 0;
-        args.token_ids = ids.data;
-        args.last_token = last_token.data;
-        args.out = out.data;
-        args.num_tokens = num_tokens;
-        args.hidden_size = table.hidden_size;
-        CHECK_OK(qf_cuda_embedding(&args, device, 0, &check_error));
-        CHECK(rows_match(table, tokens, out.get()));
-    }
-    if (on_host) {
-        CHECK_CUDA(cudaFreeHost(host_table));
-    }
-}
-
-static void test_embedding(const qf_cuda_device *device)
-{
-    Random random(2);
-    for (int hidden_size : {2, 99, 100, 384, 896, 3584, 8192}) {
-        for (int bits : {32, 16, -16}) {
-            if (bits == -16 && hidden_size % 2 != 0) {
-                continue;
-            }
-            Table table = make_table(random, bits, hidden_size > 2000 ? 133 : 777, hidden_size);
-            check_embedding(random, device, table, false);
-            check_embedding(random, device, table, true);
-        }
-    }
 }
 
 /* --- rmsnorm -------------------------------------------------------------------------------------------------- */
@@ -366,25 +252,21 @@ static void test_rmsnorm(const qf_cuda_device *device)
 
 #define CHAIN_NORMS 24
 
-/* Embedding first, then norms that each read what the one before has just written: with dependent launch a missing
- * wait shows as a wrong sum. Each launch of the graph reads the last token anew. */
+/* Norms that each read what the one before has just written: with dependent launch a missing wait shows as a wrong
+ * sum. Each launch of the graph begins with other rows. */
 static void test_chain(const qf_cuda_device *device, int num_tokens, int hidden_size)
 {
     Random random(4);
-    Table table = make_table(random, 16, 100, hidden_size);
     Norm n = make_norm(random, num_tokens, hidden_size, 2, 0);
     int k_padded = n.k_padded;
-    Device<uint8_t> device_table(table.bytes);
-    Device<float> residual((size_t)num_tokens * hidden_size), delta(n.delta), weight(n.weight);
+    Device<float> rows(n.residual), residual(n.residual.size()), delta(n.delta), weight(n.weight);
     Device<float> back((size_t)num_tokens * hidden_size);
     Device<uint16_t> x((size_t)qf_cuda_tiled_size(k_padded, num_tokens)), permuted(x.size);
     std::vector<int32_t> identity((size_t)k_padded);
     for (int i = 0; i < k_padded; i++) {
         identity[(size_t)i] = i;
     }
-    Device<int32_t> ids(std::vector<int32_t>((size_t)num_tokens, -1)), last_token(1), perm(identity);
-    qf_cuda_embedding_args embedding = {device_table.data, 16,         0,         ids.data, last_token.data,
-                                        residual.data,     num_tokens, hidden_size};
+    Device<int32_t> perm(identity);
     qf_cuda_rmsnorm_args norm = {residual.data, delta.data, 2,          n.delta_stride, weight.data, x.data,
                                  nullptr,       num_tokens, num_tokens, hidden_size,    k_padded,    n.eps};
 
@@ -393,7 +275,7 @@ static void test_chain(const qf_cuda_device *device, int num_tokens, int hidden_
     cudaGraphExec_t exec;
     CHECK_CUDA(cudaStreamCreate(&stream));
     CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    CHECK_OK(qf_cuda_embedding(&embedding, device, stream, &check_error));
+    CHECK_CUDA(cudaMemcpyAsync(residual.data, rows.data, n.residual.size() * 4, cudaMemcpyDeviceToDevice, stream));
     for (int i = 0; i < CHAIN_NORMS; i++) {
         CHECK_OK(qf_cuda_rmsnorm(&norm, device, stream, &check_error));
     }
@@ -401,15 +283,12 @@ static void test_chain(const qf_cuda_device *device, int num_tokens, int hidden_
     CHECK_OK(qf_cuda_untile(permuted.data, back.data, hidden_size, k_padded, num_tokens, stream, &check_error));
     CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
     CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-    for (int token : {7, 99, 0, 42}) {
-        CHECK_CUDA(cudaMemcpyAsync(last_token.data, &token, 4, cudaMemcpyHostToDevice, stream));
+    for (int launch = 0; launch < 4; launch++) {
+        Norm last = n;
+        last.residual = random_floats(random, n.residual.size());
+        rows.put(last.residual);
         CHECK_CUDA(cudaGraphLaunch(exec, stream));
         CHECK_CUDA(cudaStreamSynchronize(stream));
-        Norm last = n;
-        for (int t = 0; t < num_tokens; t++) {
-            memcpy(&last.residual[(size_t)t * hidden_size], &table.values[(size_t)token * hidden_size],
-                   (size_t)hidden_size * 4);
-        }
         for (int i = 0; i < CHAIN_NORMS - 1; i++) {
             for (int t = 0; t < num_tokens; t++) {
                 std::vector<float> h = host_sum(last, t);
@@ -452,19 +331,6 @@ static void test_errors(const qf_cuda_device *device)
     Device<float> f(4096), g(4096), w(4096);
     Device<uint16_t> x(4096), y(4096);
     Device<int32_t> ids(128);
-    qf_cuda_embedding_args e = {f.data, -16, 128, ids.data, ids.data, g.data, 1, 128};
-    CHECK_REFUSED_WITH(qf_cuda_embedding, e, table, nullptr);
-    CHECK_REFUSED_WITH(qf_cuda_embedding, e, token_ids, nullptr);
-    CHECK_REFUSED_WITH(qf_cuda_embedding, e, last_token, nullptr);
-    CHECK_REFUSED_WITH(qf_cuda_embedding, e, out, nullptr);
-    CHECK_REFUSED_WITH(qf_cuda_embedding, e, out, g.data + 1);
-    CHECK_REFUSED_WITH(qf_cuda_embedding, e, table, (const char *)f.data + 2);
-    CHECK_REFUSED_WITH(qf_cuda_embedding, e, table_bits, 8);
-    CHECK_REFUSED_WITH(qf_cuda_embedding, e, k_padded, 64);
-    CHECK_REFUSED_WITH(qf_cuda_embedding, e, hidden_size, 129);
-    CHECK_REFUSED_WITH(qf_cuda_embedding, e, hidden_size, 0);
-    CHECK_REFUSED_WITH(qf_cuda_embedding, e, num_tokens, 0);
-
     qf_cuda_rmsnorm_args n = {f.data, g.data, 1, 128, w.data, x.data, nullptr, 1, 1, 128, 128, 1e-6f};
     CHECK_REFUSED_WITH(qf_cuda_rmsnorm, n, residual, nullptr);
     CHECK_REFUSED_WITH(qf_cuda_rmsnorm, n, residual, f.data + 2);
@@ -547,42 +413,6 @@ static void bench_norm(const qf_cuda_device *device, int num_tokens, int hidden_
     print_time(what, num_tokens, hidden_size, us, bytes);
 }
 
-static void bench_embedding(const qf_cuda_device *device, int bits, bool on_host, int num_tokens, int hidden_size)
-{
-    Random random(5);
-    const int vocab_size = on_host ? 16 << 10 : 64 << 10;
-    size_t table_bytes = (size_t)vocab_size * hidden_size * 2;
-    Device<uint8_t> table(on_host ? 16 : table_bytes);
-    void *host_table = nullptr;
-    if (on_host) {
-        CHECK_CUDA(cudaHostAlloc(&host_table, table_bytes, cudaHostAllocMapped));
-        memset(host_table, 0, table_bytes);
-    }
-    std::vector<int32_t> ids((size_t)num_tokens * BENCH_COUNT);
-    for (int32_t &id : ids) {
-        id = random.below(vocab_size);
-    }
-    Device<int32_t> device_ids(ids), last_token(1);
-    Device<float> out((size_t)num_tokens * hidden_size * BENCH_COUNT);
-    double us = time_us([&](cudaStream_t stream, int i) {
-        qf_cuda_embedding_args args = {};
-        args.table = on_host ? host_table : table.data;
-        args.table_bits = bits;
-        args.k_padded = hidden_size;
-        args.token_ids = device_ids.data + (size_t)i * num_tokens;
-        args.last_token = last_token.data;
-        args.out = out.data + (size_t)i * num_tokens * hidden_size;
-        args.num_tokens = num_tokens;
-        args.hidden_size = hidden_size;
-        CHECK_OK(qf_cuda_embedding(&args, device, stream, &check_error));
-    }, BENCH_COUNT);
-    print_time(on_host ? "embedding, bf16, pinned host" : bits == 16 ? "embedding, bf16" : "embedding, fragments",
-               num_tokens, hidden_size, us, (double)num_tokens * hidden_size * 6);
-    if (on_host) {
-        CHECK_CUDA(cudaFreeHost(host_table));
-    }
-}
-
 static void bench_permute(int num_tokens, int k)
 {
     Random random(6);
@@ -609,13 +439,6 @@ static void bench(const qf_cuda_device *device)
         bench_norm(device, 1, hidden_size, 4, device->dependent_launch);
         bench_norm(device, 1, hidden_size, 8, device->dependent_launch);
     }
-    for (int hidden_size : {896, 3584}) {
-        for (int num_tokens : {1, 64, 2048}) {
-            bench_embedding(device, 16, false, num_tokens, hidden_size);
-            bench_embedding(device, -16, false, num_tokens, hidden_size);
-            bench_embedding(device, 16, true, num_tokens, hidden_size);
-        }
-    }
     bench_permute(1, 3584);
     bench_permute(2048, 3584);
 }
@@ -624,7 +447,6 @@ int main(int argc, char **argv)
 {
     Options options = check_options(argc, argv);
     test_layout();
-    test_embedding(&options.device);
     test_rmsnorm(&options.device);
     for (int num_tokens : {1, 7, 140}) {
         test_chain(&options.device, num_tokens, 896);

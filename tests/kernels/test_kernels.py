@@ -16,6 +16,9 @@ _spec.loader.exec_module(runner)
 
 KERNELS = sorted(runner.KERNELS.glob("*.cu"))
 GENERATIONS = ["80", "86", "89", "90a"]
+# Calls save registers in memory under its limit of 64; without the limit (one block an SM) nothing is saved, and 256 rows
+# of top_p take 10 % longer.
+SPILLING = ["qf_sample_finish_kernel"]
 
 
 def test_there_are_kernel_tests():
@@ -57,7 +60,8 @@ def test_kernel_under_sanitizer(programs, name, tool):
 @pytest.mark.long
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
 def test_compiles_for_every_generation(source, tmp_path):
-    """Machine code for each and PTX of plain 9.0, without a warning; on Hopper nothing spills out of registers."""
+    """Machine code for each and PTX of plain 9.0, without a warning; on Hopper nothing spills out of registers, but for
+    the kernels in SPILLING."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in GENERATIONS]
@@ -72,12 +76,12 @@ def test_compiles_for_every_generation(source, tmp_path):
 
 
 def spills(said, arch):
-    """Lines of ptxas -v about kernels of this generation that move registers to memory and back."""
+    """Lines of ptxas -v about kernels of this generation, SPILLING left out, that move registers to memory and back."""
     current, found = "", []
     for line in said.splitlines():
         compiling = re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line)
         if compiling:
-            current = compiling[2]
+            current = "" if any(name in compiling[1] for name in SPILLING) else compiling[2]
         elif current == arch and re.search(r"[1-9]\d* bytes spill", line):
             found.append(line.strip())
     return found
@@ -85,6 +89,7 @@ def spills(said, arch):
 
 def test_spills_are_seen():
     said = (
+        "ptxas info    : Compiling entry function 'qf_sample_finish_kernel' for 'sm_90a'\n    4 bytes spill stores\n"
         "ptxas info    : Compiling entry function 'a' for 'sm_80'\n    0 bytes stack frame, 8 bytes spill stores\n"
         "ptxas info    : Compiling entry function 'a' for 'sm_90a'\n    8 bytes stack frame, 16 bytes spill stores\n"
         "ptxas info    : Compiling entry function 'b' for 'sm_90a'\n    0 bytes stack frame, 0 bytes spill stores\n"
