@@ -39,6 +39,66 @@ class DeviceInfo(TypedDict):
     reason: str  # why it is not usable; "" if it is
 
 @type_check_only
+class Amounts(TypedDict):
+    """What a request, or all of them, took. Bytes and FLOPs are counted: by formula from the layout of weights, cache
+    and activations, step by step. Times are measured on the device; energy by the sources' counters."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, from the prefix cache
+    output_tokens: int
+    computed_prompt_tokens: int  # with those computed again after a preemption
+    weight_bytes: int
+    head_bytes: int
+    embedding_bytes: int
+    kv_read_bytes: int
+    kv_write_bytes: int
+    activation_bytes: int
+    host_bytes: int  # from host memory to the device: offloaded weights
+    flops: int
+    device_ns: int  # prefill_device_ns + decode_device_ns
+    prefill_device_ns: int
+    decode_device_ns: int
+    energy_uj: dict[str, int]  # microjoules by source; empty where none is measured
+
+@type_check_only
+class Usage(Amounts):
+    energy_provisional: bool  # figures may still grow, within a second after the end
+    energy_note: str  # why no energy is measured; "" where some is
+
+@type_check_only
+class EnergySource(TypedDict):
+    name: str  # "gpu0", "cpu0"
+    kind: str  # "nvml", "rapl", "none"
+    measured: bool
+    note: str  # measured: what the figure covers; else why there is none
+    idle_watts: float | None  # the mean of the last seconds without a step; None: not known yet
+
+@type_check_only
+class IdleAmounts(TypedDict):
+    wall_ns: int  # no step ran
+    energy_uj: dict[str, int]
+
+@type_check_only
+class UnsettledAmounts(TypedDict):
+    device_ns: int
+    energy_uj: dict[str, int]
+
+@type_check_only
+class MeterStats(TypedDict):
+    """Since the engine was loaded; requests + idle + unsettled = total, exactly."""
+
+    enabled: bool
+    total: Amounts
+    requests: Amounts
+    idle: IdleAmounts
+    unsettled: UnsettledAmounts
+    sources: list[EnergySource]
+    wall_ns: int
+    busy_ns: int  # a step ran on the device
+    num_steps: int
+    peak_kv_bytes: int  # the most of the KV cache that sequences held at once
+
+@type_check_only
 class Output(TypedDict):
     """What is new since the last read. The keys after `finished` are present only when it is True."""
 
@@ -62,6 +122,7 @@ class Output(TypedDict):
     finished_time: float
     prompt_logprobs: list[list[tuple[int, float, int]] | None] | None  # per prompt position; the first is None
     logits: memoryview | None  # float32, shape (rows, vocab_size), C-contiguous
+    usage: Usage
 
 @final
 class Request:
@@ -73,6 +134,8 @@ class Request:
         KeyboardInterrupt) and returns what is new, or None if nothing came. After the output with finished=True,
         returns None at once."""
     def cancel(self) -> None: ...
+    def usage(self) -> Usage:
+        """What the request took up to now; final once it has ended and energy_provisional is False."""
     def set_mask(self, position: int, words: Buffer) -> None:
         """words: uint32, ceil(vocab_size / 32)."""
 
@@ -112,6 +175,7 @@ class Engine:
         max_steps_in_flight: int = 0,
         max_waiting_requests: int = 0,
         dummy_seed: int = 0,
+        meter: bool = True,  # False: tokens only, to measure what metering costs
         progress: Callable[[int, int], None] | None = None,  # (done_bytes, total_bytes); an exception stops the load
     ) -> Self: ...
     def set_vocabulary(self, tokens: Sequence[bytes], special: Sequence[int] | bytes) -> None:
@@ -156,7 +220,7 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """The fields of qf_engine_info."""
     def stats(self) -> dict[str, Any]:
-        """The fields of qf_engine_stats; "memory" is a MemoryReport."""
+        """The fields of qf_engine_stats; "memory" is a MemoryReport, "meter" a MeterStats."""
     def event_fd(self) -> int: ...
     def take_ready(self) -> list[int]:
         """Tags of requests submitted with notify=True that have something to read."""

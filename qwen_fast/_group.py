@@ -149,9 +149,9 @@ class Group:
         """The whole request, with what was read so far."""
         usage = None
         if 0 in self._usages:
-            first = self._usages[0]
-            total = sum(one.completion_tokens for one in self._usages.values())
-            usage = Usage(first.prompt_tokens, total, first.cached_tokens)
+            usage = self._usages[0]
+            for index, one in self._usages.items():
+                usage = usage.plus(one) if index > 0 else usage
         finished = all(completion.finished for completion in completions)
         return RequestOutput(
             self.request_id, self.prompt, self.prompt_token_ids, completions, self.prompt_logprobs, finished, usage
@@ -170,7 +170,7 @@ class Group:
             output.stop_reason = raw["stop_reason"]
             output.seed = raw["seed"]
             count = raw["num_output_tokens"]
-            output.usage = self._usages[index] = Usage(raw["num_prompt_tokens"], count, raw["num_cached_tokens"])
+            output.usage = self._usages[index] = Usage.of(raw["usage"])
             output.timings = Timings(
                 raw["arrival_time"],
                 raw["first_scheduled_time"],

@@ -248,6 +248,7 @@ class AsyncLLM(BaseLLM):
         grammar = await self._compiled(params)
         tag, event = self._wakeups.add(watch=grammar is None)
         group: Group | None = None
+        large = params is not None and params.prompt_logprobs is not None  # a read may bring millions of them
         try:
             group = self._start(prompt, params, request_id, grammar, notify=True, tag=tag, **extra)
             pending = list(range(len(group.requests)))
@@ -255,7 +256,7 @@ class AsyncLLM(BaseLLM):
                 await event.wait()
                 event.clear()  # before reading: what comes after the read sets it again
                 for index in tuple(pending):
-                    output = group.read(index, 0)
+                    output = await asyncio.to_thread(group.read, index, 0) if large else group.read(index, 0)
                     if output is not None:
                         if output.finished:
                             pending.remove(index)
@@ -313,6 +314,9 @@ def _length(prompt: Any) -> int:
     if isinstance(prompt, str):
         return len(prompt)
     if isinstance(prompt, Mapping):
+        ids = prompt.get("prompt_token_ids")
+        if isinstance(ids, (list, tuple)):
+            return len(ids)  # each of them is checked
         return _length(prompt.get("content") or prompt.get("prompt") or "")
     if isinstance(prompt, (list, tuple)) and prompt and not isinstance(prompt[0], int):
         return sum(map(_length, prompt))

@@ -66,6 +66,7 @@ class BaseLLM:
         max_steps_in_flight: int = 0,
         max_waiting_requests: int = 0,
         dummy_seed: int = 0,
+        meter: bool = True,
         tokenizer: str | os.PathLike[str] | None = None,
         chat_template: str | os.PathLike[str] | None = None,
         generation_config: str | Mapping[str, Any] = "auto",
@@ -112,6 +113,8 @@ class BaseLLM:
         load_format: "auto" (safetensors) or "dummy" (random weights in the config's shapes; dummy_seed varies them).
         num_threads: None: the CPUs of this process. isa: "auto", "scalar", "avx2", "avx512", "avx512_vnni".
         max_steps_in_flight: 0 (the backend's choice), 1, 2. max_waiting_requests: more are refused; 0: no limit.
+        meter: count what each request takes in bytes, FLOPs, time and energy: outputs' usage, stats()["meter"]. False
+            counts tokens only: it is there to measure what metering costs.
         tokenizer: a directory or hub id to take the tokenizer from. chat_template: jinja text or the path of a file.
         generation_config: "auto" (generation_config.json), "vllm" (ignore it), or a dict in its place.
         revision, download_dir: for a hub id.
@@ -158,6 +161,7 @@ class BaseLLM:
             max_steps_in_flight=max_steps_in_flight,
             max_waiting_requests=max_waiting_requests,
             dummy_seed=dummy_seed,
+            meter=meter,
         )
         self.model = os.fspath(model)
         self.model_dir = resolve_model(model, revision=revision, download_dir=download_dir)
@@ -342,11 +346,14 @@ class BaseLLM:
     def _next_seed(self) -> int:
         return fresh_seed() if self._seed is None else derived_seed(self._seed, next(self._seed_numbers))
 
-    def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
-        """A word at the start of a text and after a space are different tokens, often different in number too; both are
+    def _bad_word_ids(self, words: Sequence[str | list[int]]) -> list[list[int]]:
+        """Of texts; token ids are taken as they are. A word at the start of a text and after a space are different tokens, often different in number too; both are
         banned, the second where the space melts into the first token (else the first ban covers it)."""
         banned: list[list[int]] = []
         for word in words:
+            if not isinstance(word, str):
+                banned.append(word)
+                continue
             bare = self.encode(word.lstrip())
             spaced = self.encode(" " + word.lstrip())
             if bare:

@@ -18,6 +18,8 @@ from .prompts import conversation_list, one_conversation, params_list, prompt_li
 if TYPE_CHECKING:
     import numpy
 
+    from .cost.report import Report
+
 _SWEEP_S = 0.1  # between two looks at all requests of generate(), for the progress display
 
 
@@ -134,6 +136,22 @@ class LLM(BaseLLM):
         finally:
             group.cancel()
         return logits_array(output, self.vocab_size)
+
+    def cost_report(self, workload: Any = None, **options: Any) -> Report:
+        """Measures what this engine costs: memory, time, utilisation, energy, money. A cost.Report, which shows itself in a
+        notebook, prints as tables, and has to_json(), to_html() and write(folder).
+
+        workload: None (the workloads of the two studies), "512/128" or (512, 128) (prompt and output tokens), the path of a
+        JSONL file of prompts, a cost.Workload, or a list of these.
+        options: users (numbers at once), quick (default True: short windows and requests), prices (cost.Prices; none: no
+        money), budget_seconds, levers (default True), and fields of cost.Settings.
+
+        Other requests that run meanwhile are in the figures. Levers that need an engine loaded otherwise say `not
+        measured`: `qwen-fast cost` measures them. ValueError or TypeError for options that are none.
+        """
+        from .cost.api import cost_report
+
+        return cost_report(self, workload, **options)
 
     def _generate(self, makers: list[Any], many: list[SamplingParams], progress: bool | None) -> list[RequestOutput]:
         groups: list[Group] = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 
 class Logprob(NamedTuple):
@@ -14,17 +15,82 @@ class Logprob(NamedTuple):
     decoded_token: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens: `cached_tokens` of the prompt came from the prefix cache."""
+    """What a request took, of its n samples together. Requests' figures add up to the engine's (stats()["meter"]).
+
+    Tokens: `cached_tokens` of the prompt came from the prefix cache; computed_prompt_tokens were computed by all samples,
+    again ones after a preemption too.
+    Bytes (of the device's memory, but host_bytes) and flops are counted: by formula from the layout of weights, cache and
+    activations. A step's weights are shared out to its requests by tokens, the head by rows of logits.
+    Times in nanoseconds are measured on the device and shared out by bytes: device_ns is prefill (prompt tokens, and
+    tokens computed again) and decode.
+    Energy in microjoules by source ("gpu0": the whole board, by NVML; "cpu0": the whole processor package, by RAPL) is
+    measured; the part that would have been taken without a step is not in it. energy_uj is empty where nothing can be
+    measured, and energy_note says why. While energy_provisional is True figures may still grow: the counters are read
+    20 times a second.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    computed_prompt_tokens: int = 0
+    weight_bytes: int = 0
+    head_bytes: int = 0
+    embedding_bytes: int = 0
+    kv_read_bytes: int = 0
+    kv_write_bytes: int = 0
+    activation_bytes: int = 0
+    host_bytes: int = 0
+    flops: int = 0
+    device_ns: int = 0
+    prefill_device_ns: int = 0
+    decode_device_ns: int = 0
+    energy_uj: Mapping[str, int] = field(default_factory=dict)
+    energy_provisional: bool = False
+    energy_note: str = ""
+
+    @property
+    def output_tokens(self) -> int:
+        return self.completion_tokens
 
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def total_bytes(self) -> int:
+        """Moved in the device's memory; host_bytes, which come over the bus, are apart."""
+        layers = self.weight_bytes + self.head_bytes + self.embedding_bytes
+        return layers + self.kv_read_bytes + self.kv_write_bytes + self.activation_bytes
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Usage:
+        """From the engine's dict."""
+        return cls(**{_OWN_NAMES.get(name, name): value for name, value in raw.items()})
+
+    def plus(self, other: Usage) -> Usage:
+        """With another sample of the same prompt: the prompt counts once."""
+        merged = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
+        sources = {**self.energy_uj, **other.energy_uj}
+        energy = {name: self.energy_uj.get(name, 0) + other.energy_uj.get(name, 0) for name in sources}
+        provisional = self.energy_provisional or other.energy_provisional
+        return replace(self, **merged, energy_uj=energy, energy_provisional=provisional)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        names = [one.name for one in fields(self)]
+        values = {_PLAIN_NAMES.get(name, name): getattr(self, name) for name in names}
+        return {**values, "energy_uj": dict(self.energy_uj), "total_bytes": self.total_bytes}
+
+
+_OWN_NAMES = {"output_tokens": "completion_tokens"}
+_PLAIN_NAMES = {own: plain for plain, own in _OWN_NAMES.items()}
+_ADDED = [
+    one.name
+    for one in fields(Usage)
+    if one.type == "int" and one.name not in ("prompt_tokens", "cached_tokens")
+]
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import ModelError
 
+_LONG_TEXT = 4096  # characters
 _TOKENIZER_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -79,6 +80,8 @@ class Tokenizer:
             raise TypeError(f"text must be a str, got {type(text).__name__}")
         backend = self._backend if allow_special else self._plain_backend()
         try:
+            if len(text) > _LONG_TEXT:  # encode() lets no other thread run until it is done
+                return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
             return backend.encode(text, add_special_tokens=False).ids
         except TypeError:  # what tokenizers says to a text that UTF-8 cannot hold
             pass

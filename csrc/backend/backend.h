@@ -73,6 +73,17 @@ typedef struct qf_batch {
     const qf_logit_task *logit_tasks; /* in order of row */
 } qf_batch;
 
+/* Bytes that a step moves besides the KV cache, by formula from the layout. */
+typedef struct qf_step_traffic {
+    uint64_t layers_bytes;     /* weights of the layers, as often as the kernels read them from the device's memory */
+    uint64_t head_bytes;       /* the head's; 0 without logit rows */
+    uint64_t embedding_bytes;  /* rows of the embedding, from the device's memory */
+    uint64_t activation_bytes; /* written and read between kernels, of all tokens */
+    uint64_t logit_bytes;      /* the same of the logit rows: the head's input and output */
+    uint64_t host_bytes;       /* read from host memory for all tokens: offloaded layers */
+    uint64_t host_embedding_bytes; /* rows of an offloaded embedding */
+} qf_step_traffic;
+
 /* Sees the float32 input of each linear: x (num_tokens, k). For calibration. */
 typedef void (*qf_tap_fn)(void *arg, int32_t layer, qf_linear_id id, const float *x, int32_t num_tokens, int32_t k);
 
@@ -102,6 +113,11 @@ typedef struct qf_backend_vtable {
                                 qf_tap_fn tap, void *tap_arg, qf_error *err);
     /* One line: processor or device, instruction set, threads. */
     const char *(*describe)(const qf_backend *self);
+    /* Of a step of so many tokens (>= 1) and logit rows. Called once a step. NULL: the plan's weights, once. */
+    void (*traffic)(const qf_backend *self, int32_t num_tokens, int32_t num_rows, qf_step_traffic *out);
+    /* Microjoules that the device took since some moment, by its own counter; false: not measured, and `note` says why.
+     * Else `note` says what the figure covers. From any thread, one at a time. NULL: the device is the CPU. */
+    bool (*energy)(qf_backend *self, uint64_t *energy_uj, char *note, size_t note_bytes);
 } qf_backend_vtable;
 
 struct qf_backend {

@@ -13,7 +13,8 @@ size_t qf_step_bytes(const qf_backend_options *o)
 {
     size_t tokens = (size_t)o->max_num_batched_tokens;
     size_t seqs = (size_t)o->max_num_seqs;
-    return (3 * tokens + seqs + 1 + seqs + seqs * table_stride(o)) * sizeof(int32_t) + tokens * sizeof(qf_logit_task);
+    return (3 * tokens + seqs + 1 + seqs + seqs * table_stride(o)) * sizeof(int32_t) +
+           tokens * sizeof(qf_logit_task) + qf_meter_step_bytes(o->max_num_seqs);
 }
 
 qf_status qf_step_init(qf_step *step, const qf_resolved_options *resolved, qf_error *err)
@@ -25,6 +26,7 @@ qf_status qf_step_init(qf_step *step, const qf_resolved_options *resolved, qf_er
     *step = (qf_step){0};
     step->batch.block_table_stride = (int32_t)stride;
     QF_TRY(qf_step_plan_init(&step->plan, o->max_num_seqs, err));
+    QF_TRY(qf_meter_step_init(&step->meter, o->max_num_seqs, err));
     QF_TRY(qf_alloc((void **)&step->token_ids, tokens, sizeof(int32_t), "step token ids", err));
     QF_TRY(qf_alloc((void **)&step->positions, tokens, sizeof(int32_t), "step positions", err));
     QF_TRY(qf_alloc((void **)&step->slot_mapping, tokens, sizeof(int32_t), "step slot mapping", err));
@@ -37,6 +39,7 @@ qf_status qf_step_init(qf_step *step, const qf_resolved_options *resolved, qf_er
 void qf_step_deinit(qf_step *step)
 {
     qf_step_plan_deinit(&step->plan);
+    qf_meter_step_deinit(&step->meter);
     qf_free(step->token_ids);
     qf_free(step->positions);
     qf_free(step->slot_mapping);
@@ -113,7 +116,9 @@ void qf_step_build(qf_step *step, const qf_engine *engine, int32_t parity)
         }
         memcpy(step->block_tables + (size_t)e * (size_t)batch->block_table_stride, seq->block_table,
                (size_t)seq->num_blocks * sizeof(int32_t));
+        int32_t first_task = batch->num_logit_tasks;
         add_logit_tasks(step, entry, row, engine->config.vocab_size, parity);
+        step->meter.entries[e].num_rows = batch->num_logit_tasks - first_task;
         batch->num_tokens += entry->num_tokens;
     }
     step->query_start_loc[batch->num_seqs] = batch->num_tokens;

@@ -1,4 +1,5 @@
 /* The driver thread: takes commands in, plans a step, runs it, hands tokens out. Sleeps when there is nothing to do. */
+/* needs: engine/meter.c engine/energy_sampler.c base/rapl.c */
 #include <time.h>
 
 #include "engine/engine.h"
@@ -42,6 +43,9 @@ static void deliver(qf_engine *e, qf_request *r, int32_t token_id, int32_t parit
     (void)pthread_mutex_lock(&e->lock);
     if (status == QF_OK) {
         status = qf_request_append_token_locked(r, r->step_logprobs[parity], &error);
+        if (status == QF_OK) {
+            qf_meter_add_output(&e->meter, &r->account);
+        }
     }
     if (status == QF_OK) {
         status = qf_request_append_text_locked(r, delta.text, delta.size_bytes, &error);
@@ -77,17 +81,59 @@ static void deliver(qf_engine *e, qf_request *r, int32_t token_id, int32_t parit
 
 /* --- steps --------------------------------------------------------------------------------------------- */
 
-static void note_first_scheduled(qf_engine *e, const qf_step_plan *plan)
+static void note_scheduled(qf_engine *e, qf_step *step)
 {
+    const qf_step_plan *plan = &step->plan;
     double now = qf_now_seconds();
     (void)pthread_mutex_lock(&e->lock);
     for (int32_t i = 0; i < plan->num_entries; i++) {
         qf_request *r = plan->entries[i].seq->owner;
         if (r->first_scheduled_time == 0.0) {
             r->first_scheduled_time = now;
+            qf_meter_add_cached(&e->meter, &r->account, r->seq.num_cached_tokens);
         }
     }
+    uint64_t held = (uint64_t)(e->resolved.num_blocks - qf_block_pool_num_available(e->pool));
+    if (held * e->resolved.plan.kv_block_bytes > e->meter.peak_kv_bytes) {
+        e->meter.peak_kv_bytes = held * e->resolved.plan.kv_block_bytes;
+    }
+    if (e->meter.enabled) {
+        qf_meter_step_begun(&e->meter, &step->meter);
+        qf_energy_wake_locked(e);
+    }
     (void)pthread_mutex_unlock(&e->lock);
+}
+
+/* Who is in the step, for the meter: positions that were computed before, and the prompt's, are prefill. */
+static void list_accounts(qf_step *step)
+{
+    step->meter.num_entries = step->plan.num_entries;
+    for (int32_t i = 0; i < step->plan.num_entries; i++) {
+        const qf_step_entry *planned = &step->plan.entries[i];
+        qf_meter_entry *entry = &step->meter.entries[i];
+        qf_request *r = planned->seq->owner;
+        int32_t end = planned->start + planned->num_tokens;
+        int32_t prefill_end = r->account.computed_end > r->seq.num_prompt_tokens ? r->account.computed_end
+                                                                                : r->seq.num_prompt_tokens;
+        int32_t prefill = (end < prefill_end ? end : prefill_end) - planned->start;
+        entry->account = &r->account;
+        entry->start = planned->start;
+        entry->num_tokens = planned->num_tokens;
+        entry->num_prefill_tokens = prefill > 0 ? prefill : 0;
+        r->account.computed_end = end > r->account.computed_end ? end : r->account.computed_end;
+    }
+}
+
+/* The step's bytes and operations: called while it runs. */
+static void count_step(qf_engine *e, qf_step *step)
+{
+    int32_t num_rows = step->batch.num_logit_tasks;
+    qf_step_traffic traffic = {.layers_bytes = e->resolved.plan.layers_bytes,
+                               .head_bytes = num_rows > 0 ? e->resolved.plan.head_bytes : 0};
+    if (e->backend->vtable->traffic != NULL) {
+        e->backend->vtable->traffic(e->backend, step->batch.num_tokens, num_rows, &traffic);
+    }
+    qf_meter_step_count(&e->meter, &step->meter, &traffic);
 }
 
 /* Plans and starts one step; false if there is nothing to run. */
@@ -100,10 +146,14 @@ static bool start_step(qf_engine *e, qf_status *status, qf_error *err)
         return false;
     }
     qf_step_build(step, e, parity);
-    note_first_scheduled(e, &step->plan);
+    list_accounts(step);
+    note_scheduled(e, step);
     *status = e->backend->vtable->submit(e->backend, &step->batch, err);
     e->num_submitted++;
     e->num_in_flight++;
+    if (e->meter.enabled) {
+        count_step(e, step);
+    }
     return true;
 }
 
@@ -133,9 +183,11 @@ static bool take_token(qf_engine *e, const qf_step_entry *entry, int32_t parity)
 static qf_status finish_step(qf_engine *e, qf_error *err)
 {
     int32_t parity = (int32_t)(e->num_collected % QF_MAX_STEPS_IN_FLIGHT);
-    const qf_step_plan *plan = &e->steps[parity].plan;
+    qf_step *step = &e->steps[parity];
+    const qf_step_plan *plan = &step->plan;
     uint64_t step_ns = 0;
     QF_TRY(e->backend->vtable->collect(e->backend, &step_ns, err));
+    uint64_t end_ns = e->meter.enabled ? qf_now_ns() : 0;
     e->num_collected++;
     e->num_in_flight--;
     uint64_t num_sampled = 0, num_prompt = 0;
@@ -163,7 +215,13 @@ static qf_status finish_step(qf_engine *e, qf_error *err)
         }
     }
     e->finishing_step = false;
+    if (e->meter.enabled) {
+        qf_meter_step_share_time(&step->meter, step_ns);
+    }
     (void)pthread_mutex_lock(&e->lock);
+    if (e->meter.enabled) {
+        qf_meter_step_ended(&e->meter, &step->meter, step_ns, end_ns);
+    }
     e->stats.num_steps++;
     e->stats.num_generated_tokens += num_sampled;
     e->stats.num_prompt_tokens += num_prompt;
@@ -184,6 +242,22 @@ static qf_status finish_step(qf_engine *e, qf_error *err)
     return QF_OK;
 }
 
+/* A step whose tokens nobody wants any more, or that failed. */
+static void meter_last_step(qf_engine *e, qf_meter_step *step, bool ended, uint64_t step_ns)
+{
+    uint64_t end_ns = qf_now_ns();
+    if (ended) {
+        qf_meter_step_share_time(step, step_ns);
+    }
+    (void)pthread_mutex_lock(&e->lock);
+    if (ended) {
+        qf_meter_step_ended(&e->meter, step, step_ns, end_ns);
+    } else {
+        qf_meter_step_lost(&e->meter, step);
+    }
+    (void)pthread_mutex_unlock(&e->lock);
+}
+
 /* Ends every request, waits for steps in flight, and leaves nothing with the scheduler. */
 static void end_all(qf_engine *e, qf_finish_reason reason, const qf_error *error)
 {
@@ -195,9 +269,13 @@ static void end_all(qf_engine *e, qf_finish_reason reason, const qf_error *error
     }
     while (e->num_in_flight > 0) {
         int32_t parity = (int32_t)(e->num_collected % QF_MAX_STEPS_IN_FLIGHT);
-        (void)e->backend->vtable->collect(e->backend, NULL, NULL);
+        uint64_t step_ns = 0;
+        bool ended = e->backend->vtable->collect(e->backend, &step_ns, NULL) == QF_OK;
         e->num_collected++;
         e->num_in_flight--;
+        if (e->meter.enabled) {
+            meter_last_step(e, &e->steps[parity].meter, ended, step_ns);
+        }
         qf_scheduler_complete(e->scheduler, &e->steps[parity].plan);
     }
     for (qf_request *r = e->live_head, *next; r != NULL; r = next) {

@@ -42,6 +42,8 @@ static qf_status open_event_fd(qf_engine *self, qf_error *err)
 /* What only the driver uses: freed as soon as it has stopped. */
 static void free_machinery(qf_engine *self)
 {
+    qf_energy_stop(self);
+    qf_rapl_deinit(&self->sampler.rapl);
     if (self->backend != NULL) {
         self->backend->vtable->destroy(self->backend);
         self->backend = NULL;
@@ -58,6 +60,7 @@ static void free_machinery(qf_engine *self)
 void qf_engine_free(qf_engine *self)
 {
     free_machinery(self);
+    qf_meter_deinit(&self->meter);
     qf_vocabulary_destroy(self->vocabulary);
     if (self->event_read_fd >= 0) {
         (void)close(self->event_read_fd);
@@ -65,6 +68,7 @@ void qf_engine_free(qf_engine *self)
     if (self->event_write_fd >= 0 && self->event_write_fd != self->event_read_fd) {
         (void)close(self->event_write_fd);
     }
+    (void)pthread_cond_destroy(&self->sampler.wake);
     (void)pthread_cond_destroy(&self->wake);
     (void)pthread_mutex_destroy(&self->lock);
     qf_free(self);
@@ -91,6 +95,12 @@ static qf_status create_machinery(qf_engine *self, const qf_engine_options *opti
     (void)snprintf(self->description, sizeof self->description, "%s", backend->describe(self->backend));
     qf_memory_report_fill(resolved, &self->stats.memory);
     self->stats.num_free_blocks = resolved->num_blocks;
+    qf_meter_init(&self->meter, options->meter, &self->config, &resolved->plan, resolved->backend.block_size,
+                  qf_now_ns());
+    if (options->meter) {
+        qf_energy_open(self);
+        QF_TRY(qf_energy_start(self, err));
+    }
     sigset_t all, before; /* signals stay with the threads of the program around us */
     (void)sigfillset(&all);
     (void)pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -111,6 +121,12 @@ static qf_status init_locks(qf_engine *self, qf_error *err)
     int failed = pthread_mutex_init(&self->lock, NULL);
     if (failed == 0) {
         failed = pthread_cond_init(&self->wake, &attr);
+        if (failed == 0) {
+            failed = pthread_cond_init(&self->sampler.wake, &attr);
+            if (failed != 0) {
+                (void)pthread_cond_destroy(&self->wake);
+            }
+        }
         if (failed != 0) {
             (void)pthread_mutex_destroy(&self->lock);
         }
@@ -164,6 +180,7 @@ void qf_engine_stop(qf_engine *self)
     (void)pthread_mutex_unlock(&self->lock);
     if (join) {
         (void)pthread_join(self->driver, NULL);
+        qf_energy_stop(self);
     }
     (void)pthread_mutex_lock(&self->lock);
     self->driver_gone = self->driver_gone || join || !self->driver_started;
@@ -247,6 +264,13 @@ void qf_engine_get_stats(qf_engine *self, qf_engine_stats *out)
 {
     (void)pthread_mutex_lock(&self->lock);
     *out = self->stats;
+    (void)pthread_mutex_unlock(&self->lock);
+}
+
+void qf_engine_get_meter(qf_engine *self, qf_meter_stats *out)
+{
+    (void)pthread_mutex_lock(&self->lock);
+    qf_meter_get_stats(&self->meter, qf_now_ns(), out);
     (void)pthread_mutex_unlock(&self->lock);
 }
 

@@ -9,7 +9,9 @@
 #include <pthread.h>
 
 #include "backend/backend.h"
+#include "base/rapl.h"
 #include "engine/detokenizer.h"
+#include "engine/meter.h"
 #include "kv/block_pool.h"
 #include "qf.h"
 #include "sched/scheduler.h"
@@ -66,6 +68,8 @@ struct qf_request {
     uint64_t tag, seed;
     qf_request *leader; /* a reference, or NULL */
 
+    qf_account account; /* guarded by engine->lock */
+
     /* Where steps in flight leave their results, by parity of the step. */
     int32_t step_token[QF_MAX_STEPS_IN_FLIGHT];
     qf_logprob *step_logprobs[QF_MAX_STEPS_IN_FLIGHT]; /* (1 + num_logprobs) each, or NULL */
@@ -110,7 +114,19 @@ typedef struct qf_step {
     int32_t *seq_lens;        /* (max_num_seqs) */
     int32_t *block_tables;    /* (max_num_seqs, block_table_stride) */
     qf_logit_task *logit_tasks; /* (max_num_batched_tokens) */
+    qf_meter_step meter;
 } qf_step;
+
+/* Energy counters and the thread that reads them. Guarded by engine->lock where the thread runs. */
+typedef struct qf_energy_sampler {
+    qf_rapl rapl;            /* the thread's */
+    bool has_device;         /* source 0 is the backend's */
+    int32_t num_measured;
+    pthread_t thread;
+    pthread_cond_t wake;
+    bool started, stopping;
+    bool sleeps_long;        /* no step ran for a while */
+} qf_energy_sampler;
 
 struct qf_engine {
     pthread_mutex_t lock;
@@ -138,6 +154,8 @@ struct qf_engine {
     qf_request *ready_head, *ready_tail;
     int32_t num_unfinished;
     qf_engine_stats stats;
+    qf_meter meter;
+    qf_energy_sampler sampler;
 
     /* The driver's. */
     qf_backend *backend;
@@ -182,6 +200,13 @@ void qf_request_changed_locked(qf_request *request); /* wakes readers and the no
 void qf_request_unref_locked(qf_request *request);   /* may free it (not the engine) */
 void qf_engine_free(qf_engine *engine); /* when engine->references is 0; lock not held */
 double qf_now_seconds(void);
+
+/* energy_sampler.c */
+uint64_t qf_now_ns(void);
+void qf_energy_open(qf_engine *engine);           /* once the backend is there: the sources, and their first reading */
+qf_status qf_energy_start(qf_engine *engine, qf_error *err); /* the thread, if there is anything to read */
+void qf_energy_wake_locked(qf_engine *engine);    /* a step is about to run */
+void qf_energy_stop(qf_engine *engine);           /* lock not held; before the backend goes. Idempotent */
 
 /* output.c: what the driver hands out. Fails only for lack of memory. */
 qf_status qf_request_append_text_locked(qf_request *request, const char *text, size_t text_bytes, qf_error *err);

@@ -27,7 +27,8 @@ void qf_engine_options_init(qf_engine_options *options)
                                    .max_num_batched_tokens = 2048,
                                    .tensor_parallel_size = 1,
                                    .enable_prefix_caching = true,
-                                   .isa = "auto"};
+                                   .isa = "auto",
+                                   .meter = true};
 }
 
 /* --- choices ------------------------------------------------------------------------------------------- */

@@ -218,6 +218,20 @@ qf_status qf_request_read(qf_request *self, qf_output *out, qf_error *err)
     return status;
 }
 
+bool qf_request_usage(qf_request *self, qf_usage *out, qf_energy_source *sources, int32_t *num_sources)
+{
+    qf_engine *engine = self->engine;
+    (void)pthread_mutex_lock(&engine->lock);
+    *out = self->account.usage;
+    *num_sources = engine->meter.num_sources;
+    for (int32_t k = 0; k < engine->meter.num_sources; k++) {
+        sources[k] = engine->meter.sources[k].source;
+    }
+    bool final = self->finished && qf_meter_is_final(&engine->meter, &self->account);
+    (void)pthread_mutex_unlock(&engine->lock);
+    return final;
+}
+
 void qf_output_deinit(qf_output *output)
 {
     qf_free(output->token_ids);

@@ -274,6 +274,9 @@ static qf_status enqueue(qf_engine *engine, qf_request *r, qf_request *leader, q
         status = QF_FAIL(err, QF_ERROR_STATE, "the queue is full: %d unfinished requests, max_waiting_requests is %d",
                          engine->num_unfinished, limit);
     } else {
+        status = qf_meter_open(&engine->meter, &r->account, r->seq.num_prompt_tokens, err);
+    }
+    if (status == QF_OK) {
         engine->references++;
         engine->num_unfinished++;
         r->references = 2; /* the caller's and the driver's */
@@ -325,6 +328,7 @@ void qf_request_unref_locked(qf_request *request)
     while (request != NULL && --request->references == 0) {
         qf_request *leader = request->leader; /* a chain, freed without recursion */
         request->engine->references--;
+        qf_meter_close(&request->engine->meter, &request->account);
         free_request(request);
         request = leader;
     }

@@ -58,6 +58,7 @@ typedef struct qf_engine_options {
     int32_t max_steps_in_flight;    /* 0: the backend's choice; 1, 2 */
     int32_t max_waiting_requests;   /* submissions beyond this many unfinished ones are refused; 0: no limit */
     uint64_t dummy_seed;
+    bool meter;                     /* false: only tokens are counted; to measure what metering costs */
     qf_engine_progress_fn progress; /* or NULL */
     void *progress_arg;
 } qf_engine_options;
@@ -126,6 +127,52 @@ typedef struct qf_engine_stats {
 } qf_engine_stats;
 
 void qf_engine_get_stats(qf_engine *self, qf_engine_stats *out);
+
+/* --- the meter ------------------------------------------------------------------------------------------- */
+
+#define QF_MAX_ENERGY_SOURCES 10
+
+/* What a request, or all of them, took. Bytes and FLOPs are counted: by formula from the layout of weights, cache and
+ * activations, step by step. Times are measured: a step's time on its device. A step's weights are shared out by the
+ * tokens that a request had in it, its head by logit rows, its time by bytes; what is left over by rounding goes to the
+ * largest remainders, so that the requests' figures add up to the engine's exactly. */
+typedef struct qf_usage {
+    uint64_t prompt_tokens, cached_tokens, output_tokens; /* cached: of the prompt, from the prefix cache */
+    uint64_t computed_prompt_tokens;  /* with those computed again after a preemption */
+    uint64_t weight_bytes;     /* the layers', read by every step */
+    uint64_t head_bytes;       /* of steps with logit rows */
+    uint64_t embedding_bytes;  /* rows of the embedding */
+    uint64_t kv_read_bytes, kv_write_bytes;
+    uint64_t activation_bytes; /* between kernels; 0 where they stay in the device's cache */
+    uint64_t host_bytes;       /* from host memory to the device: offloaded weights */
+    uint64_t flops;            /* floating-point operations of the linear layers, the head and attention */
+    uint64_t device_ns, prefill_device_ns, decode_device_ns; /* the first is the sum of the other two */
+    uint64_t energy_uj[QF_MAX_ENERGY_SOURCES]; /* microjoules, as in qf_meter_stats.sources */
+} qf_usage;
+
+typedef struct qf_energy_source {
+    char name[24];  /* "gpu0", "cpu0" */
+    char kind[8];   /* "nvml", "rapl", "none" */
+    char note[200]; /* measured: what the figure covers; else why there is none */
+    bool measured;
+    bool has_idle_watts;
+    double idle_watts; /* while no step ran: the mean of the last seconds of that */
+    uint64_t total_uj; /* since the engine was loaded; requests + idle + unsettled */
+    uint64_t requests_uj, idle_uj, unsettled_uj;
+} qf_energy_source;
+
+typedef struct qf_meter_stats {
+    bool enabled;
+    qf_usage total;    /* of the steps that were run */
+    qf_usage requests; /* sum of the shares of all requests, ended ones too */
+    uint64_t total_high[12], requests_high[12]; /* multiples of 2^64 to add to prompt_tokens .. flops */
+    uint64_t num_steps, busy_ns, wall_ns; /* busy: a step ran on the device; wall: since the engine was loaded */
+    uint64_t peak_kv_bytes; /* the most of the KV cache that sequences held at once */
+    qf_energy_source sources[QF_MAX_ENERGY_SOURCES];
+    int32_t num_sources;
+} qf_meter_stats;
+
+void qf_engine_get_meter(qf_engine *self, qf_meter_stats *out);
 
 /* --- requests ------------------------------------------------------------------------------------------ */
 
@@ -197,6 +244,10 @@ bool qf_request_wait(qf_request *self, int64_t timeout_us);
 /* Takes what is new; an empty output if nothing is. One reader at a time. */
 qf_status qf_request_read(qf_request *self, qf_output *out, qf_error *err);
 void qf_output_deinit(qf_output *output);
+/* What the request took up to now. true: final. false: it runs, or the energy of its last moments waits for the counters
+ * to be read, or a step with a token that it no longer wanted was in flight when it ended; all of that is settled
+ * within a second. sources: (QF_MAX_ENERGY_SOURCES) what usage.energy_uj holds, their sums as of now. */
+bool qf_request_usage(qf_request *self, qf_usage *out, qf_energy_source *sources, int32_t *num_sources);
 
 /* From any thread, at any moment; the request ends with QF_FINISH_ABORT within a step, or had ended before. */
 void qf_request_cancel(qf_request *self);

@@ -76,5 +76,8 @@ PyObject *qf_py_from_output(const qf_py_state *state, const qf_output *output, P
 PyObject *qf_py_from_memory_report(const qf_memory_report *report);
 PyObject *qf_py_from_engine_info(const qf_engine_info *info);
 PyObject *qf_py_from_engine_stats(const qf_engine_stats *stats);
+/* The same: meter.c. */
+PyObject *qf_py_from_usage(qf_request *request);
+PyObject *qf_py_from_meter(const qf_meter_stats *stats);
 
 #endif

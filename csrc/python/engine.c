@@ -183,7 +183,8 @@ static PyObject *engine_info(PyObject *object, PyObject *Py_UNUSED(ignored))
 PyDoc_STRVAR(stats_doc,
 "stats($self, /)\n--\n\n"
 "Counters since the start and gauges of this moment: the fields of qf_engine_stats; \"memory\" is a dict in bytes,\n"
-"\"busy_ns\" nanoseconds with a step in flight. Raises EngineError if closed.");
+"\"busy_ns\" nanoseconds with a step in flight, \"meter\" what was moved, computed and taken: see _engine.pyi.\n"
+"Raises EngineError if closed.");
 
 static PyObject *engine_stats(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
@@ -193,11 +194,17 @@ static PyObject *engine_stats(PyObject *object, PyObject *Py_UNUSED(ignored))
         return NULL;
     }
     qf_engine_stats stats = {0};
+    qf_meter_stats meter = {0};
     Py_BEGIN_ALLOW_THREADS
     qf_engine_get_stats(engine, &stats);
+    qf_engine_get_meter(engine, &meter);
     Py_END_ALLOW_THREADS
     qf_py_engine_leave(self);
-    return qf_py_from_engine_stats(&stats);
+    PyObject *result = qf_py_from_engine_stats(&stats);
+    if (result != NULL && qf_py_set(result, "meter", qf_py_from_meter(&meter)) < 0) {
+        Py_CLEAR(result);
+    }
+    return result;
 }
 
 PyDoc_STRVAR(event_fd_doc,
@@ -294,11 +301,12 @@ PyDoc_STRVAR(engine_doc,
 "max_model_len=0, max_num_seqs=256, max_num_batched_tokens=2048, tensor_parallel_size=1, kv_cache_memory=0, "
 "kv_cache_tokens=0, memory_utilization=0.0, memory_bytes=0, cpu_offload=None, cpu_offload_gb=0.0, "
 "batch_invariant=False, enforce_eager=False, enable_prefix_caching=True, num_threads=0, isa='auto', "
-"max_steps_in_flight=0, max_waiting_requests=0, dummy_seed=0, progress=None)\n--\n\n"
+"max_steps_in_flight=0, max_waiting_requests=0, dummy_seed=0, meter=True, progress=None)\n--\n\n"
 "A loaded model with its KV cache and its driver thread. Every method may be called from any thread.\n\n"
 "model_dir is a Hugging Face checkpoint directory. Sizes are in bytes (kv_cache_memory) or tokens (kv_cache_tokens,\n"
 "block_size, max_model_len, max_num_batched_tokens); 0 lets the engine choose. memory_utilization is the share of the\n"
 "free memory that engine and cache may use; 0 is half of it, with a cache of bounded size. hf_overrides is a JSON object merged over config.json.\n"
+"meter=False counts tokens only: it is there to measure what metering costs.\n"
 "progress(done_bytes, total_bytes) is called while weights load; if it raises, no engine is created.\n\n"
 "Raises ValueError (an option), ModelError (a checkpoint file), OSError (a file that cannot be read), MemoryError,\n"
 "NotImplementedError (an option that is known but not built), EngineError (a device).");

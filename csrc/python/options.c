@@ -35,6 +35,7 @@ static const qf_py_field engine_fields[] = {
     OPTION("max_steps_in_flight", QF_PY_INT32, max_steps_in_flight),
     OPTION("max_waiting_requests", QF_PY_INT32, max_waiting_requests),
     OPTION("dummy_seed", QF_PY_UINT64, dummy_seed),
+    OPTION("meter", QF_PY_BOOL, meter),
     {"progress", QF_PY_OBJECT, offsetof(qf_py_engine_options, progress)},
 };
 

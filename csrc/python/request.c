@@ -70,6 +70,9 @@ static PyObject *read_output(qf_py_request *self, int64_t timeout_us)
         return NULL;
     }
     PyObject *result = qf_py_from_output(state, &output, self->stop);
+    if (result != NULL && output.finished && qf_py_set(result, "usage", qf_py_from_usage(self->request)) < 0) {
+        Py_CLEAR(result);
+    }
     self->finished = output.finished;
     qf_output_deinit(&output);
     return result;
@@ -91,7 +94,7 @@ PyDoc_STRVAR(read_doc,
 "None if nothing came. Its keys: token_ids, text, logprobs, mask_position, finished; once finished is True also\n"
 "finish_reason, stop_reason, error (an exception that is not raised), seed, num_prompt_tokens, num_output_tokens,\n"
 "num_cached_tokens, num_preemptions, times in seconds of the monotonic clock, prompt_logprobs, logits (float32, rows x\n"
-"vocab_size). After that output it returns None at once. Signal handlers run while it waits: Ctrl-C raises\n"
+"vocab_size), usage (see usage()). After that output it returns None at once. Signal handlers run while it waits: Ctrl-C raises\n"
 "KeyboardInterrupt and leaves the request running.\n\n"
 "Raises ValueError (timeout), RuntimeError (another thread is reading this request), EngineError.");
 
@@ -135,6 +138,17 @@ static PyObject *request_cancel(PyObject *object, PyObject *Py_UNUSED(ignored))
     }
     qf_request_cancel(self->request);
     Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(usage_doc,
+"usage($self, /)\n--\n\n"
+"What the request took up to now, as the dict Usage of _engine.pyi. After the end it may still change while\n"
+"energy_provisional is True: within a second. Works after the engine was closed.");
+
+static PyObject *request_usage(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    qf_py_request *self = (qf_py_request *)object;
+    return check_process(self) < 0 ? NULL : qf_py_from_usage(self->request);
 }
 
 PyDoc_STRVAR(set_mask_doc,
@@ -209,6 +223,7 @@ static void request_dealloc(PyObject *object)
 static PyMethodDef request_methods[] = {
     {"read", (PyCFunction)(void (*)(void))request_read, METH_VARARGS | METH_KEYWORDS, read_doc},
     {"cancel", request_cancel, METH_NOARGS, cancel_doc},
+    {"usage", request_usage, METH_NOARGS, usage_doc},
     {"set_mask", (PyCFunction)(void (*)(void))request_set_mask, METH_VARARGS | METH_KEYWORDS, set_mask_doc},
     {NULL, NULL, 0, NULL},
 };

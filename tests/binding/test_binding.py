@@ -91,7 +91,7 @@ STRING_OPTIONS = [
 ]  # fmt: skip
 UINT64_OPTIONS = ["kv_cache_memory", "memory_bytes", "dummy_seed"]
 DOUBLE_OPTIONS = ["memory_utilization", "cpu_offload_gb"]
-BOOL_OPTIONS = ["enable_prefix_caching", "batch_invariant", "enforce_eager"]
+BOOL_OPTIONS = ["enable_prefix_caching", "batch_invariant", "enforce_eager", "meter"]
 BAD_OPTIONS = [
     *[(name, value, TypeError) for name in INT32_OPTIONS for value in ("1", 1.0, None, [1])],
     *[(name, value, ValueError) for name in INT32_OPTIONS for value in (I32, -I32 - 1, 2**63, 10**5000, -(10**30))],
@@ -417,7 +417,7 @@ def test_reports(engine):
     info, stats = engine.info(), engine.stats()
     assert (info["vocab_size"], info["block_size"], info["backend"]) == (VOCAB_SIZE, 32, "cpu")
     assert all(isinstance(value, str | int | float) for value in info.values())
-    assert stats.pop("failed") is False
+    assert stats.pop("failed") is False and stats.pop("meter")["enabled"] is True
     assert all(isinstance(value, int) for value in {**stats.pop("memory"), **stats}.values())
     engine.reset_prefix_cache()
 
@@ -884,7 +884,10 @@ def public(container):
 
 
 def test_the_stub_is_the_module():
-    types_only = {"MemoryReport", "DeviceInfo", "Output"}
+    types_only = {
+        "MemoryReport", "DeviceInfo", "Output", "Amounts", "Usage", "EnergySource", "IdleAmounts", "UnsettledAmounts",
+        "MeterStats",
+    }  # fmt: skip
     classes = {node.name: node for node in STUB.body if isinstance(node, ast.ClassDef)}
     functions = {node.name: node for node in STUB.body if isinstance(node, ast.FunctionDef)}
     assert public(_engine) == (classes.keys() | functions.keys()) - types_only

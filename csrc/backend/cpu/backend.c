@@ -253,6 +253,8 @@ static qf_status cpu_init(qf_cpu_backend *self, const qf_checkpoint *checkpoint,
     QF_TRY(cpu_plan_memory(checkpoint, &self->options, &plan, err));
     QF_TRY(qf_thread_pool_create(self->options.num_threads, &self->pool, err));
     QF_TRY(alloc_step_state(self, isa, err));
+    self->layers_bytes = plan.layers_bytes;
+    self->head_bytes = plan.head_bytes;
     QF_TRY(load_weights(self, checkpoint, &plan, progress, progress_arg, err));
     QF_TRY(alloc_kv_cache(self, num_blocks, err));
     (void)snprintf(self->description, sizeof self->description, "CPU, %s, %d thread%s", qf_isa_name(isa),
@@ -339,6 +341,7 @@ const qf_backend_vtable *qf_cpu_backend_vtable(void)
                                              .submit = cpu_submit,
                                              .collect = cpu_collect,
                                              .forward_layers = cpu_forward_layers,
-                                             .describe = cpu_describe};
+                                             .describe = cpu_describe,
+                                             .traffic = qf_cpu_traffic};
     return &vtable;
 }

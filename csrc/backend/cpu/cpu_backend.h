@@ -43,6 +43,7 @@ typedef struct qf_cpu_backend {
     float *final_norm;    /* (hidden_size) */
     float *norms;         /* storage of all the norms: ((2 * num_layers + 1) * hidden_size) */
     qf_cpu_linear *lm_head;
+    size_t layers_bytes, head_bytes; /* as planned */
     void *kv;             /* every layer's K, then V */
     size_t kv_bytes;
     qf_cpu_workspace ws;
@@ -62,6 +63,9 @@ void qf_cpu_forward_layers(qf_cpu_backend *self, int32_t first, int32_t last, co
                            qf_tap_fn tap, void *tap_arg);
 /* A whole step: embedding, layers, final norm, logits, sampling. */
 void qf_cpu_forward(qf_cpu_backend *self, const qf_batch *batch);
+
+/* traffic.c */
+void qf_cpu_traffic(const qf_backend *base, int32_t num_tokens, int32_t num_rows, qf_step_traffic *out);
 
 /* Lays the workspace out; with `storage` NULL only the size is computed. */
 size_t qf_cpu_workspace_layout(const qf_model_config *config, const qf_backend_options *options, void *storage,

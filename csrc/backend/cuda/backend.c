@@ -228,8 +228,11 @@ static qf_status cuda_collect(qf_backend *base, uint64_t *device_time_ns, qf_err
     self->num_collected++;
     QF_CUDA_CHECK(cudaSetDevice(self->device.ordinal));
     QF_TRY(wait_for_step(self, step, (uint32_t)self->num_collected, err));
+    uint64_t begin_ns = step->result->begin_ns, end_ns = step->result->end_ns;
+    begin_ns = begin_ns < self->last_end_ns ? self->last_end_ns : begin_ns; /* time of two steps counts once */
+    self->last_end_ns = end_ns;
     if (device_time_ns != NULL) {
-        *device_time_ns = step->result->end_ns - step->result->begin_ns;
+        *device_time_ns = end_ns > begin_ns ? end_ns - begin_ns : 0;
     }
     hand_out(self, step);
     return QF_OK;
@@ -288,6 +291,8 @@ const qf_backend_vtable *qf_cuda_backend_vtable(void)
                                              .submit = cuda_submit,
                                              .collect = cuda_collect,
                                              .forward_layers = cuda_forward_layers,
-                                             .describe = cuda_describe};
+                                             .describe = cuda_describe,
+                                             .traffic = qf_cuda_traffic,
+                                             .energy = qf_cuda_energy_read};
     return &vtable;
 }

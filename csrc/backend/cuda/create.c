@@ -131,6 +131,7 @@ void qf_cuda_destroy(qf_backend *base)
         (void)cudaStreamSynchronize(self->meta_stream);
     }
     qf_cuda_graphs_destroy(self);
+    qf_cuda_energy_deinit(&self->energy);
     for (int i = 0; i < QF_CUDA_STEPS_IN_FLIGHT; i++) {
         if (self->steps[i].sent != NULL) {
             (void)cudaEventDestroy(self->steps[i].sent);
@@ -316,6 +317,7 @@ static qf_status init(qf_cuda_backend *self, const qf_checkpoint *checkpoint, co
     QF_TRY(prepare_workspace(self, err));
     struct cudaDeviceProp properties;
     QF_CUDA_CHECK(cudaGetDeviceProperties(&properties, self->device.ordinal));
+    self->l2_bytes = (uint64_t)properties.l2CacheSize;
     (void)snprintf(self->description, sizeof self->description, "%.96s, compute capability %d.%d, %d SMs",
                    properties.name, self->device.compute_capability / 10, self->device.compute_capability % 10,
                    self->device.sm_count);

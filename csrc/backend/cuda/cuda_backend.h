@@ -104,6 +104,15 @@ typedef struct qf_cuda_graph {
     cudaGraphExec_t exec;
 } qf_cuda_graph;
 
+/* NVML's energy counter of the device. */
+typedef struct qf_cuda_energy {
+    void *library; /* NULL: not open */
+    void *device;
+    int (*shutdown)(void);
+    int (*total)(void *, unsigned long long *); /* millijoules */
+    char reason[160]; /* why it is not open; "": not tried */
+} qf_cuda_energy;
+
 typedef struct qf_cuda_backend {
     qf_backend base;
     qf_model_config config;
@@ -136,6 +145,9 @@ typedef struct qf_cuda_backend {
     qf_cuda_graph graphs[QF_CUDA_MAX_GRAPHS];
     qf_cuda_decode_layer *decode_layers; /* (num_layers), as ws.decode_layers */
     bool decode_kernel;  /* a sequence alone decodes in one kernel */
+    uint64_t l2_bytes;
+    uint64_t last_end_ns; /* of the step collected last, by the device's clock */
+    qf_cuda_energy energy;
     char description[256];
 } qf_cuda_backend;
 
@@ -205,6 +217,12 @@ qf_status qf_cuda_tap(qf_cuda_backend *self, qf_tap_fn tap, void *tap_arg, int32
 
 /* nvml.c: bytes of device memory that this process holds; 0 where NVML is missing or cannot tell */
 uint64_t qf_cuda_process_bytes(int32_t ordinal);
+/* See energy in backend.h. Opens NVML at the first call and leaves it open until deinit. */
+bool qf_cuda_energy_read(qf_backend *base, uint64_t *energy_uj, char *note, size_t note_bytes);
+void qf_cuda_energy_deinit(qf_cuda_energy *self);
+
+/* traffic.c */
+void qf_cuda_traffic(const qf_backend *base, int32_t num_tokens, int32_t num_rows, qf_step_traffic *out);
 
 /* graph.c */
 /* The padded batch size that serves num_seqs; 0: none does. */

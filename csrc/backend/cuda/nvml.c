@@ -1,5 +1,5 @@
-/* What this process holds on a device, as NVML counts it: the arena, and what the driver takes for context, modules and
- * graphs. The library belongs to the driver and is opened when it is asked, so a machine without one still imports. */
+/* What NVML counts: the memory that this process holds on a device (the arena, and what the driver takes for context,
+ * modules and graphs), and the energy that the device took. The library belongs to the driver and is opened when it is asked, so a machine without one still imports. */
 #include <dlfcn.h>
 #include <stdio.h>
 #include <unistd.h>
@@ -73,4 +73,78 @@ uint64_t qf_cuda_process_bytes(int32_t ordinal)
         (void)dlclose(nvml.handle);
     }
     return bytes;
+}
+
+/* --- energy ---------------------------------------------------------------------------------------------- */
+
+/* Opens the library and finds the device; a reason if that, or the first reading, fails. */
+static bool open_energy(qf_cuda_energy *self, int32_t ordinal)
+{
+    char bus_id[32];
+    nvml_library nvml;
+    unsigned long long millijoules;
+    const char *(*error_string)(int) = NULL;
+    const char *failed = NULL;
+    int code = NVML_SUCCESS;
+    bool open = open_library(&nvml), ready = false;
+    if (open) {
+        find(nvml.handle, "nvmlDeviceGetTotalEnergyConsumption", &self->total);
+        find(nvml.handle, "nvmlErrorString", &error_string);
+    }
+    if (!open || self->total == NULL || error_string == NULL) {
+        failed = "libnvidia-ml.so.1 cannot be loaded, or lacks a function";
+    } else if (cudaDeviceGetPCIBusId(bus_id, sizeof bus_id, ordinal) != cudaSuccess) {
+        (void)cudaGetLastError();
+        failed = "the device has no PCI address";
+    } else if ((code = nvml.init()) != NVML_SUCCESS) {
+        failed = "nvmlInit";
+    } else {
+        ready = true;
+        code = nvml.device_by_bus_id(bus_id, &self->device);
+        failed = code != NVML_SUCCESS ? "nvmlDeviceGetHandleByPciBusId" : NULL;
+        if (failed == NULL && (code = self->total(self->device, &millijoules)) != NVML_SUCCESS) {
+            failed = "nvmlDeviceGetTotalEnergyConsumption";
+        }
+    }
+    if (failed == NULL) {
+        self->library = nvml.handle;
+        self->shutdown = nvml.shutdown;
+        return true;
+    }
+    (void)snprintf(self->reason, sizeof self->reason, "%s%s%.80s", failed, code != NVML_SUCCESS ? ": " : "",
+                   code != NVML_SUCCESS ? error_string(code) : "");
+    if (ready) {
+        (void)nvml.shutdown();
+    }
+    if (nvml.handle != NULL) {
+        (void)dlclose(nvml.handle);
+    }
+    return false;
+}
+
+bool qf_cuda_energy_read(qf_backend *base, uint64_t *energy_uj, char *note, size_t note_bytes)
+{
+    qf_cuda_backend *backend = (qf_cuda_backend *)base;
+    qf_cuda_energy *self = &backend->energy;
+    unsigned long long millijoules;
+    if (self->library == NULL && (self->reason[0] != '\0' || !open_energy(self, backend->device.ordinal))) {
+        (void)snprintf(note, note_bytes, "%s", self->reason);
+        return false;
+    }
+    if (self->total(self->device, &millijoules) != NVML_SUCCESS) {
+        (void)snprintf(note, note_bytes, "nvmlDeviceGetTotalEnergyConsumption has failed");
+        return false;
+    }
+    (void)snprintf(note, note_bytes, "the whole board, by NVML's energy counter: other processes on it too");
+    *energy_uj = (uint64_t)millijoules * 1000u;
+    return true;
+}
+
+void qf_cuda_energy_deinit(qf_cuda_energy *self)
+{
+    if (self->library != NULL) {
+        (void)self->shutdown();
+        (void)dlclose(self->library);
+    }
+    *self = (qf_cuda_energy){0};
 }
