@@ -10,6 +10,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 CACHE_BYTES = 64 * 2**20
+_LARGEST_PART = 4  # of CACHE_BYTES: one grammar has no more than this part of it
 
 # Of a compiled grammar, generously: what is fixed, per byte of source, and per millisecond that compiling took beyond
 # the first few. Measured: 4 to 900 KiB for schemas of 0.2 to 13 KiB, 0.1 to 0.4 MiB a millisecond for what is hard.
-_FIXED_BYTES = 64 * 1024
+# Use adds the states of the lexer: nothing to speak of for most, and at most some 300 bytes for each of max_lexer_states.
+_FIXED_BYTES = 256 * 1024
 _BYTES_PER_BYTE = 64
 _BYTES_PER_MS = 512 * 1024
 _FREE_MS = 5
@@ -35,7 +38,7 @@ _LIMITS = {
     "initial_lexer_fuel": 100_000,
     "step_lexer_fuel": 150_000,
     "step_max_items": 50_000,
-    "max_lexer_states": 50_000,
+    "max_lexer_states": 20_000,
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
@@ -75,7 +78,8 @@ class CompiledGrammar:
     """A grammar for one vocabulary. Thread-safe; each sequence gets a matcher of its own.
 
     Matchers copied from one another share a lexer, which knows what it has seen, behind a lock: their masks are filled
-    one after the other. So sequences that run at once get copies of several, up to the number of threads.
+    one after the other. So sequences that run at once get copies of several, up to the number of threads, and to a
+    quarter of CACHE_BYTES.
 
     build: compiles the grammar. source_bytes: its size.
     """
@@ -83,12 +87,14 @@ class CompiledGrammar:
     def __init__(self, build: Callable[[], LLMatcher], source_bytes: int) -> None:
         self._build = build
         self._lock = threading.Lock()
+        self._growing = threading.Lock()
         began = time.thread_time()
         self._lexers: list[tuple[LLMatcher, weakref.WeakSet[Any]]] = [(build(), weakref.WeakSet())]
         taken_ms = 1e3 * (time.thread_time() - began)
-        self._most = mask_threads() if taken_ms < _QUICK_MS else 1
         hard_bytes = int(_BYTES_PER_MS * max(0.0, taken_ms - _FREE_MS))
         self._lexer_bytes = _FIXED_BYTES + _BYTES_PER_BYTE * source_bytes + hard_bytes
+        room = max(1, _largest_bytes() // self._lexer_bytes)
+        self._most = min(room, mask_threads()) if taken_ms < _QUICK_MS else 1
 
     @property
     def size_bytes(self) -> int:
@@ -102,10 +108,11 @@ class CompiledGrammar:
 
     def grow(self, sequences: int) -> None:
         """Builds them; milliseconds each."""
-        for _ in range(self.lacks(sequences)):
-            built = self._build()
-            with self._lock:
-                self._lexers.append((built, weakref.WeakSet()))
+        with self._growing:
+            for _ in range(self.lacks(sequences)):
+                built = self._build()
+                with self._lock:
+                    self._lexers.append((built, weakref.WeakSet()))
 
     def matcher(self, owner: Any) -> tuple[LLMatcher, int]:
         """A matcher at the beginning, and the number of its lexer; microseconds. The owner's life is the matcher's."""
@@ -120,8 +127,9 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """Compiles, and keeps what was compiled: the least recently used goes when CACHE_BYTES are exceeded. Thread-safe.
-    The first use takes a second for a vocabulary of 152,000 tokens.
+    """Compiles, and keeps what was compiled: the least recently used goes when CACHE_BYTES are exceeded. A grammar that
+    would take more than a quarter of them is not kept beyond the requests that use it. Equal forms that are asked for
+    at once are compiled once. Thread-safe. The first use takes a second for a vocabulary of 152,000 tokens.
 
     vocab_size: bits of a mask. Ids that the tokenizer lacks are never allowed. eos_token_ids: may come where the grammar
     is complete, and end the text.
@@ -136,6 +144,8 @@ class GrammarCompiler:
         self._eos = list(eos_token_ids)
         self._tokenizer: LLTokenizer | None = None
         self._cache: OrderedDict[Any, CompiledGrammar] = OrderedDict()
+        self._alive: weakref.WeakValueDictionary[Any, CompiledGrammar] = weakref.WeakValueDictionary()  # cached or not
+        self._compiling: dict[Any, Future[CompiledGrammar | None]] = {}
         self._lock = threading.Lock()
         self._tokenizer_lock = threading.Lock()
 
@@ -155,22 +165,42 @@ class GrammarCompiler:
 
     def cached(self, params: StructuredOutputsParams) -> CompiledGrammar | None:
         with self._lock:
-            found = self._cache.get(params.key)
-            if found is not None:
+            if params.key in self._cache:
                 self._cache.move_to_end(params.key)
-            return found
+            return self._alive.get(params.key)
 
     def compile(self, params: StructuredOutputsParams, sequences: int = 1) -> CompiledGrammar:
         """The grammar, for so many sequences more. ValueError where it is wrong, not supported or beyond llguidance's
         limits. Takes milliseconds, at worst tenths of a second, mostly without the interpreter's lock."""
         found = self.cached(params)
-        if found is None:
-            self.prepare()
-            source = _grammar(params)
-            found = CompiledGrammar(lambda: self._matcher(params.form, source), len(source))
+        while found is None:
+            own: Future[CompiledGrammar | None] = Future()
+            with self._lock:
+                found = self._alive.get(params.key)  # meanwhile
+                other = self._compiling.setdefault(params.key, own) if found is None else own
+            if found is None:
+                found = self._compile(params, own) if other is own else other.result()
         found.grow(sequences)
         self._keep(params.key, found)
         return found
+
+    def _compile(self, params: StructuredOutputsParams, shared: Future[CompiledGrammar | None]) -> CompiledGrammar:
+        """shared: gets the same outcome."""
+        outcome: CompiledGrammar | None = None
+        try:
+            self.prepare()
+            source = _grammar(params)
+            outcome = CompiledGrammar(lambda: self._matcher(params.form, source), len(source))
+            self._keep(params.key, outcome)
+            return outcome
+        except Exception as error:
+            shared.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._compiling[params.key]
+            if not shared.done():
+                shared.set_result(outcome)  # None after an interruption: whoever waits compiles it
 
     def _matcher(self, form: str, source: str) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
@@ -189,6 +219,9 @@ class GrammarCompiler:
 
     def _keep(self, key: Any, compiled: CompiledGrammar) -> None:
         with self._lock:
+            self._alive[key] = compiled
+            if compiled.size_bytes > _largest_bytes():
+                return
             self._cache[key] = compiled
             self._cache.move_to_end(key)
             while self._cached_bytes() > CACHE_BYTES:
@@ -202,6 +235,11 @@ class GrammarCompiler:
         """An estimate from the sizes of the sources."""
         with self._lock:
             return self._cached_bytes()
+
+
+def _largest_bytes() -> int:
+    """Of one grammar in the cache."""
+    return CACHE_BYTES // _LARGEST_PART
 
 
 def mask_threads() -> int:

@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from .structured import StructuredOutputsParams
@@ -38,6 +38,7 @@ class Guidance:
         self._compiler: GrammarCompiler | None = None
         self._pump: GuidedPump | None = None
         self._threads: ThreadPoolExecutor | None = None
+        self._compiling: dict[Any, Future[CompiledGrammar]] = {}  # in those threads
         self.on_ready: Callable[[Sequence[int]], None] | None = None
         self.pass_on: Callable[[Sequence[int]], None] | None = None
 
@@ -74,17 +75,33 @@ class Guidance:
             return self._pump
 
     async def compile(self, params: StructuredOutputsParams, sequences: int) -> CompiledGrammar:
-        """compiler.compile() in a thread of a small pool: neither the event loop nor other work in threads waits."""
+        """compiler.compile() in a thread of a small pool: neither the event loop nor other work in threads waits, and
+        equal forms take one thread together."""
+        import asyncio  # whoever awaits has it already; `qwen-fast generate` need not load it
+
         compiler = self.compiler
         found = compiler.cached(params)
-        if found is not None and not found.lacks(sequences):
-            return found
+        if found is None:
+            found = await asyncio.shield(asyncio.wrap_future(self._compiled(params)))  # others may wait for it too
+        if found.lacks(sequences):
+            await asyncio.get_running_loop().run_in_executor(self._pool, found.grow, sequences)
+        return found
+
+    @property
+    def _pool(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="qwen_fast-grammars")
-        import asyncio  # whoever awaits has it already; `qwen-fast generate` need not load it
+            return self._threads
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, compiler.compile, params, sequences)
+    def _compiled(self, params: StructuredOutputsParams) -> Future[CompiledGrammar]:
+        compiler, pool = self.compiler, self._pool
+        with self._lock:
+            found = self._compiling.get(params.key)
+            if found is None:
+                found = self._compiling[params.key] = pool.submit(compiler.compile, params)
+                found.add_done_callback(lambda _: self._compiling.pop(params.key, None))
+            return found
 
     def submitter(
         self, params: StructuredOutputsParams, sequences: int, grammar: CompiledGrammar | None

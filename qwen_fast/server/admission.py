@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 
 from .auth import KeyLimits
 from .errors import ApiError
+from .shares import Shares
 from .state import Principal, RequestRecord
 
 _LONGEST_WAIT_S = 60  # what Retry-After says at most
@@ -59,10 +60,11 @@ class _Tenant:
 class QueueAdmission:
     """Admission by numbers.
 
-    max_num_queued_reqs: sequences, running and waiting together. Half of the places belong to all; the other half is
-        shared out among the keys of `limits`, and nobody else takes a key's part: no key can shut another out.
-    max_num_queued_tokens: prompt tokens of requests without a first token; 0: no limit. in_flight: the requests that
-        run, where these are counted.
+    max_num_queued_reqs: sequences, running and waiting together. Several keys of `limits` share these places by the
+        rule of Shares: each can always have one sequence at least, and no key gets more than its share while another
+        waits.
+    max_num_queued_tokens: prompt tokens of requests without a first token; 0: no limit. With several keys, a key whose
+        own are below an equal part, among the keys that have any, still gets in.
     limits: of each key, by name. clock: seconds, monotonic.
 
     Refusals are ApiError 429 with Retry-After. All calls come from one event loop. `admitted`: sequences inside.
@@ -75,34 +77,51 @@ class QueueAdmission:
         limits: Mapping[str, KeyLimits] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.admitted = 0
         self.in_flight: Mapping[str, RequestRecord] = {}
-        self._most = max_num_queued_reqs
         self._most_tokens = max_num_queued_tokens
         self._clock = clock
         self._tenants = {name: _Tenant(one, clock) for name, one in (limits or {}).items()}
-        self._own = max_num_queued_reqs // (2 * len(self._tenants)) if len(self._tenants) > 1 else 0
+        self._places = Shares(max_num_queued_reqs, self._tenants, clock)
+        self._several = len(self._tenants) > 1
         self._turn = 0  # of the requests that have ended, the latest
         self._left_at = clock()
         self._seconds_per_place = 0.0  # between two places that become free, a running mean
 
-    @contextlib.asynccontextmanager
-    async def slot(self, principal: Principal, n: int) -> AsyncIterator[None]:
-        """Places for n sequences. n = 0: a request that generates nothing, which only its key's rate limits."""
+    @property
+    def admitted(self) -> int:
+        return self._places.inside
+
+    def arrive(self, principal: Principal) -> None:
+        """Takes a request's part of its key's rate, before its body is read."""
         tenant = self._tenant(principal)
-        self._check_key(principal, tenant, n)
-        if n:
-            self._check_queue(tenant, n)
+        limits = tenant.limits
+        if tenant.requests is not None and (wait := tenant.requests.seconds_until(1)) > 0:
+            raise _refused(f"{principal.name} sent more than {limits.requests_per_minute:g} requests a minute", wait)
+        if tenant.tokens is not None and (wait := tenant.tokens.seconds_until(1)) > 0:
+            raise _refused(f"{principal.name} used more than {limits.tokens_per_minute:g} tokens a minute", wait)
         if tenant.requests is not None:
             tenant.requests.take(1)
-        self.admitted += n
+
+    def expect(self, principal: Principal) -> None:
+        """Refuses a generation request whose body is not read yet, where not even one sequence has a place."""
+        self._check_concurrency(principal, self._tenant(principal), 1)
+        self._check_queue(principal, 1)
+
+    @contextlib.asynccontextmanager
+    async def slot(self, principal: Principal, n: int) -> AsyncIterator[None]:
+        """Places for n sequences. n = 0: a request that generates nothing, which needs none."""
+        tenant = self._tenant(principal)
+        if n:
+            self._check_concurrency(principal, tenant, n)
+            self._check_queue(principal, n)
+        self._places.take(principal.name, n)
         tenant.admitted += n
         tenant.turn = turn = max(self._turn, tenant.next_turn)
         tenant.next_turn = turn + n
         try:
             yield
         finally:
-            self.admitted -= n
+            self._places.give_back(principal.name, n)
             tenant.admitted -= n
             self._turn = max(self._turn, turn)
             self._note_free(n)
@@ -113,7 +132,7 @@ class QueueAdmission:
 
         A key's turns count its sequences (start-time fair queueing); a key that was idle goes on where the others are.
         Every request is overtaken by finitely many others."""
-        return min(self._tenant(principal).turn, _LAST_TURN) if len(self._tenants) > 1 else 0
+        return min(self._tenant(principal).turn, _LAST_TURN) if self._several else 0
 
     def finished(self, record: RequestRecord) -> None:
         """Counts the tokens of a request that has ended."""
@@ -127,12 +146,8 @@ class QueueAdmission:
             found = self._tenants[principal.name] = _Tenant(_NO_LIMITS, self._clock)
         return found
 
-    def _check_key(self, principal: Principal, tenant: _Tenant, n: int) -> None:
+    def _check_concurrency(self, principal: Principal, tenant: _Tenant, n: int) -> None:
         limits = tenant.limits
-        if tenant.requests is not None and (wait := tenant.requests.seconds_until(1)) > 0:
-            raise _refused(f"{principal.name} sent more than {limits.requests_per_minute:g} requests a minute", wait)
-        if tenant.tokens is not None and (wait := tenant.tokens.seconds_until(1)) > 0:
-            raise _refused(f"{principal.name} used more than {limits.tokens_per_minute:g} tokens a minute", wait)
         if n > limits.concurrency > 0:
             message = f"{n} sequences are asked for; the limit of {principal.name} is {limits.concurrency}"
             raise ApiError(400, message, param="n")
@@ -140,21 +155,36 @@ class QueueAdmission:
             message = f"{principal.name} has {tenant.admitted} sequences open and asks for {n} more"
             raise _refused(f"{message}; the limit is {limits.concurrency}", self._seconds_per_place)
 
-    def _check_queue(self, tenant: _Tenant, n: int) -> None:
-        if n > self._most:
-            raise ApiError(400, f"{n} sequences are asked for; the limit is {self._most}", param="n")
-        kept = 0
-        if self._own:
-            kept = sum(max(0, self._own - other.admitted) for other in self._tenants.values() if other is not tenant)
-        if self.admitted + kept + n > self._most:
-            message = f"{self.admitted} sequences run or wait and {n} more are asked for"
+    def _check_queue(self, principal: Principal, n: int) -> None:
+        places, name = self._places, principal.name
+        if n > places.total:
+            raise ApiError(400, f"{n} sequences are asked for; the limit is {places.total}", param="n")
+        self._check_waiting_tokens(name)  # first: who is refused here does not wait for a place
+        if places.allows(name, n):
+            return
+        kept = places.kept_for_others(name)
+        if places.inside + kept + n > places.total:
+            message = f"{places.inside} sequences run or wait and {n} more are asked for"
             others = f", of which {kept} are kept for other keys" if kept else ""
-            raise _refused(f"{message}; the limit is {self._most}{others}", n * self._seconds_per_place)
-        if self._most_tokens:
-            waiting = sum(one.prompt_tokens for one in self.in_flight.values() if one.first_token is None)
-            if waiting >= self._most_tokens:
-                message = f"{waiting} prompt tokens wait; the limit is {self._most_tokens}"
-                raise _refused(message, self._seconds_per_place)
+            raise _refused(f"{message}; the limit is {places.total}{others}", n * self._seconds_per_place)
+        message = f"{name} has {places.used(name)} sequences and asks for {n} more"
+        share = f"; its share is {places.share(name)} while other keys wait"
+        raise _refused(message + share, n * self._seconds_per_place)
+
+    def _check_waiting_tokens(self, name: str) -> None:
+        if not self._most_tokens:
+            return
+        waiting: dict[str, int] = {name: 0}
+        for one in self.in_flight.values():
+            if one.first_token is None and (tokens := one.prompt_tokens or one.expected_tokens):
+                waiting[one.principal.name] = waiting.get(one.principal.name, 0) + tokens
+        together = sum(waiting.values())
+        if together < self._most_tokens or (self._several and waiting[name] < self._most_tokens // len(waiting)):
+            return
+        message = f"{together} prompt tokens wait; the limit is {self._most_tokens}"
+        if self._several:
+            message += f", of which {self._most_tokens // len(waiting)} are the share of {name}"
+        raise _refused(message, self._seconds_per_place)
 
     def _note_free(self, n: int) -> None:
         if n:

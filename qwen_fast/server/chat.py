@@ -8,6 +8,7 @@ from typing import Any
 
 from ..chat import ChatTemplate
 from ..outputs import Logprob, StreamOutput
+from .bounds import json_bytes
 from .errors import ApiError
 from .generate import Answer, Prompt, Sequence, handle
 from .http_io import Message, Receive, Send
@@ -33,6 +34,12 @@ class ChatEndpoint:
 def messages_of(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     """As the chat template takes them."""
     return [message.model_dump(exclude_unset=True) for message in messages]
+
+
+def conversation_length(messages: list[dict[str, Any]], tools: list[Any] | None) -> int:
+    """Characters that the template gets, roughly: messages whole, with their tool calls, and tools, as JSON."""
+    most = 2**40
+    return sum(json_bytes(message, most) for message in messages) + (json_bytes(tools, most) if tools else 0)
 
 
 def template_variables(values: Mapping[str, Any] | None, llm: Any) -> dict[str, Any] | None:
@@ -67,6 +74,7 @@ class ChatAnswer(Answer):
         self._created = int(time.time())
         self._messages = messages_of(request.messages)
         self._tools = list(wish.tools) or None
+        self._text_length = conversation_length(self._messages, self._tools)
         self._variables = template_variables(request.chat_template_kwargs, llm)
         self._named = wish.tool_choice == "function"
         self._parsers: list[DeltaParser | None] = [server.forms.parser(wish) for _ in range(self.params.n)]
@@ -97,7 +105,7 @@ class ChatAnswer(Answer):
 
     @property
     def text_length(self) -> int:
-        return sum(len(str(message.get("content") or "")) for message in self._messages)
+        return self._text_length
 
     def render(self) -> list[Prompt]:
         request, llm = self._request, self._server.llm

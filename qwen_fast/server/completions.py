@@ -90,7 +90,7 @@ class CompletionAnswer(Answer):
 
     @property
     def text_length(self) -> int:
-        return sum(len(prompt) for prompt in self._request.prompt if isinstance(prompt, str))
+        return sum(len(prompt) if isinstance(prompt, str) else 4 * len(prompt) for prompt in self._request.prompt)
 
     def render(self) -> list[Prompt]:
         request, llm = self._request, self._server.llm
@@ -100,10 +100,9 @@ class CompletionAnswer(Answer):
                 ids = llm.encode(prompt)
             else:
                 ids = prompt
-                for token_id in ids:
-                    if token_id >= llm.vocab_size:
-                        message = f"prompt {i}: token id {token_id} is not below the vocabulary's {llm.vocab_size}"
-                        raise ApiError(400, message, param="prompt")
+                if ids and max(ids) >= llm.vocab_size:
+                    message = f"prompt {i}: token id {max(ids)} is not below the vocabulary's {llm.vocab_size}"
+                    raise ApiError(400, message, param="prompt")
             ids = truncated(ids, request.truncate_prompt_tokens)
             kept = isinstance(prompt, str) and request.truncate_prompt_tokens is None
             text = prompt if kept else llm.decode(ids) if request.echo else None

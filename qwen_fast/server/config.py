@@ -23,27 +23,52 @@ class Limits:
     """What one request may ask for. Values outside the ranges given here raise ValueError.
 
     body_bytes: of a request body; more is status 413.
+    pending_body_bytes: of all bodies that are being read or answered, together; 429 or 503 beyond (see Bodies).
     json_depth: levels of arrays and objects in a body.
-    messages: of one conversation.
+    json_values, json_texts, json_containers, json_escapes: values (by their commas), strings and keys, arrays and
+        objects, and backslash escapes of a body.
+    text_bytes: of one prompt, or of all messages of a conversation together, in UTF-8.
+    messages, content_parts: of one conversation.
     prompts: of one completion request; times n at most `sequences`.
+    prompt_token_ids: token ids that one request gives, all prompts together, and that /tokenize answers with.
     n: samples of one prompt.
     sequences: prompts times n of one request.
     stop, stop_bytes: stop strings of a request, UTF-8 bytes of each.
     stop_token_ids, bad_words, logit_bias, allowed_token_ids: entries.
-    tools: entries. schema_bytes: of one JSON schema, regex, grammar or choice list, as JSON text.
+    choices: texts of a choice list.
+    tools: entries. tools_bytes: of all of them together, as JSON text.
+    schema_bytes: of one JSON schema, regex, grammar or choice list, as JSON text.
     schema_depth: levels of one JSON schema.
     logprobs: of one position (top_logprobs, logprobs, prompt_logprobs).
+    logprob_entries: of a whole answer: n times the sum, over its prompts, of prompt_tokens * (prompt_logprobs + 1)
+        + max_tokens * (logprobs + 1). Completion tokens that are streamed are not counted: nothing keeps them.
+    token_strs: tokens of a /tokenize request with return_token_strs, and of a /detokenize request.
     request_seconds: from the first byte of a request to the last of its answer; 504 after it.
-    body_seconds: for the body to arrive; 408 after it.
-    connections: open at once; 503 beyond.
+    header_seconds: from connecting, TLS included, or from the answer before, to the end of a request's headers; 408
+        after it, or the connection is closed.
+    body_seconds: for the body to arrive; 408 after it. body_bytes_per_second: what it has to bring on average after the
+        first seconds; 408 below.
+    write_seconds: for a client that does not read to go on reading; its connection is cut after it.
+    connections: requests with a valid key open at once; 503 beyond. waiting_connections: connections without one (no
+        request yet, none any more, or refused); beyond, the one that has waited longest is closed.
+    address_connections: the same for one address (of IPv6, the first 64 bits; a Unix socket has none); put the number
+        up for a proxy that keeps more of them open.
     header_bytes, header_count: of one request; 431 beyond.
     coalesce_ms: under load the increments of one stream are at most so far apart (0: every increment at once).
     """
 
     body_bytes: int = _option(10 * 2**20, 1024, 2**31)
+    pending_body_bytes: int = _option(256 * 2**20, 1024, 2**40)
     json_depth: int = _option(32, 4, 256)
+    json_values: int = _option(2**20, 16, _INT32_MAX)
+    json_texts: int = _option(2**16, 16, _INT32_MAX)
+    json_containers: int = _option(2**15, 16, _INT32_MAX)
+    json_escapes: int = _option(2**19, 16, _INT32_MAX)
+    text_bytes: int = _option(2 * 2**20, 16, 2**31)
     messages: int = _option(2048, 1, _INT32_MAX)
+    content_parts: int = _option(4096, 1, _INT32_MAX)
     prompts: int = _option(256, 1, _INT32_MAX)
+    prompt_token_ids: int = _option(1_000_000, 1, _INT32_MAX)
     n: int = _option(8, 1, MAX_SAMPLES)
     sequences: int = _option(256, 1, _INT32_MAX)
     stop: int = _option(MAX_STOP_STRINGS, 0, MAX_STOP_STRINGS)
@@ -52,13 +77,22 @@ class Limits:
     bad_words: int = _option(256, 0, _INT32_MAX)
     logit_bias: int = _option(1024, 0, _INT32_MAX)
     allowed_token_ids: int = _option(200_000, 0, _INT32_MAX)
+    choices: int = _option(4096, 1, _INT32_MAX)
     tools: int = _option(128, 0, _INT32_MAX)
+    tools_bytes: int = _option(512 * 1024, 64, 2**24)
     schema_bytes: int = _option(64 * 1024, 64, 2**24)
     schema_depth: int = _option(24, 1, 256)
     logprobs: int = _option(MAX_LOGPROBS, 0, MAX_LOGPROBS)
+    logprob_entries: int = _option(2_000_000, 0, 2**40)
+    token_strs: int = _option(131_072, 0, _INT32_MAX)
     request_seconds: float = _option(600.0, 0.01, 86400.0)
+    header_seconds: float = _option(20.0, 0.01, 86400.0)
     body_seconds: float = _option(60.0, 0.01, 86400.0)
+    body_bytes_per_second: int = _option(1024, 0, _INT32_MAX)
+    write_seconds: float = _option(30.0, 0.01, 86400.0)
     connections: int = _option(4096, 1, 2**20)
+    waiting_connections: int = _option(4096, 1, 2**20)
+    address_connections: int = _option(1024, 1, 2**20)
     header_bytes: int = _option(64 * 1024, 1024, 2**20)
     header_count: int = _option(100, 8, 10_000)
     coalesce_ms: float = _option(20.0, 0.0, 1000.0)
@@ -86,7 +120,8 @@ class ServerConfig:
     parse_special_tokens: control tokens written out in a message's content act as such. Off: they are text, so that
         nobody's content can end a turn.
     max_num_queued_reqs: running and waiting sequences together beyond which requests get 429.
-    max_num_queued_tokens: prompt tokens that wait to be computed, beyond which requests get 429; 0: no limit.
+    max_num_queued_tokens: prompt tokens that wait to be computed, beyond which requests get 429; 0: no limit. With
+        several keys, a key below its share of them still gets in.
     audit_log: path of the JSON-lines log; audit_log_text: prompts and answers go into it too.
     metrics_public: /metrics needs no key.
     shutdown_timeout: seconds that requests may take to finish after SIGTERM.

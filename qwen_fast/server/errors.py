@@ -37,6 +37,7 @@ _PLAINER = {
     "dict_type": "Input should be an object",
     "list_type": "Input should be an array",
 }
+_MAX_PARAM_CHARS = 200
 _MAX_SHOWN = 80  # characters of a refused value
 
 
@@ -61,7 +62,7 @@ class ApiError(Exception):
         self.status = status
         self.message = shortened(message, MAX_MESSAGE_CHARS)
         self.type = type or _TYPES.get(status, "APIError")
-        self.param = param
+        self.param = None if param is None else shortened(param, _MAX_PARAM_CHARS)
         self.code = status if code is None else code
         self.headers = dict(headers or {})
 
@@ -141,7 +142,7 @@ def from_validation(error: Any, location: Sequence[str | int] = ()) -> ApiError:
 
 def _field_of(message: str) -> str | None:
     """The field that a message begins with: "stop[0] is empty", "min_tokens is 3, more than ..."."""
-    found = _FIELD.match(message)
+    found = _FIELD.match(message[:_MAX_PARAM_CHARS])
     return found[1].replace("[", ".").replace("]", "") if found else None
 
 

@@ -15,7 +15,8 @@ from contextlib import suppress
 from typing import Any
 
 from .fastcgi_address import bind, parse_address
-from .fastcgi_connection import App, Connection, FastCGILimits, Responder
+from .fastcgi_connection import App, Connection, Responder
+from .fastcgi_limits import FastCGILimits
 
 __all__ = ["FastCGILimits", "FastCGIServer", "listen"]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import fastcgi_records as fcgi
+from .fastcgi_limits import FastCGILimits
 from .fastcgi_scope import BadRequest, content_length, error_response, request_scope, response_head
 
 Message = MutableMapping[str, Any]
@@ -21,30 +22,16 @@ App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], A
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FastCGILimits:
-    """What a peer may do before it is refused or its connection closed."""
-
-    connections: int = 1024  # open at once; a request on another one gets 503
-    requests_per_connection: int = 100_000  # then it is closed, after its last answer
-    params_bytes: int = 65_536  # all parameters of a request; more get 431
-    params: int = 256
-    unread_body_bytes: int = 65_536  # of a request's body held for the app; then the socket is not read
-    idle_seconds: float = 90.0  # without a request; above the 60 s that web servers keep theirs
-    params_seconds: float = 30.0  # from the beginning of a request to the end of its parameters
-    body_seconds: float = 60.0  # between two parts of a body; then the request fails with 408
-    linger_seconds: float = 5.0  # a peer that still sends its body may read an early answer for so long
-
-
 @dataclass
 class Responder:
     """What the connections of a listener share."""
 
     app: App
-    limits: FastCGILimits = FastCGILimits()
-    connections: set[Any] = field(default_factory=set)  # each has shutdown()
+    limits: FastCGILimits = field(default_factory=FastCGILimits)
+    connections: set[Any] = field(default_factory=set)  # and other listeners', perhaps; each has shutdown()
     tasks: set[asyncio.Task[None]] = field(default_factory=set)  # one for each request that runs
     state: MutableMapping[str, Any] = field(default_factory=dict)  # of the app's lifespan
+    open: int = 0  # connections of this listener
 
 
 class _Request:
@@ -180,7 +167,7 @@ class Connection(asyncio.Protocol):
         self._lingering_id: int | None = None  # of a request answered before the end of its body
         self._drained = asyncio.Event()
         self._drained.set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timers: dict[str, asyncio.TimerHandle] = {}
 
     # -- asyncio.Protocol
 
@@ -188,13 +175,16 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self.responder.connections.add(self)
-        self._refusing = len(self.responder.connections) > self._limits.connections
+        self.responder.open += 1
+        self._refusing = self.responder.open > self._limits.connections
         self._set_timer(self._limits.idle_seconds, self.shutdown)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self.responder.connections.discard(self)
+        self.responder.open -= 1
         self._set_timer(None)
+        self._set_timer(None, which="reading")
         self._drained.set()
         if self._request:
             self._request.disconnect()
@@ -206,9 +196,12 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._write_paused = True
         self._drained.clear()
+        if self._transport is not None:
+            self._set_timer(self._limits.write_seconds, self._transport.abort, "reading")
 
     def resume_writing(self) -> None:
         self._write_paused = self._replies_paused = False
+        self._set_timer(None, which="reading")
         self._drained.set()
         self._read_if_allowed()
 
@@ -393,9 +386,8 @@ class Connection(asyncio.Protocol):
             self._transport.close()  # once all is sent, for which the peer has so long:
             self._set_timer(self._limits.body_seconds, self._transport.abort)
 
-    def _set_timer(self, seconds: float | None, then: Callable[[], None] | None = None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _set_timer(self, seconds: float | None, then: Callable[[], None] | None = None, which: str = "next") -> None:
+        if which in self._timers:
+            self._timers.pop(which).cancel()
         if seconds is not None and then is not None and self._transport is not None:
-            self._timer = asyncio.get_running_loop().call_later(seconds, then)
+            self._timers[which] = asyncio.get_running_loop().call_later(seconds, then)

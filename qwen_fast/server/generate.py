@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import logging
 import time
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from ..errors import EngineError
 from ..outputs import Logprob, StreamOutput
 from ..params import SamplingParams
-from .bounds import check_limits
+from .bounds import check_limits, check_logprobs, too_long
 from .errors import ApiError, from_exception
 from .http_io import (
     CONTEXT,
@@ -23,18 +22,21 @@ from .http_io import (
     Message,
     Receive,
     Send,
-    read_json,
     route_path,
     send_json,
     send_last_words,
     while_connected,
 )
+from .intake import QUICK_BODY_BYTES, body_of, note_unknown_fields, validated
 from .pacing import pacer_of
 from .protocol import GenerationRequest
 from .state import RequestRecord, Server
+from .text import dumped_in_pieces
 
-_LOG = logging.getLogger("qwen_fast.server")
-_LONG_TEXT = 4096  # characters; longer ones are tokenised in a thread
+_LONG_TEXT = 4096  # characters; longer ones are tokenised in a thread; log-probabilities of an event: written in one
+_LONG_ANSWER = 1024  # tokens of prompts and completions; longer answers are written in a thread
+_STARTED_TOGETHER = 4  # prompts of a request
+_CHARS_PER_TOKEN = 4  # roughly
 _EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -98,7 +100,7 @@ class Answer(ABC):
     @property
     @abstractmethod
     def text_length(self) -> int:
-        """Characters to tokenise, roughly."""
+        """Characters to tokenise, roughly; a token id that was given counts as four."""
 
 
 def usage_of(record: RequestRecord) -> dict[str, Any]:
@@ -125,19 +127,15 @@ async def handle(
     reply = _Reply(send)
     with server.tracer.request(record), _recorded(server, record):
         try:
-            require_ready(server)
-            request = kind.model_validate(await read_json(scope, receive, server.config.limits))
-            check_model(server, request.model)
-            check_limits(request, server.config.limits)
-            note_unknown_fields(request)
-            record.request_id = request.request_id or record.request_id
-            answer = make(server, request, record)
-            record.stream, record.params = answer.stream, answer.params
-            record.num_sequences = answer.num_prompts * answer.params.n
-            limit = server.config.limits.request_seconds
-            left = max(limit - (time.perf_counter() - record.arrived), 0.001)
-            running = _run(server, answer, record, reply)
-            await while_connected(running, receive, left, limit, server.interruption())
+            server.admission.expect(context.principal)
+            async with body_of(server, scope, receive) as body:
+                large = len(body) > QUICK_BODY_BYTES
+                answer = await server.workers.run_if(large, _prepared, server, record, kind, make, body)
+                del body
+                limit = server.config.limits.request_seconds
+                left = max(limit - (time.perf_counter() - record.arrived), 0.001)
+                running = _run(server, answer, record, reply)
+                await while_connected(running, receive, left, limit, server.interruption())
         except ClientGone:
             record.outcome = "cancelled"
             raise
@@ -150,6 +148,23 @@ async def handle(
             if not reply.started:
                 raise shown from None
             await send_last_words(send, b"data: " + shown.body_bytes() + b"\n\n" + DONE)
+
+
+def _prepared(
+    server: Server,
+    record: RequestRecord,
+    kind: type[GenerationRequest],
+    make: Callable[[Server, Any, RequestRecord], Answer],
+    body: bytes,
+) -> Answer:
+    request = validated(server, kind, body)
+    check_limits(request, server.config.limits)
+    note_unknown_fields(request)
+    record.request_id = request.request_id or record.request_id
+    answer = make(server, request, record)
+    record.stream, record.params = answer.stream, answer.params
+    record.num_sequences = answer.num_prompts * answer.params.n
+    return answer
 
 
 @contextlib.contextmanager
@@ -209,19 +224,31 @@ class _Reply:
 
 async def _run(server: Server, answer: Answer, record: RequestRecord, reply: _Reply) -> None:
     async with server.admission.slot(record.principal, record.num_sequences):
+        record.expected_tokens = answer.text_length // _CHARS_PER_TOKEN
         answer.params.priority = server.admission.priority(record.principal)
-        if answer.text_length > _LONG_TEXT:
-            prompts = await asyncio.to_thread(answer.render)
-        else:
-            prompts = answer.render()
-        for prompt in prompts:
-            check_room(server, prompt, answer.params)
+        words = sum(map(len, answer.params.bad_words or ()))
+        long = answer.text_length + words > _LONG_TEXT
+        prompts = await server.workers.run_if(long, _rendered, server, answer)
         record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         async with contextlib.aclosing(_increments(server, answer, prompts, record)) as outputs:
             if answer.stream:
-                await _stream(answer, prompts, outputs, record, reply)
+                await _stream(server, answer, prompts, outputs, record, reply)
             else:
-                await _whole(answer, prompts, outputs, record, reply)
+                await _whole(server, answer, prompts, outputs, record, reply)
+
+
+def _rendered(server: Server, answer: Answer) -> list[Prompt]:
+    """The prompts, which fit; bad_words become token ids, once for all prompts."""
+    params, llm = answer.params, server.llm
+    prompts = answer.render()
+    for prompt in prompts:
+        check_room(server, prompt, params)
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    check_logprobs(params, lengths, llm.max_model_len, answer.stream, server.config.limits)
+    if params.bad_words:
+        words = llm._bad_word_ids(params.bad_words)
+        params.bad_words = [array("i", word) for word in words]  # type: ignore[misc]
+    return prompts
 
 
 def check_room(server: Server, prompt: Prompt, params: SamplingParams) -> None:
@@ -231,15 +258,11 @@ def check_room(server: Server, prompt: Prompt, params: SamplingParams) -> None:
         raise ApiError(400, "the prompt is empty: it has no tokens", param="prompt")
     asked = params.max_tokens or 0
     if length + asked > most or (length == most and params.max_tokens != 0):
-        wanted = f"{length} tokens in the prompt" + (f" and {asked} in the completion" if asked else "")
-        raise ApiError(
-            400,
-            f"this model's maximum context length is {most} tokens (max_model_len); requested: {wanted}",
-            code="context_length_exceeded",
-        )
+        raise too_long(f"{length} tokens in the prompt" + (f" and {asked} in the completion" if asked else ""), most)
 
 
 async def _stream(
+    server: Server,
     answer: Answer,
     prompts: list[Prompt],
     outputs: AsyncGenerator[StreamOutput, None],
@@ -249,7 +272,8 @@ async def _stream(
     send = reply.send
     head = answer.begin(prompts)
     async for output in outputs:
-        text = answer.events(output)
+        entries = 0 if answer.params.logprobs is None else len(output.token_ids) * (answer.params.logprobs + 1)
+        text = await server.workers.run_if(entries > _LONG_TEXT, answer.events, output)
         if not reply.started:  # only now: what the engine refuses still gets its status
             await reply.start_events()
             text = head + text
@@ -260,6 +284,7 @@ async def _stream(
 
 
 async def _whole(
+    server: Server,
     answer: Answer,
     prompts: list[Prompt],
     outputs: AsyncGenerator[StreamOutput, None],
@@ -275,7 +300,11 @@ async def _whole(
             sequence.logprobs += output.logprobs
         if output.finished:
             sequence.last = output
-    body = json.dumps(answer.whole(prompts, sequences, usage_of(record)), ensure_ascii=False, allow_nan=False).encode()
+
+    def written() -> bytes:
+        return dumped_in_pieces(answer.whole(prompts, sequences, usage_of(record))).encode()
+
+    body = await server.workers.run_if(record.prompt_tokens + record.completion_tokens > _LONG_ANSWER, written)
     reply.started = True
     await send_json(reply.send, 200, body)
 
@@ -345,8 +374,12 @@ async def _merged(streams: list[AsyncGenerator[StreamOutput, None]]) -> AsyncGen
         except Exception as error:  # noqa: BLE001 - raised again by the reader
             await queue.put(error)
 
-    tasks = [asyncio.ensure_future(drain(stream)) for stream in streams]
+    tasks: list[asyncio.Future[None]] = []
     try:
+        for stream in streams:
+            tasks.append(asyncio.ensure_future(drain(stream)))
+            if len(tasks) % _STARTED_TOGETHER == 0:
+                await asyncio.sleep(0)  # submitting takes time: not all of them in one turn of the event loop
         left = len(streams)
         while left:
             item = await queue.get()
@@ -360,26 +393,3 @@ async def _merged(streams: list[AsyncGenerator[StreamOutput, None]]) -> AsyncGen
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def require_ready(server: Server) -> None:
-    """ApiError 503 where no request can be taken."""
-    dead = server.dead
-    if dead:
-        raise ApiError(503, dead, code="engine_error")
-    if not server.ready:
-        reason = server.not_ready_reason or "the server is not ready"
-        raise ApiError(503, reason, code="not_ready", headers={"retry-after": "5"})
-
-
-def check_model(server: Server, name: str | None) -> None:
-    """ApiError 404 for a name that is not served. A request without one means the first."""
-    if name is not None and name not in server.model_names:
-        shown = name if len(name) <= 100 else name[:97] + "..."
-        raise ApiError(404, f"the model {shown!r} does not exist", param="model", code="model_not_found")
-
-
-def note_unknown_fields(request: GenerationRequest) -> None:
-    if request.model_extra:
-        names = ", ".join(sorted(ascii(name[:64]) for name in list(request.model_extra)[:16]))
-        _LOG.info("fields of a request that mean nothing here: %s", names)

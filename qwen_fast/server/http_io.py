@@ -1,16 +1,12 @@
-"""Bodies in and out of ASGI: reading JSON under limits, sending JSON, noticing that the client has gone."""
+"""Bodies in and out of ASGI: reading under limits, sending JSON, noticing that the client has gone."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
-import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
-
-import numpy
 
 from .config import Limits
 from .errors import ApiError, shortened
@@ -22,8 +18,6 @@ Send = Callable[[Message], Awaitable[None]]
 T = TypeVar("T")
 
 CONTEXT = "qwen_fast"  # key of a scope that holds its Context
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_IN_THREAD_BYTES = 256 * 1024  # larger bodies are parsed in a thread
 _DISCARD_S = 5.0  # for a body that nobody wants
 _LAST_WORDS_S = 1.0  # for an error to reach a client that reads slowly
 
@@ -48,8 +42,11 @@ def route_path(scope: Message) -> str:
     return path[len(root) :] if root and path.startswith(root + "/") else path
 
 
-async def read_json(scope: Message, receive: Receive, limits: Limits) -> dict[str, Any]:
-    """The body as a JSON object. ApiError 400, 408, 413 or 415 where it is none."""
+async def read_body(
+    scope: Message, receive: Receive, limits: Limits, charge: Callable[[int], None] = lambda size: None
+) -> bytes:
+    """The body, which must be JSON by its headers. ApiError 408, 413 or 415. charge: is told the size of each part
+    before it is kept, and may refuse it."""
     headers = scope[CONTEXT].headers
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
@@ -60,13 +57,10 @@ async def read_json(scope: Message, receive: Receive, limits: Limits) -> dict[st
     if declared.isascii() and declared.isdigit() and len(declared) < 20 and int(declared) > limits.body_bytes:
         raise _too_large(limits)
     try:
-        body = await asyncio.wait_for(_read_body(receive, limits), limits.body_seconds)
+        return await asyncio.wait_for(_read_parts(receive, limits, charge), limits.body_seconds)
     except asyncio.TimeoutError:
         message = f"the body did not arrive within {limits.body_seconds:g} s"
         raise ApiError(408, message, headers={"connection": "close"}) from None
-    if len(body) > _IN_THREAD_BYTES:
-        return await asyncio.to_thread(parse_json, body, limits)
-    return parse_json(body, limits)
 
 
 def _too_large(limits: Limits) -> ApiError:
@@ -75,7 +69,7 @@ def _too_large(limits: Limits) -> ApiError:
     )
 
 
-async def _read_body(receive: Receive, limits: Limits) -> bytes:
+async def _read_parts(receive: Receive, limits: Limits, charge: Callable[[int], None]) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -86,13 +80,14 @@ async def _read_body(receive: Receive, limits: Limits) -> bytes:
         size += len(part)
         if size > limits.body_bytes:
             raise _too_large(limits)
+        charge(len(part))
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
 
 
 async def _skip_body(receive: Receive, limits: Limits) -> None:
-    """As _read_body, keeping nothing: it is nobody's who has shown a key."""
+    """As _read_parts, keeping nothing: it is nobody's who has shown a key."""
     size = 0
     more = True
     while more:
@@ -111,91 +106,6 @@ async def discard_body(receive: Receive, limits: Limits) -> bool:
     try:
         await asyncio.wait_for(_skip_body(receive, limits), min(limits.body_seconds, _DISCARD_S))
     except (ApiError, asyncio.TimeoutError):
-        return False
-    return True
-
-
-def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
-    """A JSON object with finite numbers, well-formed text and at most limits.json_depth levels."""
-    if not body.strip():
-        raise ApiError(400, "the body is empty; a JSON object is expected")
-    depth = json_depth(body)
-    if depth > limits.json_depth:
-        raise ApiError(400, f"the body is nested {depth} levels deep; the limit is {limits.json_depth}")
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not UTF-8: byte {error.start} is 0x{body[error.start]:02x}") from None
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded)
-    except json.JSONDecodeError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deep") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, f"the body must be a JSON object, got {_JSON_NAMES.get(type(value), 'null')}")
-    if _SURROGATE.search(body):
-        _refuse_surrogates(value)
-    return value
-
-
-_JSON_NAMES = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
-
-
-def json_depth(body: bytes) -> int:
-    """The deepest nesting of brackets outside strings, without parsing."""
-    if b"[" not in body and b"{" not in body:
-        return 0
-    # Without escaped backslashes and quotes, the quotes before a place say whether it lies in a string. Linear whatever
-    # the body holds: a regular expression of strings is quadratic where one never ends.
-    codes = numpy.frombuffer(body.replace(b"\\\\", b"").replace(b'\\"', b""), dtype=numpy.uint8)
-    outside = numpy.cumsum(codes == ord('"'), dtype=numpy.uint8) & 1 == 0
-    opens = ((codes == ord("[")) | (codes == ord("{"))) & outside
-    closes = ((codes == ord("]")) | (codes == ord("}"))) & outside
-    steps = opens.astype(numpy.int32) - closes.astype(numpy.int32)
-    return int(numpy.cumsum(steps, dtype=numpy.int32).max(initial=0))
-
-
-def _refuse_constant(name: str) -> float:
-    raise ApiError(400, f"the body holds {name}, which is no JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ApiError(400, f"the body holds {shortened(text, 40)}, a number too large for a float")
-    return value
-
-
-def _bounded(text: str) -> int:
-    if len(text) > 400:  # a float could not hold it either
-        raise ApiError(400, f"the body holds an integer of {len(text)} digits")
-    return int(text)
-
-
-def _refuse_surrogates(value: Any) -> None:
-    """ApiError where a text holds half of a surrogate pair, which UTF-8 cannot express."""
-    path: list[str] = []
-
-    def walk(item: Any) -> bool:
-        if isinstance(item, str):
-            return not _encodable(item)
-        entries = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ()
-        for key, entry in entries:
-            if walk(entry) or (isinstance(key, str) and not _encodable(key)):
-                path.insert(0, ascii(key).strip("'"))
-                return True
-        return False
-
-    if walk(value):
-        where = shortened(".".join(path))
-        raise ApiError(400, f"{where}: the text holds a lone surrogate, which is no character", param=where)
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
         return False
     return True
 

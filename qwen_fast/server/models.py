@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from .. import __version__
 from .chat import messages_of
 from .errors import ApiError
-from .generate import check_model, require_ready
-from .http_io import CONTEXT, Message, Receive, Send, read_json, send_json
+from .http_io import CONTEXT, Message, Receive, Send, send_json
+from .intake import body_of, check_model, require_ready, validated
 from .protocol import DetokenizeRequest, TokenizeRequest
 from .state import Server
+from .text import dumped_in_pieces
 
-_LONG_TEXT = 4096  # characters, and token ids; more are handled in a thread
+_QUICK_BYTES = 4096  # of a body; larger ones are answered in a thread
 
 
 def model_cards(server: Server) -> dict[str, Any]:
@@ -85,17 +85,21 @@ class Load(Endpoint):
 
 class Tokenize(Endpoint):
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        require_ready(self.server)
-        request = TokenizeRequest.model_validate(await read_json(scope, receive, self.server.config.limits))
-        check_model(self.server, request.model)
-        size = len(request.prompt or "") + sum(len(str(one.content or "")) for one in request.messages or ())
-        async with self.server.admission.slot(scope[CONTEXT].principal, 0):
-            ids = await asyncio.to_thread(self._ids, request) if size > _LONG_TEXT else self._ids(request)
-        llm = self.server.llm
+        server, principal = self.server, scope[CONTEXT].principal
+        async with body_of(server, scope, receive) as body, server.admission.slot(principal, 0):
+            await send_json(send, 200, await server.workers.run_if(len(body) > _QUICK_BYTES, self._answer, body))
+
+    def _answer(self, body: bytes) -> bytes:
+        server, llm = self.server, self.server.llm
+        limits = server.config.limits
+        request = validated(server, TokenizeRequest, body)
+        ids = self._ids(request)
+        _check_count("the text", len(ids), limits.prompt_token_ids)
         response: dict[str, Any] = {"count": len(ids), "max_model_len": llm.max_model_len, "tokens": ids}
         if request.return_token_strs:
+            _check_count("return_token_strs: the text", len(ids), limits.token_strs)
             response["token_strs"] = [llm.decode(token_id) for token_id in ids]
-        await send_json(send, 200, response)
+        return dumped_in_pieces(response).encode()
 
     def _ids(self, request: TokenizeRequest) -> list[int]:
         llm = self.server.llm
@@ -112,16 +116,21 @@ class Tokenize(Endpoint):
         return ids
 
 
+def _check_count(what: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise ApiError(400, f"{what} has {count} tokens; the limit is {limit}")
+
+
 class Detokenize(Endpoint):
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        require_ready(self.server)
-        request = DetokenizeRequest.model_validate(await read_json(scope, receive, self.server.config.limits))
-        check_model(self.server, request.model)
-        llm, ids = self.server.llm, request.tokens
+        server, principal = self.server, scope[CONTEXT].principal
+        async with body_of(server, scope, receive) as body, server.admission.slot(principal, 0):
+            await send_json(send, 200, await server.workers.run_if(len(body) > _QUICK_BYTES, self._answer, body))
+
+    def _answer(self, body: bytes) -> bytes:
+        llm, ids = self.server.llm, validated(self.server, DetokenizeRequest, body).tokens
         for i, token_id in enumerate(ids):
             if token_id >= llm.vocab_size:
                 message = f"tokens.{i}: token id {token_id} is not below the vocabulary's {llm.vocab_size}"
                 raise ApiError(400, message, param=f"tokens.{i}")
-        async with self.server.admission.slot(scope[CONTEXT].principal, 0):
-            text = await asyncio.to_thread(llm.decode, ids) if len(ids) > _LONG_TEXT else llm.decode(ids)
-        await send_json(send, 200, {"prompt": text})
+        return dumped_in_pieces({"prompt": llm.decode(ids)}).encode()

@@ -1,14 +1,23 @@
 """Requests as pydantic models: OpenAI's fields, and vLLM's under vLLM's names. Unknown fields are kept and ignored.
 
 Types are strict ("5" is no integer, true is no number), null stands for a field that was left out. NaN, infinity and lone
-surrogates never get here: http_io refuses them in the JSON text.
+surrogates never get here: json_body refuses them in the JSON text. Lists are counted before (see bounds.check_counts), and
+end at the first entry that is wrong.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from ..params import MAX_LOGPROBS
 from .errors import described
@@ -16,6 +25,7 @@ from .errors import described
 _INT32_MAX = 2**31 - 1
 TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
 _TEXTS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
 _TOKEN_SCHEMA = {"type": "integer", "minimum": 0, "maximum": _INT32_MAX}
@@ -64,7 +74,14 @@ def _token_ids(values: list[Any], where: str) -> list[int]:
     return values
 
 
-Texts = Annotated[list[str] | None, BeforeValidator(_one_or_many), WithJsonSchema(_TEXTS_SCHEMA)]
+def _tokens(value: Any) -> list[int]:
+    if not isinstance(value, list):
+        raise ValueError(f"Input should be an array, got {described(value)}")  # noqa: TRY004 - for pydantic
+    return _token_ids(value, "")
+
+
+Strings = Annotated[list[str], Field(fail_fast=True)]
+Texts = Annotated[Strings | None, BeforeValidator(_one_or_many), WithJsonSchema(_TEXTS_SCHEMA)]
 Prompts = Annotated[
     list[Any],
     BeforeValidator(_prompts),
@@ -113,7 +130,7 @@ class StructuredOutputs(Strict):
 
     json_: dict[str, Any] | bool | str | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = Field(None, min_length=1)
+    choice: Strings | None = Field(None, min_length=1)
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -139,7 +156,7 @@ class GenerationRequest(Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
     stop: Texts = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, le=_INT32_MAX)
@@ -147,8 +164,8 @@ class GenerationRequest(Strict):
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=_INT32_MAX)
     prompt_logprobs: Logprobs | None = None
-    allowed_token_ids: list[TokenId] | None = Field(None, min_length=1)
-    bad_words: list[str] | None = None
+    allowed_token_ids: TokenIds | None = Field(None, min_length=1)
+    bad_words: Strings | None = None
     priority: int | None = Field(None, ge=-(2**31), le=_INT32_MAX)
     request_id: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")
     return_token_ids: bool | None = None
@@ -161,7 +178,7 @@ class GenerationRequest(Strict):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | bool | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = Field(None, min_length=1)
+    guided_choice: Strings | None = Field(None, min_length=1)
     guided_grammar: str | None = None
     best_of: int | None = Field(None, ge=1, le=_INT32_MAX)
     use_beam_search: bool | None = None
@@ -216,9 +233,9 @@ class ContentPart(Strict):
 
 class ChatMessage(Strict):
     role: str = Field(min_length=1, max_length=64)
-    content: str | list[ContentPart | str] | None = None
+    content: str | Annotated[list[ContentPart | str], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
 
@@ -246,12 +263,12 @@ class NamedTool(Strict):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, le=_INT32_MAX)
     max_completion_tokens: int | None = Field(None, ge=1, le=_INT32_MAX)
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     echo: bool | None = None
@@ -302,8 +319,8 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
-    tools: list[Tool] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = Field(None, min_length=1)
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -322,4 +339,4 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[Any], BeforeValidator(_tokens), WithJsonSchema({"type": "array", "items": _TOKEN_SCHEMA})]

@@ -4,6 +4,7 @@ after it OpenAI's defaults (see SamplingParams)."""
 from __future__ import annotations
 
 import hashlib
+from array import array
 from typing import Any
 
 from ..params import SamplingParams
@@ -55,15 +56,15 @@ def sampling_params(request: GenerationRequest, structured_outputs: Any, vocab_s
             values["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
     if structured_outputs is not None:
         values["structured_outputs"] = structured_outputs
-    _check_vocabulary(values, vocab_size)
-    return SamplingParams(**values)
-
-
-def _check_vocabulary(values: dict[str, Any], vocab_size: int) -> None:
     for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
-        for entry in values.get(name) or ():
-            if int(entry) >= vocab_size:
-                raise ApiError(400, f"{name}: token id {entry} is not below the vocabulary's {vocab_size}", param=name)
+        highest = max(map(int, values.get(name) or (0,)))
+        if highest >= vocab_size:
+            raise ApiError(400, f"{name}: token id {highest} is not below the vocabulary's {vocab_size}", param=name)
+    allowed = values.pop("allowed_token_ids", None)
+    params = SamplingParams(**values)
+    if allowed is not None:  # checked here and in the protocol; the engine copies an array at once, for each sequence
+        params.allowed_token_ids = array("i", allowed)
+    return params
 
 
 def output_wish(request: GenerationRequest) -> OutputWish:

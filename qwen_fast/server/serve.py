@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from .arguments import model_options, server_config
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 _NEEDED = ("fastapi", "prometheus_client", "uvicorn")
 
 
-def run_serve(args: argparse.Namespace) -> int:
-    """Runs until a signal ends it. The exit code is 0 after an orderly end, 1 where the engine failed."""
+def run_serve(args: argparse.Namespace, around: Callable[[Any], Any] | None = None) -> int:
+    """Runs until a signal ends it. The exit code is 0 after an orderly end, 1 where the engine failed. around: puts an
+    application of its own around create_app()'s."""
     require_extra()
     config = server_config(args)
     from ..async_llm import AsyncLLM
@@ -33,7 +35,9 @@ def run_serve(args: argparse.Namespace) -> int:
         llm.override_generation_config(args.override_generation_config)
     if not llm.has_chat_template:
         print(f"qwen-fast: {args.model} has no chat template: chat needs --chat-template", file=sys.stderr)
-    return run(llm, config)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: a collection does not walk over it again while requests wait
+    return run(llm, config, around)
 
 
 def require_extra() -> None:
@@ -45,13 +49,15 @@ def require_extra() -> None:
         raise ModuleNotFoundError(f"{' and '.join(missing)} missing: the server needs `pip install qwen_fast[server]`")
 
 
-def run(llm: AsyncLLM, config: ServerConfig) -> int:
+def run(llm: AsyncLLM, config: ServerConfig, around: Callable[[Any], Any] | None = None) -> int:
     """Serves a loaded model until the process is told to stop, closes it, and returns the exit code. For the main thread
     of a process of its own: it handles signals, and ends the process where the engine hangs."""
+    from .connections import raise_file_limit
     from .lifecycle import end_now
 
+    raise_file_limit(config.limits)
     try:
-        code, hung = asyncio.run(_serve(llm, config))
+        code, hung = asyncio.run(_serve(llm, config, around or (lambda app: app)))
         if hung:  # closing would wait for the step that hangs
             end_now(code)
         return code
@@ -59,7 +65,7 @@ def run(llm: AsyncLLM, config: ServerConfig) -> int:
         llm.close()
 
 
-async def _serve(llm: AsyncLLM, config: ServerConfig) -> tuple[int, bool]:
+async def _serve(llm: AsyncLLM, config: ServerConfig, around: Callable[[Any], Any]) -> tuple[int, bool]:
     """The exit code, and whether the engine hangs."""
     from .app import create_app
     from .lifecycle import Lifecycle
@@ -67,7 +73,8 @@ async def _serve(llm: AsyncLLM, config: ServerConfig) -> tuple[int, bool]:
 
     with plug_ins(llm, config) as parts:
         app = create_app(llm, config, **parts)
-        lifecycle = Lifecycle(app.state.server, Listeners(uvicorn_config(app, config, _logging(config)), config))
+        settings = uvicorn_config(around(app), config, _logging(config))
+        lifecycle = Lifecycle(app.state.server, Listeners(settings, config))
         _announce(llm, config)
         return await lifecycle.run(), lifecycle.hung
 
@@ -96,18 +103,21 @@ def plug_ins(llm: AsyncLLM, config: ServerConfig) -> Iterator[dict[str, Any]]:
 
 
 def uvicorn_config(app: Any, config: ServerConfig, log_config: dict[str, Any] | None = None) -> Any:
-    """uvicorn's settings. h11 parses: it bounds the size of what it has not understood yet.
+    """uvicorn's settings. h11 parses: it bounds the size of what it has not understood yet. How many connections there
+    are and how long they wait is our own concern: uvicorn would count strangers' with those of admitted requests.
 
     log_config: for logging.config.dictConfig; None: logging stays as it is.
     """
     import uvicorn
+
+    from .connections import connection_class
 
     return uvicorn.Config(
         app,
         host=config.host,
         port=config.port,
         uds=config.uds,
-        http="h11",
+        http=connection_class(config.limits),
         ws="none",
         lifespan="on",
         log_level=config.log_level,
@@ -116,7 +126,6 @@ def uvicorn_config(app: Any, config: ServerConfig, log_config: dict[str, Any] | 
         server_header=False,
         date_header=True,
         root_path=config.root_path,
-        limit_concurrency=2 * config.limits.connections,  # a backstop: the gate refuses before, and says why
         h11_max_incomplete_event_size=config.limits.header_bytes,
         timeout_graceful_shutdown=max(1, round(config.shutdown_timeout)),
         ssl_keyfile=config.ssl_keyfile,

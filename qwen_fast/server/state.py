@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .bodies import Bodies
 from .config import ServerConfig
+from .workers import Workers
 
 if TYPE_CHECKING:
     from ..async_llm import AsyncLLM
@@ -44,6 +46,7 @@ class RequestRecord:
     num_sequences: int = 0  # prompts times n
     params: SamplingParams | None = None
     prompt_tokens: int = 0
+    expected_tokens: int = 0  # of the prompts, roughly, while prompt_tokens is not known
     completion_tokens: int = 0
     cached_tokens: int = 0
     first_token: float | None = None
@@ -61,6 +64,14 @@ class Admission(Protocol):
     """Counts sequences before their prompts are tokenised. in_flight: Server.in_flight, set by the Server."""
 
     in_flight: Mapping[str, RequestRecord]
+
+    def arrive(self, principal: Principal) -> None:
+        """A request is there whose body is not read yet. ApiError 429 where its key's rate allows none."""
+        ...
+
+    def expect(self, principal: Principal) -> None:
+        """Before the body of a generation request is read: ApiError 429 where not even one sequence has a place."""
+        ...
 
     def slot(self, principal: Principal, n: int) -> contextlib.AbstractAsyncContextManager[None]:
         """Holds room for n sequences while entered. Entering raises ApiError 429 where there is none. n = 0: a request
@@ -165,6 +176,12 @@ class Unlimited:
         self.admitted = 0
         self.in_flight: Mapping[str, RequestRecord] = {}
 
+    def arrive(self, principal: Principal) -> None:
+        return None
+
+    def expect(self, principal: Principal) -> None:
+        return None
+
     @contextlib.asynccontextmanager
     async def slot(self, principal: Principal, n: int) -> AsyncIterator[None]:
         self.admitted += n
@@ -207,7 +224,8 @@ class Server:
 
     llm: the loaded model. config: see ServerConfig. model_names: what requests may give as "model".
     started: Unix time, seconds. ready: requests are taken; False while draining, with `not_ready_reason` saying why.
-    in_flight: requests that are running, by a key of their own. failure: why the process is about to end, by whoever
+    in_flight: requests that are running, by a key of their own. bodies: the bytes of their bodies. workers: threads for
+    what would hold up the event loop. failure: why the process is about to end, by whoever
     watches the engine; engine_error: what a failed engine itself said.
     """
 
@@ -240,6 +258,8 @@ class Server:
         self.not_ready_reason = ""
         self.in_flight: dict[str, RequestRecord] = {}
         self.admission.in_flight = self.in_flight
+        self.bodies = Bodies(config.limits.pending_body_bytes, tuple(getattr(self.auth, "limits", ())))
+        self.workers = Workers()
         self.failure = ""
         self.engine_error = ""
         self.pacer: Pacer | None = None  # made by the event loop that serves

@@ -10,6 +10,8 @@ from ..outputs import Logprob
 from ..tokenizer import Tokenizer
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's stand-in
+_TOGETHER = 4096
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 # Line ends to some readers of event streams, beside those that JSON escapes anyway.
 _LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
@@ -24,6 +26,36 @@ def dumped(value: Any) -> str:
     """value as JSON that is safe inside an event's line."""
     encoded = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return encoded if encoded.isascii() else encoded.translate(_LINE_ENDS)
+
+
+def dumped_in_pieces(value: Any) -> str:
+    """value as JSON. json writes a value in one go and lets no other thread run meanwhile; here it writes entry by entry,
+    and of lists of plain values some thousands together."""
+    pieces: list[str] = []
+    _dump(value, pieces)
+    return "".join(pieces)
+
+
+def _dump(value: Any, pieces: list[str]) -> None:
+    if isinstance(value, dict) and len(value) > 0 and any(isinstance(one, (dict, list)) for one in value.values()):
+        mark = "{"
+        for key, entry in value.items():
+            pieces.append(f"{mark}{encode_basestring(key)}:")
+            _dump(entry, pieces)
+            mark = ","
+        pieces.append("}")
+    elif isinstance(value, list) and len(value) > 0 and isinstance(value[-1], (dict, list)):
+        mark = "["
+        for entry in value:
+            pieces.append(mark)
+            _dump(entry, pieces)
+            mark = ","
+        pieces.append("]")
+    elif isinstance(value, list) and len(value) > _TOGETHER:
+        parts = (value[i : i + _TOGETHER] for i in range(0, len(value), _TOGETHER))
+        pieces.append("[" + ",".join(_ENCODER.encode(part)[1:-1] for part in parts) + "]")
+    else:
+        pieces.append(_ENCODER.encode(value))
 
 
 def finite(logprob: float) -> float:

@@ -261,7 +261,7 @@ OTHERS = [
     raw("tokenize for another model", 404, "does not exist", '{"prompt": "a", "model": "b"}', "/tokenize"),
     raw("detokenize nothing", 400, "tokens: this field is required", "{}", "/detokenize"),
     raw("detokenize a text", 400, "tokens", '{"tokens": "abc"}', "/detokenize"),
-    raw("detokenize -1", 400, "tokens.0", '{"tokens": [-1]}', "/detokenize"),
+    raw("detokenize -1", 400, "tokens: token id 0", '{"tokens": [-1]}', "/detokenize"),
     raw("detokenize beyond the vocabulary", 400, "token id 8192", '{"tokens": [1, 8192]}', "/detokenize"),
 ]
 

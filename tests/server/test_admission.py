@@ -41,6 +41,7 @@ class Hall:
         self.inside: list = []
 
     def enter(self, principal: Principal, n: int = 1) -> None:
+        self.admission.arrive(principal)
         slot = self.admission.slot(principal, n)
         self.loop.run_until_complete(slot.__aenter__())
         self.inside.append(slot)
@@ -124,6 +125,65 @@ def test_no_key_takes_all_places(hall):
     assert room.refused(BOB).status == 429
     room.leave()
     room.enter(BOB)  # one of those that belong to all
+
+
+def keys_named(count: int) -> dict[str, KeyLimits]:
+    return {f"k{i}": KeyLimits() for i in range(count)}
+
+
+def test_every_key_gets_in_however_many_there_are(hall):
+    """600 keys, 100 places: one key that takes what it can leaves a place for each of the others."""
+    room = hall(100, limits=keys_named(600))
+    greedy = Principal("k0")
+    for _ in range(50):
+        room.enter(greedy)
+    error = room.refused(greedy)
+    assert error.status == 429 and "of which 50 are kept for other keys" in error.message
+    for i in range(1, 600):
+        room.enter(Principal(f"k{i}"))
+    assert room.admission.admitted == 649  # more than 100: one for each of them
+
+
+def test_nobody_gets_more_than_its_share_while_another_waits(hall):
+    """10 places, two keys: alice took 8, bob wants four at once. What alice gives back goes to him."""
+    room = hall(10, limits={"alice": KeyLimits(), "bob": KeyLimits()})
+    for _ in range(8):
+        room.enter(ALICE)
+    room.refused(BOB, 4)
+    room.leave()
+    said = room.refused(ALICE).message
+    assert said == "alice has 7 sequences and asks for 1 more; its share is 5 while other keys wait"
+    room.leave()
+    room.enter(BOB, 4)
+    for _ in range(2):
+        room.leave()  # alice's: now 4, as many as bob
+    room.enter(ALICE, 2)  # nobody waits any more
+
+
+def test_who_does_not_come_back_is_waited_for_no_longer(hall):
+    room = hall(10, limits={"alice": KeyLimits(), "bob": KeyLimits()})
+    for _ in range(8):
+        room.enter(ALICE)
+    room.refused(BOB, 4)
+    room.leave()
+    assert "its share is 5" in room.refused(ALICE).message
+    room.clock.now += 5.1
+    room.enter(ALICE)
+
+
+def test_waiting_tokens_of_one_key_do_not_shut_out_another(hall):
+    room = hall(100, 1000, limits={"alice": KeyLimits(), "bob": KeyLimits()})
+    records = [RequestRecord("1", "/", ALICE, prompt_tokens=600), RequestRecord("2", "/", ALICE, expected_tokens=600)]
+    room.admission.in_flight = {record.request_id: record for record in records}
+    error = room.refused(ALICE)
+    assert error.message == "1200 prompt tokens wait; the limit is 1000, of which 1000 are the share of alice"
+    room.enter(BOB)
+    records.append(RequestRecord("3", "/", BOB, prompt_tokens=499))
+    room.admission.in_flight = {record.request_id: record for record in records}
+    room.enter(BOB)  # below 500, its half
+    records[2].prompt_tokens = 500
+    assert "of which 500 are the share of bob" in room.refused(BOB).message
+    assert "of which 500 are the share of alice" in room.refused(ALICE).message
 
 
 def test_a_single_key_has_all_places(hall):

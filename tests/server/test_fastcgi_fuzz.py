@@ -114,7 +114,7 @@ async def talk(chunks: list[bytes], reads: bool) -> None:
     await turns()
     assert not responder.connections
     assert not responder.tasks, "a task outlives its connection"
-    assert connection._timer is None
+    assert not connection._timers
 
     connection = Connection(responder)
     transport = Transport(connection, True)

@@ -99,6 +99,98 @@ def test_the_cache_is_bounded(llm, monkeypatch):
     assert compiler.cached(StructuredOutputsParams(regex="a{30}")) is not None
 
 
+def test_what_is_too_large_for_the_cache_leaves_the_others_there(llm, monkeypatch):
+    """It lives as long as somebody uses it, and equal forms share it meanwhile."""
+    compiler = grammars.GrammarCompiler(llm.tokenizer, llm.vocab_size, [8002])
+    small = [StructuredOutputsParams(regex=f"a{{{i + 1}}}") for i in range(3)]
+    for form in small:
+        compiler.compile(form)
+    monkeypatch.setattr(grammars, "CACHE_BYTES", 4 * compiler.compile(small[0]).size_bytes)
+    monkeypatch.setattr(grammars, "_BYTES_PER_BYTE", 4096)
+    large = StructuredOutputsParams(regex="b{1,40}" + "c" * 40)
+    kept = compiler.compile(large)
+    assert kept.size_bytes > grammars.CACHE_BYTES / 4
+    assert all(compiler.cached(form) is not None for form in small)
+    assert compiler.cached_bytes <= grammars.CACHE_BYTES
+    assert compiler.compile(large) is kept and compiler.cached(large) is kept
+    del kept
+    gc.collect()
+    assert compiler.cached(large) is None
+
+
+def test_a_grammar_grows_to_a_quarter_of_the_cache_at_most(llm, monkeypatch):
+    monkeypatch.setattr(grammars, "mask_threads", lambda: 64)
+    compiler = grammars.GrammarCompiler(llm.tokenizer, llm.vocab_size, [8002])
+    small = StructuredOutputsParams(regex="a+")
+    one = compiler.compile(small).size_bytes
+    monkeypatch.setattr(grammars, "CACHE_BYTES", 12 * one + 100 * 64)
+    grown = compiler.compile(StructuredOutputsParams(regex="b+"), 50)
+    assert grown.size_bytes == 3 * one and grown.lacks(50) == 0
+    assert compiler.cached(small) is not None
+
+
+class Slowly:
+    """A compiler's build() that counts, waits until it may go on, and can fail."""
+
+    def __init__(self, compiler: grammars.GrammarCompiler, error: Exception | None = None) -> None:
+        self.calls = 0
+        self.go_on = threading.Event()
+        self._matcher, self._error = compiler._matcher, error
+
+    def __call__(self, form: str, source: str):
+        self.calls += 1
+        assert self.go_on.wait(10)
+        if self._error is not None:
+            raise self._error
+        return self._matcher(form, source)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_equal_forms_at_once_are_compiled_once(llm, monkeypatch, fails):
+    compiler = grammars.GrammarCompiler(llm.tokenizer, llm.vocab_size, [8002])
+    slowly = Slowly(compiler, ValueError("no such form") if fails else None)
+    monkeypatch.setattr(compiler, "_matcher", slowly)
+    outcomes = []
+
+    def run() -> None:
+        try:
+            outcomes.append(compiler.compile(StructuredOutputsParams(regex="a+")))
+        except ValueError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=run) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    slowly.go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(outcomes) == 5 and slowly.calls == 1
+    assert len(set(outcomes)) == 1 and ("no such form" in outcomes) == fails
+
+
+def test_equal_forms_at_once_leave_a_thread_to_others(monkeypatch):
+    """Two threads compile; many requests of one form hold one of them. Who leaves takes nobody along."""
+
+    async def main() -> None:
+        async with AsyncLLM("demo", kv_cache_tokens=4096) as llm:
+            compiler = llm._guidance.compiler
+            compiler.prepare()
+            slowly, quickly = Slowly(compiler), compiler._matcher
+            by_form = {"regex": slowly, "choice": quickly}
+            monkeypatch.setattr(compiler, "_matcher", lambda form, source: by_form[form](form, source))
+            form = StructuredOutputsParams(regex="a+")
+            tasks = [asyncio.create_task(llm._guidance.compile(form, 1)) for _ in range(6)]
+            other = await asyncio.wait_for(llm._guidance.compile(StructuredOutputsParams(choice=["b"]), 1), 5)
+            assert other.size_bytes and not any(task.done() for task in tasks)
+            tasks.pop(0).cancel()
+            await asyncio.sleep(0)
+            slowly.go_on.set()
+            assert len(set(await asyncio.wait_for(asyncio.gather(*tasks), 10))) == 1 and slowly.calls == 1
+
+    asyncio.run(main())
+
+
 def test_sequences_side_by_side_get_lexers_of_their_own(llm, monkeypatch):
     monkeypatch.setattr(grammars, "mask_threads", lambda: 4)
     compiler = grammars.GrammarCompiler(llm.tokenizer, llm.vocab_size, [8002])

@@ -137,6 +137,10 @@ def test_two_hundred_clients_of_which_many_leave(process):
     while httpx.get(f"http://127.0.0.1:{port}/load").json()["server_load"]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    usage = re.search(
+        r"^vllm:kv_cache_usage_perc\S* (\S+)$", httpx.get(f"http://127.0.0.1:{port}/metrics").text, re.MULTILINE
+    )
+    assert usage is not None and float(usage[1]) == 0  # every block is free again
 
 
 def test_the_pacer(monkeypatch):
