@@ -243,8 +243,10 @@ class Clients:
         pipes = self._pipes[:count]
         for i, pipe in enumerate(pipes):
             own_slots = len(range(i, slots, count))
-            own = list(arrivals[i::count]) if arrivals is not None else None
-            pipe.send(Job(list(seeds[i::count]), own_slots, own, prompt_tokens, new_tokens, vocab_size, extra))
+            own = [at for at in range(len(seeds)) if at % slots % count == i]  # each slot gets as many as any other
+            own_arrivals = [arrivals[at] for at in own] if arrivals is not None else None
+            own_seeds = [seeds[at] for at in own]
+            pipe.send(Job(own_seeds, own_slots, own_arrivals, prompt_tokens, new_tokens, vocab_size, extra))
         deadline = time.monotonic() + seconds
         for pipe in pipes:
             self._receive(pipe, deadline)

@@ -1,4 +1,4 @@
-"""The qwen-fast command: generate, chat, serve, info, bench, doctor. `python -m qwen_fast` is the same.
+"""The qwen-fast command: generate, chat, serve, ui, info, bench, doctor. `python -m qwen_fast` is the same.
 
 Modules are imported where they are needed: the time from `qwen-fast generate` to its first token is a promise.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -132,13 +133,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_serve(commands)
 
-    info = _command(commands, "info", _tool("info"), "a model's shape, and the memory it would take")
+    info = _command(commands, "info", _late("cli_tools", "run_info"), "a model's shape, and the memory it would take")
     info.add_argument("model_name", nargs="?", metavar="MODEL", help="demo (default), a directory or a hub id")
     info.add_argument("--gpu", action="store_true", help="the plan for the GPU: --device cuda")
     info.add_argument("--json", action="store_true", help="print JSON")
     _model_options(info)
 
-    bench = _command(commands, "bench", _tool("bench"), "measure prefill and decode speed")
+    bench = _command(commands, "bench", _late("cli_tools", "run_bench"), "measure prefill and decode speed")
     bench.add_argument("--input-len", type=int, default=512, help="prompt tokens (default 512)")
     bench.add_argument("--output-len", type=int, default=128, help="output tokens (default 128)")
     bench.add_argument("--batch", type=int, default=1, help="sequences at once (default 1)")
@@ -146,8 +147,18 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON")
     _model_options(bench)
 
-    doctor = _command(commands, "doctor", _tool("doctor"), "what this installation and this machine offer")
+    doctor = _command(
+        commands, "doctor", _late("cli_tools", "run_doctor"), "what this installation and this machine offer"
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON")
+
+    cost = _command(commands, "cost", _late("cost.cost_cli", "run"), "measure what a model costs here: memory, time, energy, money")
+    cost.add_argument("model_name", nargs="?", metavar="MODEL", help="demo (default), a directory or a hub id")
+    importlib.import_module(".cost.cost_cli", __package__).add_arguments(cost)
+    _model_options(cost)
+
+    plan = _command(commands, "plan", _late("cost.plan_cli", "run"), "memory, speed and money on a GPU that is not here")
+    importlib.import_module(".cost.plan_cli", __package__).add_arguments(plan)
 
     cgi = _command(commands, "cgi", run_cgi, "hand a CGI request to a server started with `serve --fastcgi`")
     cgi.add_argument("--connect", required=True, metavar="ADDRESS", help="unix:/path/of/the.sock or 127.0.0.1:PORT")
@@ -156,18 +167,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_serve(commands: Any) -> None:
     from .server.arguments import add_arguments
+    from .ui.arguments import add_page, add_url
 
     serve = _command(commands, "serve", _run_serve, "answer OpenAI's API over HTTP (needs the extra [server])")
-    serve.add_argument("model_name", nargs="?", metavar="MODEL", help="demo (default), a directory or a hub id")
-    _model_options(serve)
-    add_arguments(serve)
+    ui = _command(commands, "ui", _late("ui.run", "run_ui"), "a chat page in the browser (needs the extra [ui])")
+    for parser in (serve, ui):
+        parser.add_argument("model_name", nargs="?", metavar="MODEL", help="demo (default), a directory or a hub id")
+        _model_options(parser)
+        add_arguments(parser)
+        add_page(parser)
+    serve.add_argument("--ui", action="store_true", help="serve the chat page at /ui too (needs the extra [ui])")
+    add_url(ui)
 
 
 def _run_serve(args: argparse.Namespace) -> int:
-    from .server.serve import run_serve
-
     args.model = args.model_name or args.model
-    return run_serve(args)
+    run = _late("ui.run", "run_beside") if args.ui else _late("server.serve", "run_serve")
+    return int(run(args))
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -194,11 +210,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--enforce-eager", action="store_true", help="capture no graphs (GPU)")
 
 
-def _tool(name: str) -> Any:
-    def run(args: argparse.Namespace) -> int:
-        from . import cli_tools
+def _late(module: str, name: str) -> Any:
+    """A function of a module that is imported when it runs."""
 
-        return getattr(cli_tools, f"run_{name}")(args)
+    def run(args: argparse.Namespace) -> int:
+        code: int = getattr(importlib.import_module(f".{module}", __package__), name)(args)
+        return code
 
     return run
 

@@ -69,9 +69,10 @@ class Usage:
         """From the engine's dict."""
         return cls(**{_OWN_NAMES.get(name, name): value for name, value in raw.items()})
 
-    def plus(self, other: Usage) -> Usage:
-        """With another sample of the same prompt: the prompt counts once."""
-        merged = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
+    def plus(self, other: Usage, same_prompt: bool = True) -> Usage:
+        """Both together. same_prompt: another sample of one prompt, which counts once."""
+        names = _ADDED if same_prompt else (*_ADDED, *_PROMPT)
+        merged = {name: getattr(self, name) + getattr(other, name) for name in names}
         sources = {**self.energy_uj, **other.energy_uj}
         energy = {name: self.energy_uj.get(name, 0) + other.energy_uj.get(name, 0) for name in sources}
         provisional = self.energy_provisional or other.energy_provisional
@@ -86,11 +87,8 @@ class Usage:
 
 _OWN_NAMES = {"output_tokens": "completion_tokens"}
 _PLAIN_NAMES = {own: plain for plain, own in _OWN_NAMES.items()}
-_ADDED = [
-    one.name
-    for one in fields(Usage)
-    if one.type == "int" and one.name not in ("prompt_tokens", "cached_tokens")
-]
+_PROMPT = ("prompt_tokens", "cached_tokens")
+_ADDED = [one.name for one in fields(Usage) if one.type == "int" and one.name not in _PROMPT]
 
 
 @dataclass(slots=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
+import gc
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -46,6 +48,23 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathl
     return write
 
 
+@pytest.fixture(scope="session")
+def ahead(request: pytest.FixtureRequest) -> Iterator[Callable[..., dict[Any, concurrent.futures.Future[Any]]]]:
+    """ahead(fixture, parameter, work) calls work(value) for every value of the parameter in the chosen tests that have
+    this fixture, in as many threads as there are CPUs, and gives {value: its future}."""
+    pools: list[concurrent.futures.ThreadPoolExecutor] = []
+
+    def begin(fixture: str, parameter: str, work: Callable[[Any], Any]) -> dict[Any, concurrent.futures.Future[Any]]:
+        pools.append(concurrent.futures.ThreadPoolExecutor(os.cpu_count()))
+        tests = [item for item in request.session.items if fixture in getattr(item, "fixturenames", ())]
+        values = dict.fromkeys(item.callspec.params[parameter] for item in tests if hasattr(item, "callspec"))
+        return {value: pools[-1].submit(work, value) for value in values}
+
+    yield begin
+    for pool in pools:
+        pool.shutdown(cancel_futures=True)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--shared",
@@ -54,6 +73,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the folder of checkpoints and reference data (default: shared, beside the repository)",
     )
     parser.addoption("--kernel-programs", help="a folder of kernel tests built before: see tests/kernels/run.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What importing the tests and their oracles made is there to stay: no later garbage collection looks at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @functools.cache

@@ -109,26 +109,24 @@ def compiler() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
+def compiled(tmp_path_factory, ahead):
     """Compiles a C file once and gives its object and the warnings."""
     folder = tmp_path_factory.mktemp("objects")
-    results: dict[pathlib.Path, tuple[pathlib.Path, str]] = {}
 
-    def compile_once(source: pathlib.Path) -> tuple[pathlib.Path, str]:
-        if source not in results:
-            target = folder / (str(source.absolute()).replace("/", "-") + ".o")
-            flags = [*DIALECT, *WARNINGS, "-fPIC"]
-            if source in CUDA_C:
-                flags += [f"-I{KERNELS}", "-isystem", str(cuda_include())]
-            if source.is_relative_to(CSRC / "python"):
-                flags += python_flags()
-            command = [*compiler(), *flags, "-c", str(source), "-o", str(target)]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            assert run.returncode == 0, run.stderr
-            results[source] = target, run.stderr
-        return results[source]
+    def compile_file(source: pathlib.Path) -> tuple[pathlib.Path, str]:
+        target = folder / (str(source.absolute()).replace("/", "-") + ".o")
+        flags = [*DIALECT, *WARNINGS, "-fPIC"]
+        if source in CUDA_C:
+            flags += [f"-I{KERNELS}", "-isystem", str(cuda_include())]
+        if source.is_relative_to(CSRC / "python"):
+            flags += python_flags()
+        command = [*compiler(), *flags, "-c", str(source), "-o", str(target)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+        return target, run.stderr
 
-    return compile_once
+    futures = ahead("compiled", "path", compile_file)
+    return lambda source: futures[source].result() if source in futures else compile_file(source)
 
 
 def python_flags() -> list[str]:
@@ -357,13 +355,23 @@ def test_no_warnings(path, compiled):
     assert not warnings, warnings
 
 
+@pytest.fixture(scope="session")
+def checked_for_aarch64(ahead):
+    """{C file: the future of the cross compiler's run}."""
+    command = ["aarch64-linux-gnu-gcc", *DIALECT, *WARNINGS, "-Werror", "-fsyntax-only"]
+    return ahead(
+        "checked_for_aarch64",
+        "path",
+        lambda path: subprocess.run([*command, str(path)], capture_output=True, text=True, timeout=300),
+    )
+
+
 @pytest.mark.parametrize("path", PURE_C, ids=name)
-def test_compiles_for_aarch64(path):
+def test_compiles_for_aarch64(path, checked_for_aarch64):
     """Nothing needs x86: its instructions are paths beside the portable one."""
     if not shutil.which("aarch64-linux-gnu-gcc"):
         pytest.skip("no aarch64-linux-gnu-gcc")
-    command = ["aarch64-linux-gnu-gcc", *DIALECT, *WARNINGS, "-Werror", "-fsyntax-only", str(path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = checked_for_aarch64[path].result()
     assert run.returncode == 0, run.stderr
 
 

@@ -24,6 +24,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,8 +34,9 @@ ROOT = TESTS.parent.parent
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "c-tests"
 
+# -g1: the lines of a report; gcc would take four times as long to follow variables through sanitized code.
 CFLAGS = (
-    "-std=c11 -D_GNU_SOURCE -DQF_CHECK_INVARIANTS -g -O1 -Wall -Wextra -Wconversion -Wshadow -Werror "
+    "-std=c11 -D_GNU_SOURCE -DQF_CHECK_INVARIANTS -g1 -O1 -Wall -Wextra -Wconversion -Wshadow -Werror "
     "-ffp-contract=off -pthread"
 ).split()
 LIBRARIES = ["-pthread", "-lm", "-ldl"]
@@ -190,17 +192,31 @@ def link(
     return program
 
 
-def build(variant: Variant) -> pathlib.Path:
-    """Builds one variant and returns the program. Raises BuildError with the compiler's words."""
+def compilations(variant: Variant) -> list[tuple[pathlib.Path, list[str]]]:
+    """What a variant links: files and the flags of each."""
     source = TESTS / f"test_{variant.name}.c"
     flags = [*CFLAGS, *SANITIZER_FLAGS[variant.sanitizer]]
     fault_alloc = {"base/alloc.c": TESTS / "alloc_fault.c"} if variant.alloc_faults else {}
     paths = [fault_alloc.get(name, CSRC / name) for name in read_sources(source)]
     test_flags = [*flags, "-DCHECK_ALLOC_FAULTS"] if variant.alloc_faults else flags
+    return [*((path, flags) for path in paths), (source, test_flags)]
+
+
+def build(variant: Variant) -> pathlib.Path:
+    """Builds one variant and returns the program. Raises BuildError with the compiler's words."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        test_object = pool.submit(compile_object, source, test_flags)
-        objects = [*pool.map(lambda path: compile_object(path, flags), paths), test_object.result()]
-    return link(objects, flags, BUILD / variant.label)
+        objects = list(pool.map(lambda one: compile_object(*one), compilations(variant)))
+    return link(objects, [*CFLAGS, *SANITIZER_FLAGS[variant.sanitizer]], BUILD / variant.label)
+
+
+def compile_all(chosen: list[Variant]) -> None:
+    """Every object of these, once. What the compiler refuses is left for build() to report; SIGTERM ends it when the
+    files under way are done."""
+    jobs = dict.fromkeys((path, *flags) for variant in chosen for path, flags in compilations(variant))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path, *flags in jobs:
+            pool.submit(compile_object, path, flags)
+        signal.signal(signal.SIGTERM, lambda *_: pool.shutdown(wait=False, cancel_futures=True))
 
 
 def run(variant: Variant, program: pathlib.Path) -> tuple[int, str]:
@@ -224,8 +240,10 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="tests by name (threads, json, ...); all where none is given")
     parser.add_argument("--sanitizer", choices=sorted(SANITIZER_FLAGS), help="only this one, asked for or not")
     parser.add_argument("--keep", action="store_true", help="print the path of each program that was built")
+    parser.add_argument("--compile", action="store_true", help="fill the cache of objects and run nothing")
     options = parser.parse_args()
     failed = 0
+    ahead: list[Variant] = []
     for name in options.names or test_names():
         name = pathlib.Path(name).stem.removeprefix("test_")
         if not (TESTS / f"test_{name}.c").exists():
@@ -233,6 +251,9 @@ def main() -> int:
         chosen = variants(name)
         if options.sanitizer:
             chosen = [v for v in chosen if v.sanitizer == options.sanitizer] or [Variant(name, options.sanitizer)]
+        if options.compile:
+            ahead += chosen
+            continue
         for variant in chosen:
             try:
                 program = build(variant)
@@ -246,6 +267,7 @@ def main() -> int:
             if status != 0:
                 failed += 1
                 print(output, flush=True)
+    compile_all(ahead)
     return 1 if failed else 0
 
 

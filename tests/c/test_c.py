@@ -21,12 +21,18 @@ def test_there_are_c_tests():
     assert VARIANTS
 
 
+@pytest.fixture(scope="module")
+def finished(ahead):
+    """{variant: the future of its status and output}: as many are built and run at once as there are CPUs."""
+    return ahead("finished", "variant", lambda variant: runner.run(variant, runner.build(variant)))
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
-def test_c(variant):
+def test_c(variant, finished):
     prefix, reason = runner.launcher(variant.sanitizer)
     if prefix is None:
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
-    status, output = runner.run(variant, runner.build(variant))
+    status, output = finished[variant].result()
     assert status == 0, output

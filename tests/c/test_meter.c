@@ -179,6 +179,14 @@ static void test_time_goes_by_bytes_and_is_split_by_tokens(void)
     CHECK_INT(a.usage.prefill_device_ns, 498);
     CHECK_INT(a.usage.decode_device_ns, 249);
     CHECK_INT(b.usage.decode_device_ns, 253);
+    step.num_entries = 1; /* half prefill, an odd time: the half of a nanosecond too */
+    step.entries[0] = (qf_meter_entry){.account = &b, .start = 10, .num_tokens = 2, .num_prefill_tokens = 1};
+    qf_meter_step_begun(&meter, &step);
+    qf_meter_step_count(&meter, &step, &(qf_step_traffic){.layers_bytes = 400});
+    qf_meter_step_share_time(&step, 7);
+    qf_meter_step_ended(&meter, &step, 7, 6000);
+    CHECK_INT(b.usage.prefill_device_ns, 4);
+    CHECK_INT(b.usage.decode_device_ns, 253 + 3);
     meter.total.weight_bytes = UINT64_MAX; /* goes on beyond 64 bits */
     qf_meter_step_begun(&meter, &step);
     qf_meter_step_ended(&meter, &step, 1000, 9000);
@@ -259,6 +267,24 @@ static void test_idle_power_is_taken_off(void)
     close_case(&c);
 }
 
+static void test_idle_power_follows_what_is_new(void)
+{
+    energy_case c;
+    open_case(&c);
+    qf_meter_reading(&c.meter, 0, 10ull * S + 300000000, 777 + 15 * 1000000);
+    CHECK(!c.source->has_idle_watts); /* too short to tell */
+    qf_meter_reading(&c.meter, 0, 11ull * S, 777 + 50 * 1000000);
+    CHECK(c.source->has_idle_watts);
+    CHECK(c.source->idle_watts > 49.999 && c.source->idle_watts < 50.001);
+    qf_meter_reading(&c.meter, 0, 13ull * S, 777 + 250 * 1000000); /* 2 s of 100 W: of the first 20 % fade */
+    double memory_ns = (0.3 * 0.93 + 0.7) * 0.8, memory = 50.0 * memory_ns + 200.0;
+    CHECK(c.source->idle_watts > memory / (memory_ns + 2.0) - 1e-6);
+    CHECK(c.source->idle_watts < memory / (memory_ns + 2.0) + 1e-6);
+    qf_meter_reading(&c.meter, 0, 40ull * S, 777 + 520 * 1000000); /* 27 s of 10 W: nothing else is left */
+    CHECK(c.source->idle_watts == 10.0);
+    close_case(&c);
+}
+
 static void test_without_a_baseline_energy_goes_by_time(void)
 {
     energy_case c;
@@ -309,6 +335,8 @@ static void test_a_counter_that_does_not_move(void)
     qf_meter_reading(&c.meter, 0, 12ull * S, 777);
     check_energy(&c, 0, 0, 0);
     CHECK(!qf_meter_is_final(&c.meter, &c.account));
+    qf_meter_reading(&c.meter, 0, 10ull * S, 777 + 300); /* of the moment of the first: waits for the next */
+    check_energy(&c, 0, 0, 0);
     qf_meter_reading(&c.meter, 0, 14ull * S, 777 + 400); /* one window of 4 s */
     check_energy(&c, 100, 300, 0);
     CHECK(qf_meter_is_final(&c.meter, &c.account));
@@ -327,6 +355,32 @@ static void test_a_request_that_is_gone_is_charged_with_all(void)
     CHECK_INT(c.source->requests_uj, 200);
     CHECK_INT(c.source->idle_uj, 200);
     CHECK_INT(c.source->unsettled_uj, 0);
+    close_case(&c);
+}
+
+static void test_what_is_gone_takes_its_part(void)
+{
+    qf_error err;
+    energy_case c;
+    qf_account gone = {0};
+    open_case(&c);
+    CHECK_OK(qf_meter_open(&c.meter, &gone, 10, &err));
+    c.step.num_entries = 2;
+    c.step.entries[0] = (qf_meter_entry){.account = &gone, .num_tokens = 3};
+    c.step.entries[1] = (qf_meter_entry){.account = &c.account, .num_tokens = 1};
+    c.meter.kv_full_bytes = c.meter.kv_sliding_bytes = 0;
+    qf_meter_step_begun(&c.meter, &c.step);
+    qf_meter_step_count(&c.meter, &c.step, &(qf_step_traffic){.layers_bytes = 100});
+    end_step(&c, 1ull * S, 11ull * S);
+    qf_meter_close(&c.meter, &gone);
+    qf_meter_reading(&c.meter, 0, 11ull * S, 777 + 400);
+    CHECK_INT(c.account.usage.energy_uj[0], 100);
+    CHECK_INT(c.source->requests_uj, 400);
+    begin_step(&c);
+    end_step(&c, 1ull * S, 12ull * S);
+    qf_meter_reading(&c.meter, 0, 12ull * S, 777 + 1000); /* who is gone has no part in this */
+    CHECK_INT(c.account.usage.energy_uj[0], 700);
+    CHECK_INT(c.source->requests_uj, 1000);
     close_case(&c);
 }
 
@@ -585,11 +639,13 @@ int main(int argc, char **argv)
     RUN(test_a_step_is_counted_as_a_loop_counts_it);
     RUN(test_time_goes_by_bytes_and_is_split_by_tokens);
     RUN(test_idle_power_is_taken_off);
+    RUN(test_idle_power_follows_what_is_new);
     RUN(test_without_a_baseline_energy_goes_by_time);
     RUN(test_a_step_over_two_windows);
     RUN(test_a_very_long_step);
     RUN(test_a_counter_that_does_not_move);
     RUN(test_a_request_that_is_gone_is_charged_with_all);
+    RUN(test_what_is_gone_takes_its_part);
     RUN(test_everything_adds_up);
     RUN(test_everything_adds_up_when_requests_go_early);
     return check_report();

@@ -12,7 +12,7 @@ import pytest
 from conftest import serving
 from stalls import ask, message_of
 from test_admission import ALICE, Clock
-from test_hostile import CHAT, HI, TEXT, answer, body_of, quiet
+from test_hostile_traffic import CHAT, HI, TEXT, answer, body_of, quiet
 
 from qwen_fast import AsyncLLM
 from qwen_fast.server import create_app

@@ -1,0 +1,85 @@
+"""A full cost report of a shape with random weights, 4 bits in groups of 128, on this GPU: what `qwen-fast cost` measures,
+with the peaks of this very GPU measured just before (gpu_common.Limits).
+
+    python benchmarks/gpu_cost.py --only 7B --out carry/cost-7B --budget-seconds 170
+
+Run again with the same --out it takes up what is there and measures the rest. Writes measurements.json and report.json;
+`qwen-fast cost --render measurements.json --out DIR --rent-per-hour 3 ...` makes the report with prices anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import dummy
+from gpu_common import SHAPES, Limits, gpu_environment, parser
+
+GROUP = 128
+
+
+def limits(args: Any, out: Path) -> dict[str, Any]:
+    """Measured once for a folder: a run that goes on keeps the peaks of its beginning."""
+    path = out / "peaks.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    found = Limits(args)
+    said = {"read_gbs": found.read_gbs, "gemm_tflops": found.gemm_tflops, "said": found.said, **gpu_environment(args)}
+    path.write_text(json.dumps(said, indent=1, default=str))
+    return said
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--out", type=Path, required=True, help="folder for the report and what is measured")
+    options.add_argument(
+        "--budget-seconds", type=float, default=170.0, help="begin nothing new after so long (default 170)"
+    )
+    options.add_argument("--window-seconds", type=float, default=0.8, help="shortest window of a load (default 0.8)")
+    options.add_argument("--device", default="cuda")
+    options.add_argument("--quick", action="store_true", help="short windows and requests")
+    args = options.parse_args()
+    began = time.monotonic()
+    from qwen_fast import LLM
+    from qwen_fast.cost.report import Report
+    from qwen_fast.cost.run import Runner, Settings
+
+    name = args.only or "0.5B"
+    args.out.mkdir(parents=True, exist_ok=True)
+    peaks = limits(args, args.out)
+    gpu = args.device != "cpu"
+    settings = Settings(
+        quick=args.quick,
+        budget_s=max(1.0, args.budget_seconds - (time.monotonic() - began)),
+        window_s=args.window_seconds,
+        peak_gbs=peaks["read_gbs"] if gpu else None,
+        peak_tflops=peaks["gemm_tflops"] if gpu else None,
+        peak_source="measured on this GPU before the loads: reads by benchmarks/probe.cu, bf16 products by torch.matmul",
+    )
+    engine = {"device": args.device, "load_format": "dummy", "quantization": "w4", "quantization_group_size": GROUP}
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - began:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as directory:
+        model = dummy(Path(directory) / name, SHAPES[name])
+
+        def load(changes: Any) -> Any:
+            return LLM(str(model), progress=False, **changes)
+
+        data = Runner(f"Qwen2.5-{name} shape", engine, settings, load, args.out / "measurements.json", say).run()
+    data["model"]["name"] = f"Qwen2.5-{name} (shape)"
+    report = Report.from_measurements(data)
+    (args.out / "report.json").write_text(report.to_json())
+    left = sum("time budget" in why for why in data["skipped"].values())
+    print(
+        f"{args.out}: {len(data['stages'])} stages measured, {left} left for another run, {time.monotonic() - began:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

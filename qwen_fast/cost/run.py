@@ -1,0 +1,401 @@
+"""Runs what a report needs, stage by stage, into one JSON object that survives being cut off.
+
+Every stage has a key. What a stage gave is kept in the file at once, and a run that begins with the same identity (model,
+options, workloads, machine) takes up what is there. A stage that fails, or that the budget no longer allows, leaves the
+reason in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from . import levers
+from .measure import FULL, QUICK, Effort, NotMeasured, measure_idle, meter_of, run_load, why_no_meter
+from .money import Prices
+from .probe import Peaks, cpu_peaks, gpu_peaks
+from .workloads import QUICK_TOKENS, STUDY_A, STUDY_A_USERS, STUDY_B, STUDY_B_USERS, Workload, fixed, scaled, tokenised
+
+PARTS = ("embedding", "layers", "head", "workspace", "kv_cache")
+QUICK_USERS = (1, 4, 16)
+_SIZES = ("kv_cache_tokens", "kv_cache_memory", "memory", "memory_utilization", "gpu_memory_utilization")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a report is asked to measure.
+
+    workloads: None: the three of study A and the one of study B. users: None: 1, 16 and 32 for study A and own workloads
+    (quick: 1, 4, 16), 1 to 16 for study B. quick: short windows, and requests cut to QUICK_TOKENS tokens. budget_s: no
+    stage begins later than so many seconds after the start (None: no limit). peak_gbs, peak_tflops: a GPU's measured
+    peaks. tokens_per_day: your volume of output tokens, for money per day and month. p99_s: the bound that concurrency is
+    found for. wall_watts: what a meter at the wall showed, by the number of users of the first workload. with_levers: False leaves the levers out. window_s: shortest length of a
+    window (None: 2 s, quick 0.25 s).
+    """
+
+    workloads: tuple[Workload, ...] | None = None
+    users: tuple[int, ...] | None = None
+    quick: bool = False
+    budget_s: float | None = None
+    peak_gbs: float | None = None
+    peak_tflops: float | None = None
+    peak_source: str = "given on the command line"
+    tokens_per_day: float = 5e6
+    p99_s: float = 3.0
+    wall_watts: Mapping[int, float] = field(default_factory=dict)
+    with_levers: bool = True
+    window_s: float | None = None
+    prices: Prices = field(default_factory=Prices)
+
+    def __post_init__(self) -> None:
+        for name in ("budget_s", "peak_gbs", "peak_tflops", "tokens_per_day", "p99_s", "window_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be above 0 and finite, got {value}")
+        for users, watts in self.wall_watts.items():
+            if users < 1 or not 0 < watts < float("inf"):
+                raise ValueError(f"wall_watts must be watts above 0 by users of at least 1, got {users}: {watts}")
+        if self.users is not None and (not self.users or min(self.users) < 1):
+            raise ValueError(f"users must be numbers of at least 1, got {self.users}")
+        if self.workloads is not None and not self.workloads:
+            raise ValueError("workloads must be None or at least one")
+
+    @property
+    def effort(self) -> Effort:
+        effort = QUICK if self.quick else FULL
+        return effort if self.window_s is None else replace(effort, window_s=self.window_s)
+
+    @property
+    def lever_effort(self) -> Effort:
+        """Levers are many: fewer and shorter windows."""
+        return replace(self.effort, windows=min(3, self.effort.windows), window_s=0.6 * self.effort.window_s)
+
+
+class Runner:
+    """run() measures; `data` is the JSON object. load: makes an LLM with engine options. path: where data is kept, None:
+    nowhere. say: told what is done, for a display."""
+
+    def __init__(
+        self,
+        model: str,
+        options: Mapping[str, Any],
+        settings: Settings,
+        load: Callable[[Mapping[str, Any]], Any],
+        path: Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
+        llm: Any = None,
+    ) -> None:
+        self._options, self._settings, self._load, self._path, self._say = dict(options), settings, load, path, say
+        self._given = llm
+        self._began = time.monotonic()
+        self.data: dict[str, Any] = {
+            "identity": _identity(model, self._options, settings),
+            "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "stages": {},
+            "skipped": {},
+        }
+        self._take_up()
+        self.data["settings"], self.data["prices"] = _plain(settings), asdict(settings.prices)
+
+    def run(self) -> dict[str, Any]:
+        if self._given is not None:
+            self._measure(self._given)
+        else:
+            with self._engine({}) as llm:
+                self._measure(llm)
+        if self._settings.with_levers:
+            self._levers()
+        self.data["seconds"] = self.data.get("seconds", 0.0) + time.monotonic() - self._began
+        self._keep()
+        return self.data
+
+    # -- stages
+
+    def _measure(self, llm: Any) -> None:
+        data, settings = self.data, self._settings
+        workloads = [tokenised(workload, llm) for workload in settings.workloads or (*STUDY_A, STUDY_B)]
+        workloads = [self._fitted(workload, llm) for workload in workloads]
+        stats = llm.stats()
+        data["model"] = {"name": llm.model, "parameters": _parameters(llm)}
+        data["info"], data["plan"], data["machine"] = llm.info(), stats["memory"], machine(llm)
+        meter = meter_of(stats)
+        data["meter"] = {"why": why_no_meter(stats)} if meter is None else {"sources": list(meter["sources"])}
+        data["workloads"] = [
+            {"name": one.name, "label": one.label, "notes": list(one.notes), "users": list(self._users(one))}
+            for one in workloads
+        ]
+        self._stage("peaks", lambda: self._peaks(llm))
+        self._stage("idle", lambda: {"watts": measure_idle(llm, 1.0 if settings.quick else 5.0)})
+        self._stage("estimates", lambda: _estimates(llm, self._options))
+        for workload in workloads:
+            for users in self._users(workload):
+                key = f"load:{workload.name}:{users}"
+                self._stage(key, partial(run_load, llm, workload, users, settings.effort))
+        self._sweep(llm, workloads[0])
+        if llm.info()["backend"] == "cpu":
+            self._stage("peaks-after", lambda: self._peaks(llm))
+        self._workloads = workloads
+        if meter is not None:
+            self.data["meter"]["sources"] = list((meter_of(llm.stats()) or meter)["sources"])
+
+    def _sweep(self, llm: Any, first: Workload) -> None:
+        settings = self._settings
+        quick = settings.quick
+        lengths = (32, 64, 128, 256, 512, 1024) if quick else (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+        output = 4 if quick else 8
+        effort = replace(settings.effort, window_s=0.4 * settings.effort.window_s)
+        for length in lengths:
+            if length + output <= llm.max_model_len:
+                workload = fixed("sweep", "input sweep", length, output)
+                self._stage(f"sweep:{length}", partial(run_load, llm, workload, 1, effort))
+        inputs, outputs = round(first.mean_prompt), round(first.mean_output)
+        for name, more in (("base", (0, 0)), ("in", (100, 0)), ("out", (0, 100))):
+            lengths_now = inputs + more[0], outputs + more[1]
+            if sum(lengths_now) <= llm.max_model_len:
+                workload = fixed(name, "plus 100", *lengths_now)
+                self._stage(f"plus:{name}", partial(run_load, llm, workload, 1, settings.effort))
+
+    def _levers(self) -> None:
+        workloads = self._workloads
+        long_output = max(workloads, key=lambda one: one.mean_output)
+        facts = {
+            "info": self.data["info"],
+            "options": self._options,
+            "gpus": len(self.data["machine"]["gpus"]),
+            "same_engine": self._given is not None,
+        }
+        users = min(8 if self._settings.quick else 16, self.data["info"]["max_num_seqs"])
+        found = levers.cases(workloads[0], long_output, users, facts, self._settings.quick)
+        self.data["levers"] = [
+            {"key": one.key, "lever": one.lever, "setting": one.setting, "base": one.base, "plain": not one.options, "label": one.workload.label,
+             "users": one.users} for one in found
+        ]  # fmt: skip
+        for one in found:
+            if one.why is not None:
+                self.data["skipped"][one.key] = f"not measured: {one.why}"
+        wanted = [one for one in found if one.why is None and one.key not in self.data["stages"]]
+        groups: dict[str, list[levers.Case]] = {}
+        for one in wanted:
+            # By lever first: a base is measured just before what is compared with it.
+            groups.setdefault(one.lever + json.dumps(dict(one.options), sort_keys=True), []).append(one)
+        for group in groups.values():
+            self._lever_group(group)
+
+    def _lever_group(self, group: list[levers.Case]) -> None:
+        if self._out_of_time():
+            for one in group:
+                self._skip(one.key)
+            return
+        try:
+            with self._engine(group[0].options) as llm:
+                for one in group:
+                    self._stage(one.key, partial(_lever_run, llm, one, self._settings.lever_effort))
+        except (NotImplementedError, ValueError, MemoryError, RuntimeError) as error:
+            for one in group:
+                self.data["skipped"][one.key] = f"not measured: {' '.join(str(error).split())}"
+            self._keep()
+
+    @contextlib.contextmanager
+    def _engine(self, changes: Mapping[str, Any]) -> Iterator[Any]:
+        if self._given is not None:
+            yield self._given
+            return
+        options = {**self._options, **changes}
+        if not any(options.get(name) is not None for name in _SIZES):
+            options["kv_cache_tokens"] = self._cache_tokens()
+        llm = self._load({name: value for name, value in options.items() if value is not None})
+        try:
+            yield llm
+        finally:
+            llm.close()
+
+    def _cache_tokens(self) -> int:
+        """Room for all users of the heaviest load, so that no figure is one of preemption."""
+        most = 65536
+        for workload in self._settings.workloads or (*STUDY_A, STUDY_B):
+            length = max(item.prompt_tokens + item.output_tokens for item in workload.items)
+            if self._settings.quick:
+                length = min(length, QUICK_TOKENS)
+            most = max(most, (max(self._users(workload)) + 1) * (length + 128))
+        return most
+
+    # -- one stage
+
+    def _stage(self, key: str, run: Callable[[], Any]) -> None:
+        data = self.data
+        if key in data["stages"]:
+            return
+        if self._out_of_time():
+            self._skip(key)
+            return
+        self._say(key)
+        try:
+            data["stages"][key] = run()
+            data["skipped"].pop(key, None)
+        except NotMeasured as error:
+            data["skipped"][key] = f"not measured: {error}"
+        self._keep()
+
+    def _out_of_time(self) -> bool:
+        budget = self._settings.budget_s
+        return budget is not None and time.monotonic() - self._began > budget
+
+    def _skip(self, key: str) -> None:
+        self.data["skipped"][key] = (
+            f"not measured: the time budget of {self._settings.budget_s:g} s was used up before it"
+        )
+
+    def _users(self, workload: Workload) -> tuple[int, ...]:
+        if self._settings.users is not None:
+            return self._settings.users
+        if workload.name == STUDY_B.name:
+            return STUDY_B_USERS
+        if workload.users is not None:
+            return tuple(sorted({1, workload.users}))
+        if self._settings.quick:
+            return QUICK_USERS
+        return STUDY_A_USERS
+
+    def _fitted(self, workload: Workload, llm: Any) -> Workload:
+        most, why = llm.max_model_len, f"the engine's max_model_len is {llm.max_model_len}"
+        if self._settings.quick and QUICK_TOKENS < most:
+            most, why = QUICK_TOKENS, f"--quick takes at most {QUICK_TOKENS} tokens a request"
+        return scaled(workload, most, why)
+
+    def _peaks(self, llm: Any) -> dict[str, Any]:
+        settings = self._settings
+        if llm.info()["backend"] != "cpu" or settings.peak_gbs is not None or settings.peak_tflops is not None:
+            return gpu_peaks(settings.peak_gbs, settings.peak_tflops, settings.peak_source).as_dict()
+        found: Peaks = cpu_peaks(llm.info()["num_threads"], min(1.5, settings.effort.window_s))
+        return found.as_dict()
+
+    # -- the file
+
+    def _take_up(self) -> None:
+        if self._path is None or not self._path.is_file():
+            return
+        try:
+            earlier = json.loads(self._path.read_text(encoding="utf-8"))
+            if earlier["identity"] == self.data["identity"]:
+                self.data["stages"], self.data["began"] = dict(earlier["stages"]), earlier["began"]
+                self.data["seconds"] = float(earlier.get("seconds", 0.0))
+        except (ValueError, KeyError, TypeError):
+            self._say(f"{self._path} is no file of measurements; it is begun anew")
+
+    def _keep(self) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._path.with_suffix(".new")
+        beside.write_text(json.dumps(self.data, default=str), encoding="utf-8")
+        beside.replace(self._path)
+
+
+def _lever_run(llm: Any, case: levers.Case, effort: Effort) -> dict[str, Any]:
+    found = run_load(llm, case.workload, case.users, effort)
+    del found["memory"]["curve"]
+    memory = llm.stats()["memory"]
+    return {
+        **found,
+        "plan_bytes": {part: memory[f"{part}_bytes"] for part in PARTS},
+        "kv_block_bytes": memory["kv_block_bytes"],
+    }
+
+
+def _estimates(llm: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Plans of the engine for contexts and batches: bytes of each part, nothing allocated."""
+    from ..native import _engine
+    from ..options import engine_options
+
+    kept = {
+        name: value
+        for name, value in options.items()
+        if name not in (*_SIZES, "max_model_len", "max_num_seqs", *_PYTHON)
+    }
+    most = llm.info()["max_position_embeddings"]
+    contexts = [length for length in (512, 2048, 4096, 8192, 32768, 131072) if length <= most]
+    rows = []
+    for batch in (1, 8, 16, 32):
+        for context in contexts:
+            plan = engine_options(**kept, max_model_len=context, max_num_seqs=batch, kv_cache_tokens=batch * context)
+            memory: Mapping[str, Any] = _engine.estimate(llm.model_dir, **plan)
+            rows.append(
+                {"batch": batch, "context": context, **{f"{part}_bytes": memory[f"{part}_bytes"] for part in PARTS}}
+            )
+    return {"rows": rows, "contexts": contexts}
+
+
+_PYTHON = ("tokenizer", "chat_template", "revision", "download_dir", "progress", "seed", "generation_config")
+
+
+def machine(llm: Any) -> dict[str, Any]:
+    """Where the run took place."""
+    from ..native import _engine
+
+    gpus = [gpu for gpu in _engine.device_info() if gpu["usable"]] if llm.info()["backend"] != "cpu" else []
+    return {
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "gpus": [{"name": gpu["name"], "total_bytes": gpu["total_bytes"]} for gpu in gpus],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "qwen_fast": __version__,
+        "compiler": _engine.build_info()["compiler"],
+        "load_average": os.getloadavg()[0],
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for text in file:
+            if text.startswith("model name"):
+                return text.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _parameters(llm: Any) -> int:
+    from ..cli_tools import count_parameters
+
+    return count_parameters(llm.config)
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    shown = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+    for name in ("workloads", "prices"):
+        del shown[name]
+    shown["wall_watts"] = {str(users): watts for users, watts in settings.wall_watts.items()}
+    return {**shown, "effort": asdict(settings.effort)}
+
+
+def repriced(data: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Measurements with other prices, volume, bound and readings at the wall: what needs no measuring."""
+    changed = _plain(settings)
+    kept = {name: changed[name] for name in ("tokens_per_day", "p99_s", "wall_watts")}
+    return {**data, "prices": asdict(settings.prices), "settings": {**data["settings"], **kept}}
+
+
+def _identity(model: str, options: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    kept = {name: str(value) for name, value in sorted(options.items()) if value is not None}
+    asked = [repr((one.name, one.items[:4], len(one.items))) for one in settings.workloads or ()]
+    return {
+        "model": str(model),
+        "options": kept,
+        "workloads": asked,
+        "users": list(settings.users or ()),
+        "quick": settings.quick,
+        "window_s": settings.window_s,
+        "cpu": _cpu_name(),
+        "version": __version__,
+    }

@@ -1,0 +1,188 @@
+"""The planner's roofline held to the committed measurements, on runs that it was not fitted to; and its memory to the engine's plans."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen_fast.cost import fit, plan, roofline
+from qwen_fast.cost.cards import CARDS
+from qwen_fast.cost.memory import Formats, Sizes, plan_memory
+from qwen_fast.cost.shapes import find_shape
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PLANS = json.loads((Path(__file__).parent / "engine_plans.json").read_text())
+MIB = 1 << 20
+WITHIN = 0.15
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return fit.step_rows(RESULTS)
+
+
+def allowed(total: float) -> float:
+    return max(0.03 * total, 96 * MIB)
+
+
+# -- what is held out --------------------------------------------------------------------------------------------
+
+
+def test_every_other_batch_and_7b_at_32k_are_held_out(rows):
+    held = {(row["model"], row["batch"], row["context"]) for row in rows if row["held"] and row["kind"] == "decode"}
+    assert held == {("0.5B", 2, 256), ("7B", 2, 256), ("0.5B", 64, 256), ("7B", 64, 256), ("7B", 1, 32640)}
+    assert [row["what"] for row in rows if row["held"] and row["kind"] == "prefill"] == ["prefill 7B, 32768 tokens"]
+    assert sum(not row["held"] for row in rows) >= 12
+
+
+def test_the_fit_never_sees_held_out_times(rows, monkeypatch):
+    """With held-out times replaced by nonsense the coefficients stay what they are."""
+    spoilt = [{**row, "seconds": row["seconds"] * 7} if row["held"] else row for row in rows]
+    monkeypatch.setattr(fit, "step_rows", lambda results: spoilt)
+    changed = fit.fit(RESULTS)
+    assert changed["factors"] == roofline.load_coefficients()["factors"]
+    assert changed["error"]["held_out_worst"] > 0.5
+
+
+def test_committed_coefficients_are_what_the_committed_results_give():
+    made, committed = fit.fit(RESULTS), roofline.load_coefficients()
+    assert made.keys() == committed.keys()
+    assert made["factors"] == pytest.approx(committed["factors"], rel=1e-3), "run python -m qwen_fast.cost.fit"
+    assert [s["file"] for s in made["sources"]] == [s["file"] for s in committed["sources"]]
+    assert made["power"] == committed["power"], "run python -m qwen_fast.cost.fit"
+
+
+def test_power_comes_from_committed_reports_alone(tmp_path, monkeypatch):
+    def load(watts, window="3 x 10 s", **more):
+        cell = {"value": watts} if watts is not None else {"value": None, "why": "not measured"}
+        return {"label": "a load", "window": window, "cells": {"watts": cell, **more}}
+
+    joules = {"gross": {"value": 1.0}}
+    rows = [load(312.4, **joules), load(540.0, **joules), load(None, **joules), load(80.0),
+            load(1400.0, "3 x 10 s; power entered from a wall meter", **joules)]  # fmt: skip
+    table = {"id": "energy", "columns": [{"key": "watts"}], "rows": rows}
+    report = {
+        "sections": [{"id": "time", "tables": []}, {"id": "power", "tables": [table]}],
+        "machine": {"gpus": [{"name": "NVIDIA H200"}]},
+        "model": {"name": "Qwen2.5-7B"},
+    }
+    (tmp_path / "a-report.json").write_text(json.dumps(report))
+    (tmp_path / "b-report.json").write_text(json.dumps({**report, "machine": {"gpus": []}}))
+    (tmp_path / "c-rows.json").write_text('{"rows": []}')
+    found = fit.measured_power(tmp_path)
+    assert found == [
+        {"file": "a-report.json", "gpu": "NVIDIA H200", "model": "Qwen2.5-7B", "least": 312.4, "most": 540.0}
+    ]
+    known = {**roofline.load_coefficients(), "power": found}
+    monkeypatch.setattr(roofline, "load_coefficients", lambda: known)
+    made = plan("7B", "H200")
+    assert made.watts is None and "312 to 540 W under the loads of a-report.json" in made.power_note
+    assert "H200" not in plan("7B", "H100").power_note and "give watts" in plan("7B", "H100").power_note
+
+
+# -- predictions against measurements ----------------------------------------------------------------------------
+
+
+def test_held_out_steps_within_15_percent(rows):
+    """TPOT and tokens/s of decoding, through plan() itself."""
+    checked = 0
+    for row in rows:
+        if row["kind"] != "decode" or not row["held"]:
+            continue
+        # The run: 128 tokens in and 256 out, or to the end of 32,768 positions; the mean context is row["context"].
+        made = plan(row["model"], "H200", weights=4, head=row["formats"].head_bits, users=row["batch"],
+                    tokens_in=int(row["context"]) - 128, tokens_out=256)  # fmt: skip
+        assert made.speed.step_s.value == pytest.approx(row["seconds"], rel=WITHIN), row["what"]
+        rate = row["batch"] / row["seconds"]
+        assert made.speed.decode_tokens_per_s.value == pytest.approx(rate, rel=WITHIN), row["what"]
+        assert made.speed.decode_tokens_per_s.low < rate < made.speed.decode_tokens_per_s.high, row["what"]
+        checked += 1
+    assert checked == 7
+
+
+def test_held_out_prompt_within_15_percent(rows):
+    for row in rows:
+        if row["kind"] == "prefill" and row["held"]:
+            made = plan(row["model"], "H200", weights=4, tokens_in=row["tokens"], tokens_out=1,
+                        max_num_batched_tokens=row["chunk"])  # fmt: skip
+            assert made.speed.ttft_s.value == pytest.approx(row["seconds"], rel=WITHIN), row["what"]
+            assert made.speed.ttft_s.low < row["seconds"] < made.speed.ttft_s.high
+
+
+def test_fitted_rows_are_met_closely():
+    error = roofline.load_coefficients()["error"]
+    assert error["fitted_worst"] < 0.05
+    assert error["held_out_worst"] < WITHIN
+
+
+def test_no_factor_beats_the_probes():
+    """No byte faster than the bandwidth probe read, no product faster than the product probe's."""
+    fitted = roofline.load_coefficients()
+    _, decode = fit.newest(RESULTS, "gpu-decode")
+    read = decode["environment"]["limits"]["read_gbs"] / CARDS["H200"].bandwidth_gbs
+    product = fitted["probe_product_efficiency"]
+    assert 0.9 < read < 1 and 0.7 < product < 1
+    for kinds in fitted["linears"].values():
+        for c in kinds.values():
+            assert 0.2 < c["read_efficiency"] <= read + 1e-6
+            assert 0.1 < c["product_efficiency"] <= product + 1e-6
+    assert all(fitted["factors"][name] >= 1 / read - 1e-6 for name in fit.BOUNDED)
+    assert fitted["factors"]["attention"] >= 1 / product - 1e-6
+
+
+# -- memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RESULTS.glob("*-gpu-memory.json")))
+def test_memory_of_measured_engines(name):
+    data = json.loads((RESULTS / name).read_text())
+    sizes = Sizes(**data["environment"]["sizes"])
+    for row in data["rows"]:
+        formats = Formats(4, 16 if row["head"] == "model" else 8, offload_embedding=row["offload"] is not None)
+        made = plan_memory(find_shape(row["model"]), formats, sizes, CARDS["H200"], row["overhead_bytes"])
+        for part in ("embedding", "layers", "head", "kv_cache"):
+            assert getattr(made, f"{part}_bytes") == row[f"{part}_bytes"], (row["model"], part)
+        assert abs(made.workspace_bytes - row["workspace_bytes"]) <= 16 * MIB
+        assert abs(made.planned_bytes - row["planned_bytes"]) <= allowed(row["planned_bytes"])
+        assert abs(made.total_bytes - row["nvml_bytes"]) <= allowed(row["nvml_bytes"])
+
+
+def test_memory_of_the_engine_s_own_plans():
+    columns = PLANS["columns"]
+    for values in PLANS["rows"]:
+        row = dict(zip(columns, values))
+        formats = Formats(row["weight_bits"], row["head_bits"], offload_embedding=bool(row["offload_embedding"]))
+        sizes = Sizes(row["max_model_len"], row["max_num_seqs"], row["block_size"],
+                      row["max_num_batched_tokens"], row["block_size"])  # fmt: skip
+        made = plan_memory(find_shape(row["shape"]), formats, sizes, CARDS[row["card"]], 0)
+        for part in ("embedding", "layers", "head"):
+            assert getattr(made, f"{part}_bytes") == row[f"{part}_bytes"], row
+        assert made.kv_cache_bytes == row["kv_block_bytes"], row
+        total = sum(row[f"{part}_bytes"] for part in ("embedding", "layers", "head", "workspace"))
+        assert abs(made.fixed_bytes - total) <= allowed(total), row
+
+
+@pytest.mark.gpu
+def test_memory_of_the_engine_here(tmp_path):
+    """Where there is a GPU that the table knows, the engine's own estimate."""
+    from qwen_fast import _engine
+
+    device = _engine.device_info()[0]
+    card = next((card for name, card in CARDS.items() if device["name"].endswith(name)), None)
+    if card is None:
+        pytest.skip(f"{device['name']} is not in the table")
+    for name in ("qwen2.5-0.5b", "qwen2.5-7b"):
+        directory = tmp_path / name
+        directory.mkdir()
+        config = (ROOT / "benchmarks" / "configs" / f"{name}.json").read_text()
+        (directory / "config.json").write_text(config)
+        sizes = Sizes(4096, 32, 32 * 4096)
+        report = _engine.estimate(str(directory), device="cuda", load_format="dummy", quantization="w4",
+                                  max_model_len=4096, max_num_seqs=32, kv_cache_tokens=32 * 4096)  # fmt: skip
+        made = plan_memory(find_shape(directory), Formats(4, 16), sizes, card, 0)
+        total = sum(report[f"{part}_bytes"] for part in ("embedding", "layers", "head", "workspace", "kv_cache"))
+        assert abs(made.planned_bytes - total) <= allowed(total)
+    assert abs(card.memory_bytes - device["total_bytes"]) < 0.03 * card.memory_bytes
