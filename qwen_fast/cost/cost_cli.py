@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--p99", type=float, default=3.0, metavar="S", help="bound that concurrency is found for (default 3 s)"
     )
+    _add_money(parser)
+    _add_output(parser)
+
+
+def _add_money(parser: argparse.ArgumentParser) -> None:
     money = parser.add_argument_group("money (what is not given is left out)")
     money.add_argument("--currency", default="¥", help="symbol (default ¥)")
     for name, text in PRICES:
@@ -61,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="USERS=W",
         help="what a meter at the wall read under the first workload; may be given again",
     )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("what is written")
     out.add_argument(
         "--out",

@@ -58,7 +58,7 @@ DEFINITIONS: dict[str, tuple[str, str]] = {
     "in_use": (
         "memory in use",
         (
-            "On the CPU the resident set of the process, in which pages count once they are touched; on a GPU what the driver "
+            "On the CPU the resident set of the process, in which pages count once they are touched; on a GPU what NVML "
             "says is in use, by all processes."
         ),
     ),

@@ -189,10 +189,15 @@ class _Load:
         return _Mark(time.monotonic(), self._engine.stats())
 
     def _submit(self, share: float, first: bool) -> None:
-        ids, item = next(self._source)
+        ids, item, round_number = next(self._source)
         wanted = max(1, round(item.output_tokens * share))
         request = self._engine.submit(
-            ids, max_tokens=wanted, temperature=0.0, ignore_eos=not item.ends, eos_token_ids=self._ends
+            ids,
+            max_tokens=wanted,
+            temperature=0.0,
+            ignore_eos=not item.ends,
+            eos_token_ids=self._ends,
+            cache_salt=round_number,  # a prompt asked a second time is computed again; equal beginnings in a round are shared
         )
         self._running.append((request, first))
 

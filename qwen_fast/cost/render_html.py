@@ -13,6 +13,7 @@ from .tables import number
 _STYLE = Path(__file__).with_name("style.css")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _SHORT_WHY = 26
+LEFT = ' class="left"'  # columns of text have no unit
 
 
 def page(document: Mapping[str, Any]) -> str:
@@ -113,7 +114,7 @@ def table_html(table: Mapping[str, Any]) -> str:
 
 def _head(column: Mapping[str, str]) -> str:
     return (
-        f'<th><a href="#def-{column["definition"]}">{escape(column["title"])}</a><span class="unit">{escape(column["unit"])}</span>'
+        f'<th{"" if column["unit"] else LEFT}><a href="#def-{column["definition"]}">{escape(column["title"])}</a><span class="unit">{escape(column["unit"])}</span>'
         f'<span class="method">{escape(column["method"])}</span></th>'
     )
 

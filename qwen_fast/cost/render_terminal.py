@@ -41,7 +41,7 @@ def _plain(table: Mapping[str, Any], width: int) -> list[str]:
             rows.append([row["label"], *map(shown, cells), row["window"]])
     full = [one for one in rows if len(one) == len(head)]
     limit = max(12, width // max(1, len(head)))
-    widths = [min(limit, max([len(text), *(len(one[i]) for one in full)])) for i, text in enumerate(head)]
+    widths = [min(limit if i else 46, max([len(text), *(len(one[i]) for one in full)])) for i, text in enumerate(head)]
     lines = []
     for one in [head, *rows]:
         fitted = one if len(one) < len(head) else [_fit(text, widths[i]) for i, text in enumerate(one)]

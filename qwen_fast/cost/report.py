@@ -139,6 +139,7 @@ def _notes(data: Mapping[str, Any]) -> list[str]:
             f"The machine was not idle: load average {data['machine']['load_average']:.1f} on {data['machine']['cpus']} CPUs at "
             "the start. Figures are worse and less steady than this machine's best."
         )
+    notes += _cached(data)
     preempted = sum(
         window["preemptions"]
         for load in data["stages"].values()
@@ -147,4 +148,19 @@ def _notes(data: Mapping[str, Any]) -> list[str]:
     )
     if preempted:
         notes.append(f"{preempted} preemptions in the windows: the KV cache was too small for a load.")
+    return notes
+
+
+def _cached(data: Mapping[str, Any]) -> list[str]:
+    """Loads whose prompts came from the prefix cache in part: their times hold for such prompts only."""
+    notes = []
+    for workload in data["workloads"]:
+        loads = [one for key, one in data["stages"].items() if key.startswith(f"load:{workload['name']}:")]
+        windows = [window for load in loads for window in load["windows"]]
+        cached, asked = (sum(window[name] for window in windows) for name in ("cached_tokens", "prompt_tokens"))
+        if cached:
+            share = 100 * cached / asked
+            notes.append(
+                f"{workload['label']}: {share:.0f} % of the prompt tokens came from the prefix cache (prompts that begin alike)."
+            )
     return notes

@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +19,7 @@ from typing import Any
 
 from .. import __version__
 from . import levers
+from .machine import cpu_name, machine
 from .measure import FULL, QUICK, Effort, NotMeasured, measure_idle, meter_of, run_load, why_no_meter
 from .money import Prices
 from .probe import Peaks, cpu_peaks, gpu_peaks
@@ -329,40 +327,17 @@ def _estimates(llm: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     for batch in (1, 8, 16, 32):
         for context in contexts:
             plan = engine_options(**kept, max_model_len=context, max_num_seqs=batch, kv_cache_tokens=batch * context)
-            memory: Mapping[str, Any] = _engine.estimate(llm.model_dir, **plan)
-            rows.append(
-                {"batch": batch, "context": context, **{f"{part}_bytes": memory[f"{part}_bytes"] for part in PARTS}}
-            )
+            found: dict[str, Any] = {"batch": batch, "context": context}
+            try:
+                memory: Mapping[str, Any] = _engine.estimate(llm.model_dir, **plan)
+                found |= {f"{part}_bytes": memory[f"{part}_bytes"] for part in PARTS}
+            except (ValueError, RuntimeError, MemoryError) as error:
+                found["why"] = f"not possible: {' '.join(str(error).split())}"
+            rows.append(found)
     return {"rows": rows, "contexts": contexts}
 
 
 _PYTHON = ("tokenizer", "chat_template", "revision", "download_dir", "progress", "seed", "generation_config")
-
-
-def machine(llm: Any) -> dict[str, Any]:
-    """Where the run took place."""
-    from ..native import _engine
-
-    gpus = [gpu for gpu in _engine.device_info() if gpu["usable"]] if llm.info()["backend"] != "cpu" else []
-    return {
-        "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "gpus": [{"name": gpu["name"], "total_bytes": gpu["total_bytes"]} for gpu in gpus],
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "qwen_fast": __version__,
-        "compiler": _engine.build_info()["compiler"],
-        "load_average": os.getloadavg()[0],
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for text in file:
-            if text.startswith("model name"):
-                return text.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _parameters(llm: Any) -> int:
@@ -396,6 +371,6 @@ def _identity(model: str, options: Mapping[str, Any], settings: Settings) -> dic
         "users": list(settings.users or ()),
         "quick": settings.quick,
         "window_s": settings.window_s,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "version": __version__,
     }

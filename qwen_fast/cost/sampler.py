@@ -7,6 +7,8 @@ import threading
 import time
 from typing import Any
 
+from .nvml import GpuMemory
+
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -16,33 +18,31 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * _PAGE
 
 
-def device_used_bytes(indices: list[int]) -> int | None:
-    """What is in use on these GPUs, by all processes, as the driver says; None where it does not."""
-    from ..native import _engine
-
-    found = [gpu for gpu in _engine.device_info() if gpu["index"] in indices]
-    return sum(gpu["total_bytes"] - gpu["free_bytes"] for gpu in found) if found else None
-
-
 METHODS = {
     "rss": "resident set of this process, /proc/self/statm",
-    "gpu": "memory in use on the GPU, by all processes, as the driver says",
+    "gpu": "memory in use on the GPU, by all processes, by NVML",
+    "host": "resident set of the host's process, /proc/self/statm; the GPU's memory: not measured, NVML cannot be read",
 }
 
 
 class MemorySampler:
     """`with MemorySampler(llm, gpus) as sampler:` fills sampler.samples with (seconds since the start, bytes of the
-    process's resident set or of the GPUs in use, KV cache bytes held by requests and by cached prefixes).
+    process's resident set or of the GPUs in use, KV cache bytes held by requests).
 
     gpus: indices; empty: the process's memory.
     """
 
     def __init__(self, llm: Any, gpus: list[int], interval_s: float = 0.02) -> None:
-        self.kind = "gpu" if gpus else "rss"
+        self._gpu: GpuMemory | None = None
+        self.kind = "rss"
+        if gpus:
+            try:
+                self._gpu, self.kind = GpuMemory(gpus), "gpu"
+            except (OSError, AttributeError):
+                self.kind = "host"
         self.samples: list[tuple[float, int, int]] = []
         self._llm = llm
-        self._gpus = gpus
-        self._interval_s = max(interval_s, 0.2) if gpus else interval_s
+        self._interval_s = interval_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
 
@@ -62,12 +62,11 @@ class MemorySampler:
             self._take()
 
     def _take(self) -> None:
-        used = device_used_bytes(self._gpus) if self._gpus else resident_bytes()
+        used = resident_bytes() if self._gpu is None else self._gpu.used_bytes()
         stats = self._llm.stats()
         memory = stats["memory"]
         held = (memory["num_blocks"] - stats["num_free_blocks"]) * memory["kv_block_bytes"]
-        if used is not None:
-            self.samples.append((time.monotonic() - self._began, used, held))
+        self.samples.append((time.monotonic() - self._began, used, held))
 
     def between(self, start: float, stop: float) -> list[tuple[float, int, int]]:
         """Samples of a span of time.monotonic()."""

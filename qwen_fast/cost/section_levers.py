@@ -12,7 +12,7 @@ from .section_memory import MIB
 from .section_power import Bill
 from .section_time import by_workload, spread_cell
 from .statistics import Interval, difference
-from .tables import Cell, around, cell, column, number, plot, row, section, series, table
+from .tables import Cell, around, cell, column, plot, row, section, series, table
 
 _COLUMNS = (
     column("tokens", "output", "tokens/s", "measured: tokens over wall time", "tokens_s"),
@@ -185,22 +185,38 @@ def concurrency_section(data: Mapping[str, Any]) -> dict[str, Any]:
         column("watts", "power", "W", "measured: energy counter, or entered", "watts"),
         column("per_watt", "output", "tokens/s per W", "computed", "tokens_watt"),
     ]
-    tables, said, lines = [], [], []
+    tables = []
     for name, group in groups.items():
         rows = [_concurrency_row(one, data, prices) for one in group]
         tables.append(table(f"concurrency-{group[0].load['workload']}", name, "users", columns, rows))
-        lines.append(
-            series(name, [(one.users, _p99(one, "ttft_ms")) for one in group if _p99(one, "ttft_ms") is not None])
-        )
-        said.append(f"{name}: {_supported_said(group, bound_s)}")
     summary = _summary(groups, bound_s)
     lead = f"P99 below {bound_s:g} s, for the first token and for the whole answer: the studies do not say which they mean."
-    more: dict[str, Any] = {} if groups else {"why": "not measured: no load was run"}
-    bound_plot = plot(
-        "plot-p99", "TTFT of the slowest 1 %", "line", ("users", "count"), ("TTFT P99", "ms"), lines,
-        "measured: nearest rank over requests", log_x=True, log_y=True, bound=[1000 * bound_s, f"{bound_s:g} s"], **more,
+    plots = [
+        _tail_plot(groups, "plot-p99", "TTFT", "ttft_ms", ("TTFT P99", "ms"), 1000 * bound_s, bound_s),
+        _tail_plot(groups, "plot-p99-whole", "End to end time", "e2e_s", ("end to end P99", "s"), bound_s, bound_s),
+    ]
+    return section("concurrency", "Concurrency", lead, [summary, *tables], plots)
+
+
+def _tail_plot(
+    groups: Mapping[str, list[Derived]],
+    key: str,
+    title: str,
+    latency: str,
+    axis: tuple[str, str],
+    bound: float,
+    bound_s: float,
+) -> dict[str, Any]:
+    lines = []
+    for name, group in groups.items():
+        points = [(one.users, value) for one in group if (value := _p99(one, latency)) is not None]
+        if points:
+            lines.append(series(name, points))
+    more: dict[str, Any] = {} if lines else {"why": "not measured: no load was run"}
+    return plot(
+        key, f"{title} of the slowest 1 %", "line", ("users", "count"), axis, lines, "measured: nearest rank over requests",
+        log_x=True, log_y=True, bound=[bound, f"{bound_s:g} s"], **more,
     )  # fmt: skip
-    return section("concurrency", "Concurrency", lead, [summary, *tables], [bound_plot])
 
 
 def _p99(one: Derived, name: str) -> float | None:
@@ -235,16 +251,10 @@ def supported(group: list[Derived], name: str, bound: float) -> int:
     return most
 
 
-def _supported_said(group: list[Derived], bound_s: float) -> str:
-    return f"{supported(group, 'ttft_ms', 1000 * bound_s)} by TTFT, {supported(group, 'e2e_s', bound_s)} by end to end"
-
-
 def _summary(groups: Mapping[str, list[Derived]], bound_s: float) -> dict[str, Any]:
     columns = [
-        column("ttft", f"TTFT P99 < {number(bound_s)} s", "users", "computed: from the tables below", "concurrency"),
-        column(
-            "e2e", f"end to end P99 < {number(bound_s)} s", "users", "computed: from the tables below", "concurrency"
-        ),
+        column("ttft", f"TTFT P99 < {bound_s:g} s", "users", "computed: from the tables below", "concurrency"),
+        column("e2e", f"end to end P99 < {bound_s:g} s", "users", "computed: from the tables below", "concurrency"),
     ]
     rows = []
     for name, group in groups.items():

@@ -64,8 +64,9 @@ def _safe(data: Mapping[str, Any]) -> dict[str, Any]:
     columns = [column("mib", "memory", "MiB", counted, "plan")]
     rows = []
     overhead = plan["device_overhead_bytes"]
-    if estimates:
-        least = min(estimates["rows"], key=lambda one: (one["batch"], one["context"]))
+    known = [one for one in estimates["rows"] if "why" not in one] if estimates else []
+    if known:
+        least = min(known, key=lambda one: (one["batch"], one["context"]))
         size = sum(least[f"{part}_bytes"] for part in PARTS) + overhead
         with_context = ", with the driver's context" if overhead else ""
         rows.append(
@@ -75,7 +76,7 @@ def _safe(data: Mapping[str, Any]) -> dict[str, Any]:
                 {"mib": cell(size / MIB)},
             )
         )
-        most = max(estimates["rows"], key=lambda one: (one["batch"], one["context"]))
+        most = max(known, key=lambda one: (one["batch"], one["context"]))
         size = sum(most[f"{part}_bytes"] for part in PARTS) + overhead
         rows.append(
             row(
@@ -132,7 +133,9 @@ def _against(data: Mapping[str, Any]) -> dict[str, Any]:
     for context in estimates["contexts"]:
         cells = {}
         for one in estimates["rows"]:
-            if one["context"] == context:
+            if one["context"] == context and "why" in one:
+                cells[str(one["batch"])] = cell(None, one["why"])
+            elif one["context"] == context:
                 size = sum(one[f"{part}_bytes"] for part in PARTS)
                 cells[str(one["batch"])] = cell(size / MIB)
         rows.append(row(f"{context:,} tokens", "plan", cells))
@@ -157,7 +160,7 @@ def _curve(data: Mapping[str, Any]) -> dict[str, Any]:
         if not key.startswith("load:"):
             continue
         curve = load["memory"]["curve"]
-        kind = "process (resident)" if load["memory"]["kind"] == "rss" else "GPU in use"
+        kind = "GPU in use" if load["memory"]["kind"] == "gpu" else "process (resident)"
         step = max(1, len(curve) // 60)
         for seconds, use, hold in curve[::step]:
             used.append((at + seconds, use / MIB))
@@ -167,7 +170,7 @@ def _curve(data: Mapping[str, Any]) -> dict[str, Any]:
     return plot(
         "plot-memory-curve", "Memory over the run, load after load", "line", ("time, loads in the order of the table", "s"),
         ("memory", "MiB"), [series(kind, used), series("KV cache held by requests", held)],
-        "measured: sampled every 20 ms (200 ms on a GPU); thinned to the peaks", **more,
+        "measured: sampled every 20 ms; thinned to the peaks", **more,
     )  # fmt: skip
 
 
@@ -178,7 +181,7 @@ def _need_plot(data: Mapping[str, Any]) -> dict[str, Any]:
         points = [
             (one["context"], sum(one[f"{part}_bytes"] for part in PARTS) / MIB)
             for one in estimates["rows"]
-            if one["batch"] == batch
+            if one["batch"] == batch and "why" not in one
         ]
         lines.append(series(_users(batch), points))
     more = {} if lines else {"why": data["skipped"].get("estimates", "not measured")}

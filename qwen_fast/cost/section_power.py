@@ -131,7 +131,7 @@ def _sources(data: Mapping[str, Any]) -> dict[str, Any]:
 def _money(bills: Mapping[str, Bill], prices: Prices, name: str, count: int, said: str) -> dict[str, Any]:
     """Money for `count` output tokens, by way of paying."""
     method = "computed: see the arithmetic below"
-    unit = f"{prices.currency} per {said} output tokens"
+    unit = f"{prices.currency} per {said.removeprefix('a ')} output tokens"
     columns = [column(way, title, unit, method, "money") for way, title in WAYS.items()]
     rows = []
     for bill in bills.values():

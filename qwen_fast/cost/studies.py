@@ -124,10 +124,16 @@ def _energy() -> list[Verdict]:
                 "A", f"{one.joules_1k} J per 1,000 tokens at {one.level} load (batch {one.batch}, {one.watts:g} W)",
                 f"{one.watts:g} W / {rate:g} tokens/s (the study's own, batch {one.batch}) x 1,000 = {joules:,.0f} J. For {one.joules_1k} J at "
                 f"{one.watts:g} W the speed must be {1000 * one.watts / one.joules_1k:,.0f} tokens/s.",
-                False, f"Wrong by a factor of {joules / one.joules_1k:,.0f}; read as kJ still by {joules / one.joules_1k / 1000:.1f}.",
+                False, _wrong(joules, one.joules_1k),
             )
         )  # fmt: skip
     return found
+
+
+def _wrong(joules: float, printed: float) -> str:
+    times = joules / printed / 1000
+    said = f"{times:.1f} times too little" if times > 1 else f"{1 / times:.1f} times too much"
+    return f"Wrong by a factor of {joules / printed:,.0f}; read as kJ, {said}."
 
 
 def _constant() -> Verdict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -50,18 +51,19 @@ class Workload:
     def label(self) -> str:
         return f"{self.title}, {self.mean_prompt:,.0f} in / {self.mean_output:,.0f} out"
 
-    def requests(self, limit: int, seed: int = 0) -> Iterator[tuple[list[int], Item]]:
-        """Prompt token ids below `limit` and their items, without end; the same for the same seed."""
+    def requests(self, limit: int, seed: int = 0) -> Iterator[tuple[list[int], Item, int]]:
+        """Prompt token ids below `limit`, their items, and how often all items were asked before (so that a prompt that
+        comes again need not be found in the prefix cache); without end, the same for the same seed."""
         number = seed << 20
         shared = random.Random(7).choices(range(limit), k=self.shared_tokens)
-        while True:
+        for round_number in itertools.count():
             for item in self.items:
                 number += 1
                 if item.token_ids is not None:
-                    yield list(item.token_ids), item
+                    yield list(item.token_ids), item, round_number
                 else:
                     own = random.Random(number).choices(range(limit), k=item.prompt_tokens)
-                    yield [*shared[: item.prompt_tokens - 1], *own[min(len(shared), item.prompt_tokens - 1) :]], item
+                    yield [*shared[: item.prompt_tokens - 1], *own[min(len(shared), item.prompt_tokens - 1) :]], item, 0
 
 
 def fixed(name: str, title: str, prompt_tokens: int, output_tokens: int, **more: Any) -> Workload:
@@ -188,7 +190,7 @@ def from_access_log(path: str | Path) -> Workload:
         raise ValueError(f"{path}: no request in it ended well with at least one output token ({left_out} others)")
     notes = [f"lengths of {len(items)} recorded requests; the prompts are made up"]
     if left_out:
-        notes.append(f"{left_out} records left out: failed, cancelled or without tokens")
+        notes.append(f"{left_out} record{'s' if left_out > 1 else ''} left out: failed, cancelled or without tokens")
     if cached:
         share = cached / sum(item.prompt_tokens for item in items)
         notes.append(

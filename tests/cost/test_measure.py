@@ -50,6 +50,15 @@ def test_prompts_of_ones_own_are_asked_as_they_are(llm):
     assert found["prompt_tokens"] == 3 and found["requests"]["n"] >= 3
 
 
+def test_prompts_that_come_again_are_computed_again_and_equal_beginnings_are_shared(llm):
+    """Two prompts of 80 tokens with 64 in common, over and over: half a round's beginnings are found, whole prompts never."""
+    items = tuple(Item(80, 2, (*range(10, 74), *([tail] * 16))) for tail in (1, 2))
+    found = run_load(llm, Workload("two", "two", items), 1, SHORT)
+    cached = sum(window["cached_tokens"] for window in found["windows"])
+    asked = sum(window["prompt_tokens"] for window in found["windows"])
+    assert 0.25 < cached / asked < 0.5  # 64 of 160
+
+
 def test_what_ends_nowhere_is_not_measured(llm):
     hurried = Effort(windows=1, window_s=0.01, min_finished=1, most_s=0.001)
     with pytest.raises(NotMeasured, match=r"did not end within 0.001 s"):
@@ -151,3 +160,53 @@ def test_a_change_is_certain_only_beyond_its_interval_and_the_drift():
     change = steady["tables"][0]["rows"][1]["cells"]["more"]
     # Welch by hand: both variances are 1, over 3 windows; 4 degrees, t = 2.776; of a base of 100.
     assert change["value"] == pytest.approx(20) and change["high"] - 20 == pytest.approx(2.776 * (2 / 3) ** 0.5)
+
+
+class FakeNvml:
+    """Two GPUs; records how they were asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def nvmlInit_v2(self):
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, handle):
+        self.asked.append(index.value)
+        handle._obj.value = 100 + index.value
+        return 0 if index.value < 2 else 2
+
+    def nvmlDeviceGetHandleByUUID(self, name, handle):
+        self.asked.append(name)
+        handle._obj.value = 7
+        return 0
+
+    def nvmlDeviceGetMemoryInfo(self, handle, memory):
+        memory._obj.total, memory._obj.free, memory._obj.used = 1000, 900, handle.value
+        return 0
+
+
+def test_memory_of_gpus_through_visible_devices(monkeypatch):
+    from qwen_fast.cost.nvml import GpuMemory, nvml_name
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    library = FakeNvml()
+    assert GpuMemory([0, 1], library).used_bytes() == 100 + 101
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, GPU-abc")
+    assert GpuMemory([0, 1], library).used_bytes() == 101 + 7
+    assert library.asked == [0, 1, 1, b"GPU-abc"]
+    assert nvml_name(0, "") == 0 and nvml_name(3, "5,6") == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    with pytest.raises(OSError, match="the handle of GPU 4 failed with code 2"):
+        GpuMemory([0], library)
+
+
+def test_without_nvml_the_curve_says_so(llm):
+    from qwen_fast.cost.sampler import METHODS, MemorySampler
+
+    with MemorySampler(llm, [0]) as sampler:
+        pass
+    if sampler.kind == "gpu":
+        pytest.skip("this machine has NVML")
+    assert sampler.kind == "host" and "not measured" in METHODS["host"]
+    assert all(used > 1 << 20 for _, used, _ in sampler.samples)

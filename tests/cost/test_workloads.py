@@ -22,7 +22,7 @@ from qwen_fast.cost.workloads import (
 
 
 def take(workload: Workload, count: int, limit: int = 1000) -> list[list[int]]:
-    return [ids for ids, _ in itertools.islice(workload.requests(limit), count)]
+    return [ids for ids, _, _ in itertools.islice(workload.requests(limit), count)]
 
 
 def test_the_studies():
