@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ._engine import Engine
     from ._grammars import CompiledGrammar
+    from .cost.report import Report
 
 _LONG_TEXT = 4096  # characters; a longer prompt is tokenised in a thread
 
@@ -237,6 +238,13 @@ class AsyncLLM(BaseLLM):
             if group is not None:
                 group.cancel()
             self._wakeups.remove(tag)
+
+    async def cost_report(self, workload: Any = None, **options: Any) -> Report:
+        """As LLM.cost_report(), in a thread; it takes minutes where options do not say otherwise. Cancelling the task does
+        not end the thread: budget_seconds bounds it."""
+        from .cost.api import cost_report
+
+        return await asyncio.to_thread(cost_report, self, workload, **options)
 
     async def _iterate(
         self,

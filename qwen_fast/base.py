@@ -14,10 +14,9 @@ from ._guidance import Guidance
 from .chat import ChatTemplate, is_conversation, load_chat_template
 from .errors import ModelError
 from .hub import resolve_model
-from .native import _engine
+from .loading import end_tokens, load_engine, load_tokenizer, read_generation_config
 from .options import engine_options, merged_overrides, refuse_unknown
 from .params import SamplingParams, generation_defaults
-from .progress import Progress
 from .prompts import refuse_bytes
 from .tokenizer import Tokenizer, check_token_ids, read_json_object
 from .utils import derived_seed, format_bytes, fresh_seed
@@ -169,17 +168,22 @@ class BaseLLM:
             **read_json_object(Path(self.model_dir, "config.json")),
             **merged_overrides(rope_scaling, hf_overrides),
         }
-        self.generation_config = self._read_generation_config(generation_config)
+        self.generation_config = read_generation_config(self.model_dir, generation_config)
         try:
             self._defaults = generation_defaults(self.generation_config)
         except ValueError as error:
             raise ModelError(str(error)) from None
         vocab_size = self.config.get("vocab_size")
-        self.tokenizer, self._templates = self._load_tokenizer(
-            tokenizer, vocab_size if isinstance(vocab_size, int) else None, chat_template, revision, download_dir
+        self.tokenizer, self._templates = load_tokenizer(
+            self.model_dir,
+            tokenizer,
+            vocab_size if isinstance(vocab_size, int) else None,
+            chat_template,
+            revision,
+            download_dir,
         )
-        self._eos_token_ids = self._end_tokens()
-        self._engine = self._load_engine(options, progress)
+        self._eos_token_ids = end_tokens(self.generation_config, self.config, self.tokenizer)
+        self._engine = load_engine(self.model, self.model_dir, options, self.tokenizer, progress)
         self._close = weakref.finalize(self, self._engine.close)  # also at interpreter exit
         info = self._engine.info()
         self.vocab_size: int = info["vocab_size"]
@@ -369,57 +373,9 @@ class BaseLLM:
             )
         return self.tokenizer
 
-    # -- loading
-
-    def _read_generation_config(self, source: Any) -> dict[str, Any]:
-        if isinstance(source, Mapping):
-            return dict(source)
-        if source not in ("auto", "vllm"):
-            raise ValueError(f"generation_config must be 'auto', 'vllm' or a dict, got {source!r}")
-        path = Path(self.model_dir, "generation_config.json")
-        return read_json_object(path) if source == "auto" and path.is_file() else {}
-
     def override_generation_config(self, values: Mapping[str, Any]) -> None:
         """Lays values over generation_config.json: the defaults of requests that begin later. ValueError where one is
         no valid parameter."""
         config = {**self.generation_config, **values}
         self._defaults = generation_defaults(config, "generation_config")
         self.generation_config = config
-
-    def _load_tokenizer(
-        self, source: Any, vocab_size: int | None, chat_template: Any, revision: str | None, download_dir: str | None
-    ) -> tuple[Tokenizer | None, dict[str, ChatTemplate]]:
-        directory = self.model_dir if source is None else os.path.expanduser(os.fspath(source))
-        if not os.path.isdir(directory):
-            directory = resolve_model(directory, revision=revision, download_dir=download_dir)
-        if source is None and not os.path.isfile(os.path.join(directory, "tokenizer.json")):
-            return None, {}
-        tokenizer = Tokenizer(directory, vocab_size)
-        return tokenizer, load_chat_template(directory, tokenizer, chat_template)
-
-    def _end_tokens(self) -> list[int]:
-        """Both files may name end tokens, and they differ between base and Instruct repositories: stop on any."""
-        found: list[int] = []
-        for name, source in (("generation_config.json", self.generation_config), ("config.json", self.config)):
-            value = source.get("eos_token_id")
-            for token_id in value if isinstance(value, list) else [value]:
-                if token_id is None:
-                    continue
-                if isinstance(token_id, bool) or not isinstance(token_id, int):
-                    raise ModelError(f"{name}: eos_token_id: expected a token id or a list of them, got {value!r}")
-                if token_id not in found:
-                    found.append(token_id)
-        if not found and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            found.append(self.tokenizer.eos_token_id)
-        return found
-
-    def _load_engine(self, options: dict[str, Any], progress: bool | None) -> _engine.Engine:
-        def said(done: int, total: int) -> str:
-            return f"{format_bytes(done)} of {format_bytes(total)}"
-
-        with Progress(f"Loading {self.model}", 0, enabled=progress, text=said) as bar:
-            # Python runs at every report, so Ctrl-C ends a load even where no bar is shown.
-            engine = _engine.Engine(self.model_dir, **options, progress=lambda done, total: bar.update(done, total))
-        if self.tokenizer is not None:
-            engine.set_vocabulary(self.tokenizer.tokens, sorted(self.tokenizer.special_ids))
-        return engine

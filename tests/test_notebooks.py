@@ -44,7 +44,10 @@ def outputs(executed, name):
     texts = []
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
-            shown = output.get("text") or output.get("data", {}).get("text/plain", "")
+            data = {"text": output.get("text", ""), **output.get("data", {})}
+            shown = "\n".join(
+                data[kind] for kind in ("text", "text/markdown", "text/html", "text/plain") if kind in data
+            )
             assert output.get("name") != "stderr", shown
             texts.append(shown)
     return "\n".join(texts)
@@ -68,6 +71,69 @@ def test_batch(executed):
     assert "60 answers, " in said and "20 of 61 are done" in said and "61 of 61 are done" in said
     assert re.search(r"[1-9]\d* of \d+ prompt tokens came from the cache", said)
     assert "1 failed:" in said and "  60: the prompt has" in said
+
+
+def table_of(said, first):
+    """The rows of the Markdown table whose first title is `first`: {first cell: the others}."""
+    _, _, rest = said.partition(f"| {first} | ")
+    lines = rest.splitlines()[2:]
+    end = next(i for i, line in enumerate(lines) if not line.startswith("| "))
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[:end]]
+    assert rows, first
+    return {row[0]: row[1:] for row in rows}
+
+
+def whole(text):
+    return int(text.replace(",", ""))
+
+
+@pytest.fixture(scope="module")
+def cost_said(executed):
+    return outputs(executed, "cost_of_your_workload.ipynb")
+
+
+def test_cost_of_one_request_and_of_all(cost_said):
+    assert "128 + 256 = 384" in cost_said
+    one = table_of(cost_said, "one request")
+    assert one["prompt tokens"][0] == "43" and one["output tokens"][0] == "14"
+    parts = [whole(row[0]) for name, row in one.items() if name.endswith(" bytes")]
+    assert len(parts) == 6 and min(parts) > 0 and sum(parts) == whole(one["bytes together"][0])
+    assert whole(one["device time of the output in µs"][0]) > 0
+    for name, (usages, requests, unsettled, total) in table_of(cost_said, "field").items():
+        assert whole(usages) == whole(requests) == whole(total) - whole(unsettled), name
+        assert whole(total) > 0 or name == "cached_tokens"
+    for name, parts in table_of(cost_said, "source (µJ)").items():
+        if parts[0].startswith("not measured: "):
+            assert len(parts[0]) > len("not measured: ") and one["energy"][0].startswith("not measured: ")
+        else:
+            assert sum(map(whole, parts[:3])) == whole(parts[3]) > 0, name
+
+
+def test_cost_of_a_workload(cost_said):
+    alone, four = table_of(cost_said, "load").values()  # the first table of the report: speed
+    assert all(float(row[2].split()[0].replace(",", "")) > 0 for row in (alone, four))
+    moved = cost_said.partition("| load | together (GB")[2]
+    weights = [float(line.split(" | ")[2]) for line in moved.splitlines()[2:4]]
+    assert 0 < weights[1] < 0.8 * weights[0]  # four users read the weights once
+    money = table_of(cost_said, "4 users, pay by")
+    assert list(money) == [f"{sign} {way}" for sign in "€$¥" for way in ("electricity", "owned", "rent")]
+    euros, dollars, yuan = (float(money[f"{sign} rent"][0][1:]) for sign in "€$¥")
+    assert dollars / euros == pytest.approx(0.55 / 0.50, rel=2e-3) and yuan / euros == pytest.approx(4, rel=2e-3)
+    priced = cost_said.partition("| load | electricity (€ per million output tokens)")[2].splitlines()[3]
+    assert float(priced.strip("| ").split(" | ")[3]) == pytest.approx(euros, rel=5e-3)
+    for sign in "€$¥":
+        amount, how = money[f"{sign} electricity"]
+        assert how == "energy is not measured" if amount == "-" else "J/kWh x PUE 1.2" in how
+
+
+def test_cost_of_a_plan(cost_said):
+    assert "<td>1x RTX 4090</td>" in cost_said and "4 users at once" in cost_said and "7.62 B parameters" in cost_said
+    plans = table_of(cost_said, "7B on an RTX 4090")
+    assert list(plans) == ["1 user", "4 users", "16 users", "64 users"]
+    memory = [float(row[0]) for row in plans.values()]
+    speed = [whole(row[4].split()[0]) for row in plans.values()]
+    assert sorted(set(memory)) == memory and memory[-1] < 24 and sorted(set(speed)) == speed
+    assert {row[1] for row in plans.values()} == {"yes"}
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from cost_helpers import PRICES, load
 
-from qwen_fast import LLM
-from qwen_fast.cost.money import Prices
 from qwen_fast.cost.run import Runner, Settings
 from qwen_fast.cost.workloads import STUDY_A, fixed
-
-PRICES = Prices("€", 0.3, 1.2, 9000, 4, 0.5, 2.5, 1, 4)
-
-
-def load(options):
-    return LLM("demo", progress=False, max_model_len=192, **options)
 
 
 @pytest.fixture(scope="session")

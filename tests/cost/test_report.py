@@ -209,7 +209,7 @@ def test_a_run_that_was_cut_off_goes_on(measured, settings):
     del kept["stages"]["load:chat:3"]
     path.write_text(json.dumps(kept))
     said = []
-    from conftest import load
+    from cost_helpers import load
 
     again = Runner("demo", {}, settings, load, path, said.append).run()
     assert said == ["load:chat:3"]

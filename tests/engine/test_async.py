@@ -90,6 +90,20 @@ def test_the_same_methods_and_options(llm):
     assert llm.info()["num_layers"] == 8 and llm.stats()["num_running"] == 0
 
 
+def test_cost_report(llm, expected):
+    """As LLM's; the loop stays free meanwhile."""
+    options = {"users": [1], "window_s": 0.01, "levers": False, "peak_gbs": 1.0, "peak_tflops": 1.0}
+
+    async def main():
+        with pytest.raises(TypeError, match="workload must be None"):
+            await llm.cost_report(3)
+        return await asyncio.gather(llm.cost_report("20/4", budget_seconds=0.5, **options), read(llm))
+
+    report, while_it_ran = asyncio.run(main())
+    assert report.document["model"]["name"] == llm.model and len(report.table("time-main")["rows"]) == 1
+    assert while_it_ran == (expected.text, expected.token_ids)
+
+
 def test_many_streams_at_once(llm, expected):
     async def main():
         return await asyncio.gather(*(read(llm) for _ in range(40)))
