@@ -162,7 +162,7 @@ class SamplingParams:
     def resolved(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """The fields as a dict in which no sampling field is None: `defaults` (see generation_defaults), then 1.0, 1.0,
         0, 0.0, 1.0. max_tokens becomes -1 where nothing limits it."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {name: getattr(self, name) for name in _FIELDS}
         for name, default in _DEFAULTS.items():
             if values[name] is None:
                 values[name] = defaults.get(name, default)
@@ -173,6 +173,7 @@ class SamplingParams:
         return values
 
 
+_FIELDS = tuple(field.name for field in fields(SamplingParams))
 _DEFAULTS: dict[str, Any] = {
     "temperature": 1.0,
     "top_p": 1.0,

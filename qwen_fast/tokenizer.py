@@ -232,6 +232,8 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> list[int]:
     if hasattr(token_ids, "tolist"):
         token_ids = token_ids.tolist()
     ids = list(token_ids)
+    if ids and set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
+        return ids
     for position, token_id in enumerate(ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int):
             raise TypeError(f"token id at position {position} must be an int, got {token_id!r}")

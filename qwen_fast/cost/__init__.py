@@ -18,7 +18,19 @@ if TYPE_CHECKING:
 _HOME = {"Prices": "money", "Money": "money", "cost_of": "money", "Plan": "planner", "plan": "planner",
          "CardPrice": "choice", "Choice": "choice", "choose": "choice",
          "Report": "report", "Settings": "run", "Workload": "workloads"}  # fmt: skip
-__all__ = ["CardPrice", "Choice", "Money", "Plan", "Prices", "Report", "Settings", "Workload", "choose", "cost_of", "plan"]
+__all__ = [
+    "CardPrice",
+    "Choice",
+    "Money",
+    "Plan",
+    "Prices",
+    "Report",
+    "Settings",
+    "Workload",
+    "choose",
+    "cost_of",
+    "plan",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,10 +37,12 @@ def app_of(server: Server) -> FastAPI:
     """The application around an existing Server."""
     config = server.config
     document = None if config.disable_fastapi_docs else "/openapi.json"
-    app = FastAPI(title="qwen_fast", version=__version__, openapi_url=document)
+    # FastAPI's own telemetry asks, for each request, whether it is on; traces and metrics are ours.
+    off: Any = {"tracing": False, "metrics": False, "logs": False}
+    app = FastAPI(title="qwen_fast", version=__version__, openapi_url=document, telemetry=off)
     app.state.server = server
     app.openapi = openapi.document  # type: ignore[method-assign]
-    app.router.routes.extend(routes(server))
+    app.router.routes[:0] = routes(server)  # before FastAPI's own: they are tried in order
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(Gate, server=server)
     if config.allowed_origins:
@@ -64,9 +66,9 @@ def routes(server: Server) -> list[Route]:
 
         pages.append(Route("/metrics", MetricsPage(server.metrics.page), methods=["GET"]))
     return [
-        *pages,
         Route("/v1/chat/completions", ChatEndpoint(server), methods=["POST"]),
         Route("/v1/completions", CompletionEndpoint(server), methods=["POST"]),
+        *pages,
         Route("/v1/models", models.Models(server), methods=["GET"]),
         Route("/v1/models/{model:path}", models.Model(server), methods=["GET"]),
         Route("/tokenize", models.Tokenize(server), methods=["POST"]),

@@ -125,6 +125,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--uvicorn-log-level", dest="log_level", choices=["critical", "error", "warning", "info", "debug", "trace"]
     )
+    group.add_argument(
+        "--no-usage-cost",
+        dest="usage_cost",
+        action="store_false",
+        default=None,
+        help="usage in answers without `cost`: bytes, FLOPs, device time and energy of the request",
+    )
     access = group.add_mutually_exclusive_group()
     access.add_argument("--access-log", action="store_true", help="a line for each request")
     access.add_argument("--disable-uvicorn-access-log", action="store_true", help=argparse.SUPPRESS)
@@ -233,7 +240,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     values: dict[str, Any] = {"model": args.model}
     for entry in dataclasses.fields(ServerConfig):
         value = getattr(args, entry.name, None)
-        if entry.name in ("model", "limits") or value is None or value is False:
+        if entry.name in ("model", "limits") or value is None or value == entry.default:
             continue
         values[entry.name] = tuple(value) if isinstance(value, list) else value
     limits = {

@@ -6,7 +6,10 @@ import json
 import logging
 import os
 import threading
+import time
 from typing import Any
+
+from .state import RequestRecord
 
 _LOG = logging.getLogger("qwen_fast.server")
 
@@ -80,3 +83,31 @@ class AuditLog:
             return True
         ours = os.fstat(self._fd)
         return (there.st_ino, there.st_dev) != (ours.st_ino, ours.st_dev)
+
+
+def audit_entry(record: RequestRecord) -> dict[str, Any]:
+    """Who, when, how much, how it ended. Never text, except what record.prompt_text and output_text hold."""
+    ended, cost = record.finished or time.perf_counter(), record.cost
+    entry: dict[str, Any] = {
+        "time": time.time() - (time.perf_counter() - record.arrived),
+        "request_id": record.request_id,
+        "principal": record.principal.name,
+        "route": record.route,
+        "model": record.model,
+        "stream": record.stream,
+        "sequences": record.num_sequences,
+        "prompt_tokens": record.prompt_tokens,
+        "cached_tokens": record.cached_tokens,
+        "completion_tokens": record.completion_tokens,
+        "ttft_s": None if record.first_token is None else record.first_token - record.arrived,
+        "seconds": ended - record.arrived,
+        "status": record.status,
+        "outcome": record.outcome,
+        "finish_reasons": record.finish_reasons,
+        "error": record.error,
+        "cost": None if cost is None else cost.as_dict(),
+    }
+    if record.output_text is not None:
+        entry["prompt"] = record.prompt_text
+        entry["output"] = [record.output_text[index] for index in sorted(record.output_text)]
+    return entry

@@ -88,7 +88,8 @@ def _check_tools(tools: Any, limits: Limits) -> None:
 
 def _check_prompt(body: Mapping[str, Any], limits: Limits, max_model_len: int) -> None:
     prompt = body.get("prompt")
-    for i, text in enumerate(prompt[: limits.prompts] if isinstance(prompt, list) else [prompt]):
+    entries = prompt[: limits.prompts] if isinstance(prompt, list) else [prompt]
+    for i, text in enumerate(entries if str in map(type, entries) else ()):
         size = json_bytes(text, limits.text_bytes) if isinstance(text, str) else 0
         if size - 2 > limits.text_bytes:
             message = f"prompt {i} has {size - 2} bytes; the limit is {limits.text_bytes}"

@@ -130,6 +130,8 @@ class ServerConfig:
     otlp_traces_endpoint: URL of an OTLP collector; None: no traces.
     disable_fastapi_docs: leave out /docs, /redoc and /openapi.json.
     enable_force_include_usage: every stream ends with usage.
+    usage_cost: usage has `cost`: bytes, FLOPs, device time and energy of the request, as the engine's meter has them.
+        The audit log and /metrics have them in any case.
     return_tokens_as_token_ids: logprobs name tokens as "token_id:N".
     response_role: role of answers.
     log_level: uvicorn's. access_log: a line for each request.
@@ -168,6 +170,7 @@ class ServerConfig:
     otlp_traces_endpoint: str | None = None
     disable_fastapi_docs: bool = False
     enable_force_include_usage: bool = False
+    usage_cost: bool = True
     return_tokens_as_token_ids: bool = False
     response_role: str = "assistant"
     log_level: str = "info"

@@ -14,13 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 from .config import Limits
 from .errors import ApiError, from_exception
-from .http_io import CONTEXT, ClientGone, Context, Message, Receive, Send, discard_body, route_path, send_error
+from .http_io import (
+    CONNECTION,
+    CONTEXT,
+    ClientGone,
+    Context,
+    Message,
+    Receive,
+    Send,
+    discard_body,
+    route_path,
+    send_error,
+)
 from .state import Principal, Server
 
 if TYPE_CHECKING:
     from .connections import Connection
 
-CONNECTION = "qwen_fast.connection"  # key of a scope that holds its Connection, where it came over HTTP
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _WITHOUT_KEY = frozenset({"/health", "/ready", "/ping"})  # and /metrics where ServerConfig says so
 _NOBODY = Principal()
@@ -67,6 +77,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            elif connection is not None and not message.get("more_body", False):
+                connection.ending()
             await send(message)
 
         key: str | None = None

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import EngineError
 from ..outputs import Logprob, StreamOutput
 from ..params import SamplingParams
+from .audit import audit_entry
 from .bounds import check_limits, check_logprobs, too_long
 from .errors import ApiError, from_exception
 from .http_io import (
@@ -103,13 +104,17 @@ class Answer(ABC):
         """Characters to tokenise, roughly; a token id that was given counts as four."""
 
 
-def usage_of(record: RequestRecord) -> dict[str, Any]:
-    return {
+def usage_of(server: Server, record: RequestRecord) -> dict[str, Any]:
+    """OpenAI's usage, and under "cost" what the meter says, where it is on and the configuration does not leave it out."""
+    usage: dict[str, Any] = {
         "prompt_tokens": record.prompt_tokens,
         "completion_tokens": record.completion_tokens,
         "total_tokens": record.prompt_tokens + record.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
     }
+    if server.config.usage_cost and (cost := record.cost) is not None:
+        usage["cost"] = cost.as_dict()
+    return usage
 
 
 async def handle(
@@ -185,33 +190,6 @@ def _recorded(server: Server, record: RequestRecord) -> Iterator[None]:
         server.audit.write(audit_entry(record))
 
 
-def audit_entry(record: RequestRecord) -> dict[str, Any]:
-    """Who, when, how much, how it ended. Never text, except what record.prompt_text and output_text hold."""
-    ended = record.finished or time.perf_counter()
-    entry: dict[str, Any] = {
-        "time": time.time() - (time.perf_counter() - record.arrived),
-        "request_id": record.request_id,
-        "principal": record.principal.name,
-        "route": record.route,
-        "model": record.model,
-        "stream": record.stream,
-        "sequences": record.num_sequences,
-        "prompt_tokens": record.prompt_tokens,
-        "cached_tokens": record.cached_tokens,
-        "completion_tokens": record.completion_tokens,
-        "ttft_s": None if record.first_token is None else record.first_token - record.arrived,
-        "seconds": ended - record.arrived,
-        "status": record.status,
-        "outcome": record.outcome,
-        "finish_reasons": record.finish_reasons,
-        "error": record.error,
-    }
-    if record.output_text is not None:
-        entry["prompt"] = record.prompt_text
-        entry["output"] = [record.output_text[index] for index in sorted(record.output_text)]
-    return entry
-
-
 class _Reply:
     def __init__(self, send: Send) -> None:
         self.send = send
@@ -279,7 +257,7 @@ async def _stream(
             text = head + text
         if text:
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-    tail = answer.usage_event(usage_of(record)) if answer.include_usage else ""
+    tail = answer.usage_event(usage_of(server, record)) if answer.include_usage else ""
     await send({"type": "http.response.body", "body": tail.encode() + DONE})
 
 
@@ -302,7 +280,7 @@ async def _whole(
             sequence.last = output
 
     def written() -> bytes:
-        return dumped_in_pieces(answer.whole(prompts, sequences, usage_of(record))).encode()
+        return dumped_in_pieces(answer.whole(prompts, sequences, usage_of(server, record))).encode()
 
     body = await server.workers.run_if(record.prompt_tokens + record.completion_tokens > _LONG_ANSWER, written)
     reply.started = True
@@ -335,8 +313,13 @@ def _note_finish(record: RequestRecord, output: StreamOutput) -> None:
         raise ApiError(503, f"the request was ended by the server ({output.finish_reason})", code="aborted")
     record.finish_reasons.append(str(output.finish_reason))
     record.timings.append(output.timings)
-    if output.usage is not None and output.index % (record.params.n if record.params else 1) == 0:
-        record.cached_tokens += output.usage.cached_tokens
+    usage = output.usage
+    if usage is None:
+        return
+    if output.index % (record.params.n if record.params else 1) == 0:
+        record.cached_tokens += usage.cached_tokens
+    if usage.flops:  # the meter is on: every request computes something
+        record.metered = usage if record.metered is None else record.metered.plus(usage)
 
 
 async def _of_prompt(

@@ -17,6 +17,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 T = TypeVar("T")
 
+CONNECTION = "qwen_fast.connection"  # key of a scope that holds its Connection, where it came over HTTP
 CONTEXT = "qwen_fast"  # key of a scope that holds its Context
 _DISCARD_S = 5.0  # for a body that nobody wants
 _LAST_WORDS_S = 1.0  # for an error to reach a client that reads slowly
@@ -56,6 +57,9 @@ async def read_body(
     declared = headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and len(declared) < 20 and int(declared) > limits.body_bytes:
         raise _too_large(limits)
+    connection = scope.get(CONNECTION)
+    if connection is not None and connection.body_is_complete:  # there is nothing to wait for
+        return await _read_parts(receive, limits, charge)
     try:
         return await asyncio.wait_for(_read_parts(receive, limits, charge), limits.body_seconds)
     except asyncio.TimeoutError:
@@ -150,9 +154,12 @@ async def while_connected(
             raise ApiError(503, message, code=code)
         raise ApiError(504, f"the request took longer than {limit:g} s", code="request_timeout")
     finally:
-        task.cancel()
         watcher.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, watcher, return_exceptions=True)
+        elif watcher.done() and not watcher.cancelled():
+            watcher.exception()  # nobody else asks for it
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,10 @@ _OURS_ALONE = frozenset(  # vLLM has nothing of this name
         "memory_bytes",
         "responses",
         "key_tokens",
+        "energy_joules",
+        "device_seconds",
+        "bytes",
+        "tokens",
     )
 )
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)  # fmt: skip
@@ -45,6 +49,29 @@ _COUNTERS = {
     "num_preemptions": ("num_preemptions", "Sequences put back because the KV cache was full"),
     "generation_tokens": ("num_generated_tokens", "Tokens generated"),
     "engine_steps": ("num_steps", "Steps of the engine"),
+}
+_METERED = {  # name: (label, {its value: field of the meter's account}, scale, help)
+    "device_seconds": (
+        "phase",
+        {"prefill": "prefill_device_ns", "decode": "decode_device_ns"},
+        1e-9,
+        "Device time of steps, measured; prefill: prompt tokens, and tokens computed again",
+    ),
+    "bytes": (
+        "kind",
+        {
+            kind: f"{kind}_bytes"
+            for kind in ("weight", "head", "embedding", "kv_read", "kv_write", "activation", "host")
+        },
+        1,
+        "Bytes moved in the device's memory, and over its bus (host), counted by formula",
+    ),
+    "tokens": (
+        "phase",
+        {"prefill": "computed_prompt_tokens", "decode": "output_tokens"},
+        1,
+        "Tokens computed for prompts, and tokens generated",
+    ),
 }
 _MEMORY = ("embedding", "layers", "head", "workspace", "kv_cache")
 
@@ -216,6 +243,8 @@ class _EngineCollector(Collector):
         yield self._one(CounterMetricFamily, "engine_busy_seconds", "Time with a step on the device", busy)
         yield self._memory(memory)
         yield self._cache_config()
+        if stats["meter"]["enabled"]:
+            yield from self._metered(stats["meter"]["total"])
 
     def _one(self, kind: Any, name: str, text: str, value: float) -> Metric:
         family = kind(PREFIX + name, text, labels=self._names)
@@ -223,11 +252,23 @@ class _EngineCollector(Collector):
         return family
 
     def _memory(self, memory: dict[str, Any]) -> Metric:
-        family = GaugeMetricFamily(
-            PREFIX + "memory_bytes", "Memory of the engine by part", labels=(*self._names, "part")
-        )
-        for part in _MEMORY:
-            family.add_metric((*self._values, part), memory[f"{part}_bytes"])
+        parts = {part: memory[f"{part}_bytes"] for part in _MEMORY}
+        return self._labelled(GaugeMetricFamily, "memory_bytes", "Memory of the engine by part", "part", parts)
+
+    def _metered(self, total: Mapping[str, Any]) -> Iterator[Metric]:
+        """What the meter has counted since the engine was loaded; energy only of the devices that it can measure."""
+        for name, (label, fields, scale, text) in _METERED.items():
+            values = {value: total[field] * scale for value, field in fields.items()}
+            yield self._labelled(CounterMetricFamily, name, text, label, values)
+        joules = {device: microjoules / 1e6 for device, microjoules in total["energy_uj"].items()}
+        if joules:
+            text = "Energy of a whole device, measured, with and without steps"
+            yield self._labelled(CounterMetricFamily, "energy_joules", text, "device", joules)
+
+    def _labelled(self, kind: Any, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+        family = kind(PREFIX + name, text, labels=(*self._names, label))
+        for value, number in values.items():
+            family.add_metric((*self._values, value), number)
         return family
 
     def _cache_config(self) -> Metric:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from .. import __version__
+from ..outputs import Usage
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 _REF = "#/components/schemas/{model}"
@@ -26,7 +27,19 @@ def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [schema, {"type": "null"}]}
 
 
+def _cost() -> dict[str, Any]:
+    """What the meter says of a request: every field of Usage.as_dict()."""
+    kinds: dict[str, dict[str, Any]] = {
+        "energy_uj": {"type": "object", "additionalProperties": _INT},
+        "energy_provisional": {"type": "boolean"},
+        "energy_note": _TEXT,
+    }
+    schema = _object(**{name: kinds.get(name, _INT) for name in Usage(0, 0, 0).as_dict()})
+    return {**schema, "description": " ".join((Usage.__doc__ or "").split())}
+
+
 _USAGE = _object(prompt_tokens=_INT, completion_tokens=_INT, total_tokens=_INT, prompt_tokens_details=_OBJECT)
+_USAGE["properties"]["cost"] = _cost()  # not required: --no-usage-cost, meter=False
 _REASON = {"type": "string", "enum": ["stop", "length", "tool_calls"]}
 _CHAT_CHOICE = _object(
     index=_INT,

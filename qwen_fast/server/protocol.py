@@ -68,6 +68,8 @@ def _is_token_id(value: Any) -> bool:
 
 
 def _token_ids(values: list[Any], where: str) -> list[int]:
+    if values and set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= _INT32_MAX:
+        return values
     for i, value in enumerate(values):
         if not _is_token_id(value) or not 0 <= value <= _INT32_MAX:
             raise ValueError(f"{where}token id {i} should be an integer from 0 to {_INT32_MAX}, not {described(value)}")

@@ -17,6 +17,7 @@ from .config import ServerConfig
 if TYPE_CHECKING:
     from ..async_llm import AsyncLLM
 
+_COLLECT_AFTER = 10_000  # objects made and not freed: Python's 700 are those of two requests
 _NEEDED = ("fastapi", "prometheus_client", "uvicorn")
 
 
@@ -35,8 +36,6 @@ def run_serve(args: argparse.Namespace, around: Callable[[Any], Any] | None = No
         llm.override_generation_config(args.override_generation_config)
     if not llm.has_chat_template:
         print(f"qwen-fast: {args.model} has no chat template: chat needs --chat-template", file=sys.stderr)
-    gc.collect()
-    gc.freeze()  # what is loaded stays: a collection does not walk over it again while requests wait
     return run(llm, config, around)
 
 
@@ -76,6 +75,9 @@ async def _serve(llm: AsyncLLM, config: ServerConfig, around: Callable[[Any], An
         settings = uvicorn_config(around(app), config, _logging(config))
         lifecycle = Lifecycle(app.state.server, Listeners(settings, config))
         _announce(llm, config)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: a collection does not walk over it again while requests wait
+        gc.set_threshold(_COLLECT_AFTER)
         return await lifecycle.run(), lifecycle.hung
 
 

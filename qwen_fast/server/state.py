@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .bodies import Bodies
@@ -15,6 +15,7 @@ from .workers import Workers
 
 if TYPE_CHECKING:
     from ..async_llm import AsyncLLM
+    from ..outputs import Usage
     from ..params import SamplingParams
     from .pacing import Pacer
 
@@ -56,8 +57,17 @@ class RequestRecord:
     error: str | None = None
     finish_reasons: list[str] = field(default_factory=list)
     timings: list[Any] = field(default_factory=list)  # qwen_fast.outputs.Timings, one per finished sequence
+    metered: Usage | None = None  # of the finished sequences together; see cost
     prompt_text: Any = None  # messages or prompt as given; for an audit log that was asked for text
     output_text: dict[int, str] | None = None  # by sequence; None: not collected
+
+    @property
+    def cost(self) -> Usage | None:
+        """What the whole request took. None while a sequence runs, where one was cut off (what the others took is no
+        whole), and where the engine has its meter off. Each prompt's tokens count once, whatever n is."""
+        if self.metered is None or not self.num_sequences or len(self.timings) < self.num_sequences:
+            return None
+        return replace(self.metered, prompt_tokens=self.prompt_tokens, cached_tokens=self.cached_tokens)
 
 
 class Admission(Protocol):

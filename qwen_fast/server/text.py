@@ -24,7 +24,7 @@ def quoted(text: str) -> str:
 
 def dumped(value: Any) -> str:
     """value as JSON that is safe inside an event's line."""
-    encoded = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    encoded = "null" if value is None else _ENCODER.encode(value)
     return encoded if encoded.isascii() else encoded.translate(_LINE_ENDS)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
-from ..server.gate import CONNECTION
+from ..server.http_io import CONNECTION
 from .history import new_token, owner_of
 from .texts import Refusal
 

@@ -23,8 +23,8 @@ def _cell(name: str, value: str, lang: str) -> str:
     return f'<div class="qf-cell qf-{name}"><dt>{html.escape(text(name, lang))}</dt><dd{kind}>{shown}</dd></div>'
 
 
-_MEASURED = ("kv_use", "memory", "requests", "energy", "cost")  # by the server, or not at all
-_ROWS = ("speed", "first_token", "tokens_in", "tokens_out", "kv_use", "memory", "requests", "energy", "cost")
+_MEASURED = ("kv_use", "memory", "requests", "energy", "moved", "cost")  # by the server, or not at all
+_ROWS = ("speed", "first_token", "tokens_in", "tokens_out", "kv_use", "memory", "requests", "energy", "moved", "cost")
 
 
 def _shown(name: str, numbers: Mapping[str, Any], lang: str) -> str:
@@ -48,7 +48,9 @@ def _shown(name: str, numbers: Mapping[str, Any], lang: str) -> str:
     if name == "requests" and has("running", "waiting"):
         return f"{numbers['running']:.0f}, {numbers['waiting']:.0f}"
     if name == "energy" and has("joules"):
-        return f"{numbers['joules']:.4g} J"
+        return f"{'≥ ' if numbers.get('provisional') else ''}{numbers['joules']:.4g} J"
+    if name == "moved" and has("moved_bytes"):
+        return f"{numbers['moved_bytes'] / 1e9:.4g} GB"
     if name == "cost" and has("cost"):
         return str(numbers["cost"])
     return ""

@@ -55,8 +55,8 @@ class TurnStats:
         return _count(self._usage.get("completion_tokens")) or self._chunks
 
     def numbers(self) -> dict[str, Any]:
-        """tokens_out, exact; where known: tokens_in, ttft_s, tokens_per_s (after the first chunk), joules, cost (a
-        text)."""
+        """tokens_out, exact; where known: tokens_in, ttft_s, tokens_per_s (after the first chunk), and what
+        measured_cost() gives."""
         tokens = self._tokens_out()
         found: dict[str, Any] = {"tokens_out": tokens, "exact": bool(_count(self._usage.get("completion_tokens")))}
         prompt = _count(self._usage.get("prompt_tokens"))
@@ -72,8 +72,9 @@ class TurnStats:
 
 
 def measured_cost(usage: Mapping[str, Any]) -> dict[str, Any]:
-    """joules and cost from a usage that has `cost`: an amount, or an object with joules (or energy_uj: microjoules by
-    source), amount (or total) and currency."""
+    """joules (with provisional, where they may still grow), moved_bytes and cost (a text) from a usage that has `cost`: an
+    amount, or an object with joules (or energy_uj: microjoules by source, and energy_provisional), total_bytes, amount
+    (or total) and currency."""
     cost = usage.get("cost")
     if not isinstance(cost, dict):
         amount = _finite(cost)
@@ -87,6 +88,10 @@ def measured_cost(usage: Mapping[str, Any]) -> dict[str, Any]:
     amount = next((value for name in ("amount", "total") if (value := _finite(cost.get(name))) is not None), None)
     if joules is not None:
         found["joules"] = joules
+        if cost.get("energy_provisional") is True:
+            found["provisional"] = True
+    if moved := _count(cost.get("total_bytes")):
+        found["moved_bytes"] = moved
     if amount is not None:
         found["cost"] = f"{amount:.6g} {str(cost.get('currency') or '')[:8]}".strip()
     return found

@@ -62,6 +62,7 @@ WORDS: dict[str, tuple[str, str]] = {  # name: English, Chinese
     "memory": ("Memory", "内存"),
     "requests": ("Running, waiting", "运行中，等待中"),
     "energy": ("Energy", "能耗"),
+    "moved": ("Memory traffic, counted", "内存读写量（计算值）"),
     "cost": ("Cost", "费用"),
     "not_measured": ("not measured", "未测量"),
     "none_yet": ("–", "–"),

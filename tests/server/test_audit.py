@@ -104,7 +104,9 @@ def test_requests(demo, tmp_path, text):
         headers = {"authorization": "Bearer sk-secret", "x-request-id": "mine"}
         with httpx.Client(base_url=running.url, headers=headers) as client:
             answer = client.post("/v1/completions", json=body).json()
+            assert running.idle()  # a record is written after its answer was sent
             assert client.post("/v1/completions", json={**body, "temperature": -1}).status_code == 400
+            assert running.idle()
             assert client.post("/v1/completions", json={**body, "model": "other"}).status_code == 404
         assert running.idle()
     good, bad, unknown = lines(path)

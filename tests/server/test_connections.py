@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import h11
 import httpx
 import pytest
 from backends import free_port
@@ -21,7 +22,7 @@ from backends import free_port
 from qwen_fast import AsyncLLM
 from qwen_fast.server import ServerConfig, create_app
 from qwen_fast.server.config import Limits
-from qwen_fast.server.connections import Waiting
+from qwen_fast.server.connections import Waiting, _Writer
 from qwen_fast.server.listeners import Listeners
 from qwen_fast.server.serve import plug_ins, uvicorn_config
 
@@ -330,3 +331,33 @@ def test_http_still_works(at_site):
                     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 2
 
     at_site(scenario)
+
+
+def test_the_writer_sends_what_h11_would():
+    """In fewer parts: the head with what follows, the last part of a body with the end."""
+    chunked = ([("transfer-encoding", "chunked")], [b"one", b"", b"two" * 1000])
+    held: list[int] = []
+    counted = ([("content-length", "6")], [b"onetwo"])
+    for headers, parts in (chunked, counted, ([], [b"until the end"])):
+        written = []
+        held.clear()
+        writer = _Writer(65536, lambda: held.append(1))
+        plain = h11.Connection(h11.SERVER)
+        for connection in (writer, plain):
+            connection.receive_data(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            connection.next_event()
+            connection.next_event()
+            sent = [connection.send(h11.Response(status_code=200, headers=headers))]
+            for part in parts:
+                if connection is writer and part is parts[-1]:
+                    writer.ending = True
+                sent.append(connection.send(h11.Data(data=part)))
+            sent.append(connection.send(h11.EndOfMessage()))
+            written.append(sent)
+        assert b"".join(written[0]) == b"".join(written[1]) and held == [1] and writer.flush() == b""
+        assert written[0][0] == b"" and written[0][-2] == b"" and writer.our_state is plain.our_state is h11.DONE
+    writer = _Writer(65536, lambda: None)
+    writer.receive_data(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    writer.next_event()
+    assert writer.send(h11.Response(status_code=200, headers=[])) == b""
+    assert writer.flush().startswith(b"HTTP/1.1 200") and writer.flush() == b""

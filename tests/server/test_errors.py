@@ -301,7 +301,12 @@ def test_json_depth_ignores_strings():
 
 def test_json_depth_is_linear():
     """Quotes that end no string, and escapes without end, cost what their length says."""
-    for body in (b'{"' + b'\\"' * 2_000_000, b'{"' + b"\\" * 4_000_000, b'["' * 2_000_000, b'{"a": [' + b'"' * 4_000_001):
+    for body in (
+        b'{"' + b'\\"' * 2_000_000,
+        b'{"' + b"\\" * 4_000_000,
+        b'["' * 2_000_000,
+        b'{"a": [' + b'"' * 4_000_001,
+    ):
         start = time.perf_counter()
         shape_of(body)
         assert time.perf_counter() - start < 2  # 0.05 s each; a rescan at every quote would take hours

@@ -98,6 +98,10 @@ def test_every_metric_under_both_names(running):
         "memory_bytes",
         "responses",
         "key_tokens",
+        "device_seconds",
+        "bytes",
+        "tokens",
+        *(["energy_joules"] if running.llm.stats()["meter"]["total"]["energy_uj"] else []),
     }
     assert vllms <= ours
 

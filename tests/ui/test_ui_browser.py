@@ -192,6 +192,7 @@ def test_type_and_stream(page):
     numbers = page.inner_text("#qf-numbers")
     assert re.search(r"Tokens/s\s+[\d,.]+\s", numbers) and re.search(r"First token\s+[\d.]+ s", numbers)
     assert re.search(r"Memory\s+[\d.]+ MiB", numbers) and re.search(r"Energy\s+not measured", numbers)
+    assert re.search(r"Memory traffic, counted\s+[\d.]+ GB", numbers)
     assert "Tell me a story" in page.inner_text("#qf-list")
 
 

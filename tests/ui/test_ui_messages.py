@@ -195,8 +195,15 @@ def test_cost_is_shown_only_where_it_was_measured():
     assert measured_cost({"cost": {"energy_uj": {}}}) == measured_cost({"cost": {"energy_uj": {"gpu0": "?"}}}) == {}
     assert measured_cost({"cost": 0.25}) == {"cost": "0.25"}
     assert measured_cost({"cost": {"amount": 1e-6, "currency": "EUR"}}) == {"cost": "1e-06 EUR"}
+    counted = {"energy_uj": {"gpu0": 3}, "energy_provisional": True, "total_bytes": 73_584_128}
+    assert measured_cost({"cost": counted}) == {"joules": 3e-6, "provisional": True, "moved_bytes": 73_584_128}
+    shown = panel(measured_cost({"cost": counted}), "en")
+    assert "≥ 3e-06 J" in shown and "0.07358 GB" in shown and "GB" not in panel({"joules": 1}, "en")
+    unmeasured = {"energy_uj": {}, "energy_note": "no counter", "total_bytes": 5}
+    assert measured_cost({"cost": unmeasured}) == {"moved_bytes": 5}
+    assert measured_cost({"cost": {"total_bytes": -1}}) == measured_cost({"cost": {"total_bytes": "9"}}) == {}
     empty = panel({}, "en")
-    assert empty.count("not measured") == 5
+    assert empty.count("not measured") == 6
     assert "2.5 J" in panel({"joules": 2.5}, "en") and "未测量" in panel({}, "zh")
 
 
