@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from conftest import serving
+from server_helpers import serving
 
 from qwen_fast import AsyncLLM
 from qwen_fast.server import ServerConfig

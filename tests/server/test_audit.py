@@ -10,7 +10,7 @@ import threading
 
 import httpx
 import pytest
-from conftest import serving
+from server_helpers import serving
 
 from qwen_fast.server import ServerConfig, audit
 from qwen_fast.server.audit import AuditLog

@@ -10,7 +10,7 @@ import time
 
 import httpx
 import pytest
-from conftest import serving
+from server_helpers import serving
 
 from qwen_fast.server import ServerConfig, auth
 from qwen_fast.server.auth import ApiKey, KeyLimits, Keys, keys_of, read_keys

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import serving
+from server_helpers import serving
 from stalls import ask, message_of
 from test_admission import ALICE, Clock
 from test_hostile_traffic import CHAT, HI, TEXT, answer, body_of, quiet

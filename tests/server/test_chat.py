@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import Serving, serving
+from server_helpers import Serving, serving
 
 from qwen_fast import AsyncLLM, SamplingParams
 from qwen_fast.server import ServerConfig

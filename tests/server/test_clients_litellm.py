@@ -7,7 +7,7 @@ import asyncio
 import json
 
 import pytest
-from conftest import serving
+from server_helpers import serving
 
 from qwen_fast.server import ServerConfig
 

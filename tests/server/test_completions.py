@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import serving
+from server_helpers import serving
 
 from qwen_fast import SamplingParams, __version__
 from qwen_fast.server import ServerConfig

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
-from conftest import serving
 from prometheus_client.parser import text_string_to_metric_families
+from server_helpers import serving
 from test_serve import parsed
 
 from qwen_fast import AsyncLLM, SamplingParams

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 from bad_requests import TABLE, Bad
-from conftest import Serving, serving
+from server_helpers import Serving, serving
 
 from qwen_fast.server import ServerConfig
 from qwen_fast.server.config import Limits

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from backends import free_port
-from conftest import serving
+from server_helpers import serving
 
 from qwen_fast.server import ServerConfig, create_app
 from qwen_fast.server.lifecycle import Watchdog, watch

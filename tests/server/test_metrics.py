@@ -9,9 +9,9 @@ import httpx
 import openai
 import prometheus_client
 import pytest
-from conftest import serving
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from server_helpers import serving
 from test_deployment import METRICS
 
 from qwen_fast.server import ServerConfig

@@ -11,9 +11,9 @@ import hypothesis
 import jsonschema
 import pytest
 import schemathesis
-from conftest import Serving, serving
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis import Case, GenerationMode
+from server_helpers import Serving, serving
 
 from qwen_fast import AsyncLLM
 from qwen_fast.server import ServerConfig

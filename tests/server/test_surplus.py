@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import serving
+from server_helpers import serving
 
 from qwen_fast import AsyncLLM
 from qwen_fast.server import ServerConfig

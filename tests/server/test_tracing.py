@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import serving
+from server_helpers import serving
 
 from qwen_fast.server import ServerConfig
 
