@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import h11
-from h11._writers import ChunkedWriter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .config import Limits
@@ -89,7 +88,7 @@ def raise_file_limit(limits: Limits) -> None:
 
 
 class _Writer(h11.Connection):
-    """h11's, with a shorter way for the chunks of a body, and fewer system calls: the head of a response waits for what
+    """h11's, with fewer system calls: the head of a response waits for what
     comes with it, and the last part of a body for the end of the message. `held` is called where the head waits, and
     calls flush() a turn of the event loop later.
 
@@ -113,7 +112,7 @@ class _Writer(h11.Connection):
             self._waiting = super().send(event) or b""
             self._held()
             return b""
-        sent = self._sent(event)
+        sent = super().send(event)
         if self._waiting and sent is not None:
             sent = self.flush() + sent
         if self.ending and type(event) is h11.Data:
@@ -121,12 +120,6 @@ class _Writer(h11.Connection):
             self._waiting = sent or b""
             return b""
         return sent
-
-    def _sent(self, event: h11.Event) -> bytes | None:
-        if type(event) is h11.Data and type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY:
-            data = event.data  # a chunk changes no state
-            return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-        return super().send(event)
 
 
 class Connection(H11Protocol):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import re
+import subprocess
+import sys
 import time
 
 import jsonschema
@@ -59,6 +62,18 @@ def test_schemas(llm):
 def test_five_hundred_generations_over_fifty_schemas(llm):
     assert len(SCHEMAS) == 50
     check_acceptance(llm, SCHEMAS, 10)
+
+
+@pytest.mark.long
+def test_masks_of_the_real_vocabulary_take_less_than_100_us(shared_dir):
+    tokenizer = shared_dir / "qwen2.5" / "tokenizer"
+    if not tokenizer.is_dir():
+        pytest.skip("the real tokenizer is not here")
+    script = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "masks.py"
+    command = [sys.executable, str(script), "--tokenizer", str(tokenizer)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    found = re.search(r"texts: ([\d.]+) us a mask", done.stdout)
+    assert found is not None and float(found[1]) < 100, done.stdout
 
 
 @pytest.mark.parametrize(
