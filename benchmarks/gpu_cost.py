@@ -1,7 +1,7 @@
 """A full cost report of a shape with random weights, 4 bits in groups of 128, on this GPU: what `qwen-fast cost` measures,
 with the peaks of this very GPU measured just before (gpu_common.Limits).
 
-    python benchmarks/gpu_cost.py --only 7B --out carry/cost-7B --budget-seconds 170
+    python benchmarks/gpu_cost.py --only 7B --out results/cost-7B --budget-seconds 170
 
 Run again with the same --out it takes up what is there and measures the rest. Writes measurements.json and report.json;
 `qwen-fast cost --render measurements.json --out DIR --rent-per-hour 3 ...` makes the report with prices anywhere.
@@ -9,7 +9,9 @@ Run again with the same --out it takes up what is there and measures the rest. W
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import multiprocessing
 import sys
 import tempfile
 import time
@@ -23,14 +25,28 @@ GROUP = 128
 
 
 def limits(args: Any, out: Path) -> dict[str, Any]:
-    """Measured once for a folder: a run that goes on keeps the peaks of its beginning."""
+    """Measured once for a folder and a kind of GPU: a run that goes on keeps the peaks of its beginning."""
     path = out / "peaks.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    found = Limits(args)
-    said = {"read_gbs": found.read_gbs, "gemm_tflops": found.gemm_tflops, "said": found.said, **gpu_environment(args)}
+    environment = gpu_environment(args)
+    if path.is_file() and args.read_gbs is None and args.gemm_tflops is None:
+        earlier = json.loads(path.read_text())
+        if kinds(earlier) == kinds(environment):
+            return earlier
+        print(f"{path} is of another GPU; its peaks are measured anew", file=sys.stderr)
+    # In a process of its own: what torch keeps on the GPU would be in the report's memory figures.
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        said = {**pool.submit(measure_limits, args).result(), **environment}
     path.write_text(json.dumps(said, indent=1, default=str))
     return said
+
+
+def measure_limits(args: Any) -> dict[str, Any]:
+    found = Limits(args)
+    return {"read_gbs": found.read_gbs, "gemm_tflops": found.gemm_tflops, "said": found.said}
+
+
+def kinds(environment: Any) -> list[Any]:
+    return [(gpu["name"], gpu["total_bytes"]) for gpu in environment["gpus"] or ()]
 
 
 def main() -> None:
@@ -71,7 +87,7 @@ def main() -> None:
         def load(changes: Any) -> Any:
             return LLM(str(model), progress=False, **changes)
 
-        data = Runner(f"Qwen2.5-{name} shape", engine, settings, load, args.out / "measurements.json", say).run()
+        data = Runner(engine, settings, load, args.out / "measurements.json", say).run()
     data["model"]["name"] = f"Qwen2.5-{name} (shape)"
     report = Report.from_measurements(data)
     (args.out / "report.json").write_text(report.to_json())

@@ -162,7 +162,7 @@ class BaseLLM:
             dummy_seed=dummy_seed,
             meter=meter,
         )
-        self.model = os.fspath(model)
+        self.model, self._device = os.fspath(model), device
         self.model_dir = resolve_model(model, revision=revision, download_dir=download_dir)
         self.config = {
             **read_json_object(Path(self.model_dir, "config.json")),

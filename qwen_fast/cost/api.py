@@ -37,7 +37,7 @@ def cost_report(
     def load(options: Any) -> Any:
         raise NotImplementedError("a report of a loaded engine loads no other one")
 
-    return Report.from_measurements(Runner(llm.model, {}, asked, load, llm=llm).run())
+    return Report.from_measurements(Runner({}, asked, load, llm=llm).run())
 
 
 def as_workloads(given: Any) -> tuple[Workload, ...] | None:

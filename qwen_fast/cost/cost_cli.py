@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_money(parser: argparse.ArgumentParser) -> None:
-    money = parser.add_argument_group("money (what is not given is left out)")
+    money = parser.add_argument_group("money (what is not given is left out, but for the tariff in ¥ and PUE 1)")
     money.add_argument("--currency", default="¥", help="symbol (default ¥)")
     for name, text in PRICES:
         more = " (default: 0.6 in ¥, a tariff of study A)" if name == "electricity-per-kwh" else ""
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     def load(options: Any) -> LLM:
         return LLM(args.model, progress=False, **options)
 
-    runner = Runner(args.model, cli.engine_arguments(args), settings, load, path, say)
+    runner = Runner(cli.engine_arguments(args), settings, load, path, say)
     return _show(args, Report.from_measurements(runner.run()))
 
 
@@ -144,8 +144,9 @@ def _settings(args: argparse.Namespace) -> Any:
     from .run import Settings
 
     fields = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name, _ in PRICES}
-    if fields["electricity_per_kwh"] is None:
-        fields["electricity_per_kwh"] = DEFAULT_TARIFF.get(args.currency)
+    default = fields["electricity_per_kwh"] is None and args.currency in DEFAULT_TARIFF
+    if default:
+        fields["electricity_per_kwh"] = DEFAULT_TARIFF[args.currency]
     budget = args.budget_seconds
     return Settings(
         workloads=_workloads(args),
@@ -159,7 +160,7 @@ def _settings(args: argparse.Namespace) -> Any:
         wall_watts=_wall_watts(args.wall_watts or []),
         with_levers=not args.no_levers,
         window_s=args.window_seconds,
-        prices=Prices(args.currency, **fields),
+        prices=Prices(args.currency, **fields, electricity_is_default=default),
     )
 
 

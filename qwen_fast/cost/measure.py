@@ -95,12 +95,14 @@ def run_load(llm: Any, workload: Workload, users: int, effort: Effort, seed: int
 
 
 def device_indices(llm: Any) -> list[int]:
-    """Numbers of the GPUs that the engine uses; empty on the CPU. With several they are taken to be the first ones."""
+    """Numbers of the GPUs that the engine uses; empty on the CPU. The first is N of the option device="cuda:N", else 0
+    ("cuda" and "auto" say no number); with several, those that follow it."""
     info = llm.info()
     if info["backend"] == "cpu":
         return []
     count = int(info.get("tensor_parallel_size") or 1)
-    first = int(info.get("device_index") or 0)
+    number = str(getattr(llm, "_device", "")).partition(":")[2]
+    first = int(number) if number.isdecimal() else 0
     return list(range(first, first + count))
 
 

@@ -1,8 +1,10 @@
-"""From joules and device seconds to money, each amount with its arithmetic. No measuring here and no default price.
+"""From joules and device seconds to money, each amount with its arithmetic. No measuring here.
 
 Three ways to pay are kept apart and never added up for the reader: the electricity of the run, the wear of owned hardware,
 and rented hours. An API's price for the same tokens stands beside them. A price that is not given leaves its amount out,
-with the reason; it is never taken as 0.
+with the reason; it is never taken as 0. Only the electricity tariff and PUE have stated defaults: PUE 1, and the tariff
+that `qwen-fast cost` takes in ¥ (cost_cli.DEFAULT_TARIFF). How long owned hardware lasts and how much it is used have
+defaults too, for where a hardware_price is given.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ class Prices:
         (None: 0.5).
     rent_per_hour: of the same devices.
     api_price_in_per_million, api_price_out_per_million: what a commercial API asks for a million prompt and output tokens.
+    electricity_is_default: nobody gave the tariff, and reports say so.
 
     ValueError names the field where a price is 0, negative, infinite or NaN; TypeError where it is no number.
     """
@@ -43,11 +46,12 @@ class Prices:
     rent_per_hour: float | None = None
     api_price_in_per_million: float | None = None
     api_price_out_per_million: float | None = None
+    electricity_is_default: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.currency, str) or not self.currency.strip() or len(self.currency) > 8:
             raise ValueError(f"currency must be a symbol or code of 1 to 8 characters, got {self.currency!r}")
-        for one in fields(self)[1:]:
+        for one in fields(self)[1:-1]:
             value = getattr(self, one.name)
             if value is None:
                 continue
@@ -153,7 +157,8 @@ def _electricity(joules: float | None, prices: Prices) -> tuple[float, str] | st
     pue = 1 if prices.pue is None else prices.pue
     said = "PUE 1 (not given)" if prices.pue is None else f"PUE {pue:g}"
     value = joules / JOULES_PER_KWH * pue * prices.electricity_per_kwh
-    tariff = f"{prices.currency}{prices.electricity_per_kwh:g}/kWh"
+    default = " (default)" if prices.electricity_is_default else ""
+    tariff = f"{prices.currency}{prices.electricity_per_kwh:g}/kWh{default}"
     return value, f"{joules:,.6g} J / {JOULES_PER_KWH:,} J/kWh x {said} x {tariff}"
 
 

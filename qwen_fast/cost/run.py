@@ -1,8 +1,8 @@
 """Runs what a report needs, stage by stage, into one JSON object that survives being cut off.
 
-Every stage has a key. What a stage gave is kept in the file at once, and a run that begins with the same identity (model,
-options, workloads, machine) takes up what is there. A stage that fails, or that the budget no longer allows, leaves the
-reason in its place.
+Every stage has a key. What a stage gave is kept in the file at once, and a run that begins with the same identity (see
+identity.py) takes up what is there. A stage that fails, or that the budget no longer allows, leaves the reason in its
+place.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from . import levers
-from .machine import cpu_name, machine
-from .measure import FULL, QUICK, Effort, NotMeasured, measure_idle, meter_of, run_load, why_no_meter
+from .identity import earlier_run, identity
+from .machine import machine
+from .measure import FULL, QUICK, Effort, measure_idle, meter_of, run_load, why_no_meter
 from .money import Prices
 from .probe import Peaks, cpu_peaks, gpu_peaks
 from .workloads import QUICK_TOKENS, STUDY_A, STUDY_A_USERS, STUDY_B, STUDY_B_USERS, Workload, fixed, scaled, tokenised
 
 PARTS = ("embedding", "layers", "head", "workspace", "kv_cache")
 QUICK_USERS = (1, 4, 16)
+# An engine's and a checkpoint's errors are of these.
+_FAILURES = (NotImplementedError, ValueError, MemoryError, RuntimeError)
 _SIZES = ("kv_cache_tokens", "kv_cache_memory", "memory", "memory_utilization", "gpu_memory_utilization")
 
 
@@ -81,12 +83,12 @@ class Settings:
 
 
 class Runner:
-    """run() measures; `data` is the JSON object. load: makes an LLM with engine options. path: where data is kept, None:
+    """run() measures; `data` is the JSON object. options: the engine's; where they give no size of the KV cache, it
+    follows from the workloads. load: makes an LLM with engine options. path: where data is kept, None:
     nowhere. say: told what is done, for a display."""
 
     def __init__(
         self,
-        model: str,
         options: Mapping[str, Any],
         settings: Settings,
         load: Callable[[Mapping[str, Any]], Any],
@@ -97,21 +99,29 @@ class Runner:
         self._options, self._settings, self._load, self._path, self._say = dict(options), settings, load, path, say
         self._given = llm
         self._began = time.monotonic()
+        self._asked: tuple[Workload, ...] = settings.workloads or (*STUDY_A, STUDY_B)
+        self._longest: int | None = None
         self.data: dict[str, Any] = {
-            "identity": _identity(model, self._options, settings),
             "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "stages": {},
             "skipped": {},
         }
-        self._take_up()
         self.data["settings"], self.data["prices"] = _plain(settings), asdict(settings.prices)
 
     def run(self) -> dict[str, Any]:
         if self._given is not None:
             self._measure(self._given)
         else:
+            room = self._cache_tokens()
             with self._engine({}) as llm:
-                self._measure(llm)
+                self._tokenise(llm)
+                enough = self._sized(self._options) or self._cache_tokens() <= room
+                if enough:
+                    self._measure(llm)
+            if not enough:
+                self._say("a larger KV cache: the prompts are tokenised now")
+                with self._engine({}) as llm:
+                    self._measure(llm)
         if self._settings.with_levers:
             self._levers()
         self.data["seconds"] = self.data.get("seconds", 0.0) + time.monotonic() - self._began
@@ -120,10 +130,17 @@ class Runner:
 
     # -- stages
 
+    def _tokenise(self, llm: Any) -> None:
+        # Prompts given as text have a length only now.
+        self._asked = tuple(tokenised(workload, llm) for workload in self._asked)
+        own = self._options.get("max_model_len")
+        self._longest = own or max(llm.max_model_len, llm.info()["max_position_embeddings"])
+
     def _measure(self, llm: Any) -> None:
         data, settings = self.data, self._settings
-        workloads = [tokenised(workload, llm) for workload in settings.workloads or (*STUDY_A, STUDY_B)]
-        workloads = [self._fitted(workload, llm) for workload in workloads]
+        self._tokenise(llm)
+        self._workloads = workloads = [self._fitted(workload, llm) for workload in self._asked]
+        self._take_up(llm)
         stats = llm.stats()
         data["model"] = {"name": llm.model, "parameters": _parameters(llm)}
         data["info"], data["plan"], data["machine"] = llm.info(), stats["memory"], machine(llm)
@@ -141,11 +158,11 @@ class Runner:
                 key = f"load:{workload.name}:{users}"
                 self._stage(key, partial(run_load, llm, workload, users, settings.effort))
         self._sweep(llm, workloads[0])
-        if llm.info()["backend"] == "cpu":
+        if data["info"]["backend"] == "cpu":
             self._stage("peaks-after", lambda: self._peaks(llm))
-        self._workloads = workloads
-        if meter is not None:
-            self.data["meter"]["sources"] = list((meter_of(llm.stats()) or meter)["sources"])
+        with contextlib.suppress(RuntimeError):  # an engine that has failed: the sources stay as they were at the start
+            if meter is not None:
+                data["meter"]["sources"] = list((meter_of(llm.stats()) or meter)["sources"])
 
     def _sweep(self, llm: Any, first: Workload) -> None:
         settings = self._settings
@@ -199,9 +216,10 @@ class Runner:
             with self._engine(group[0].options) as llm:
                 for one in group:
                     self._stage(one.key, partial(_lever_run, llm, one, self._settings.lever_effort))
-        except (NotImplementedError, ValueError, MemoryError, RuntimeError) as error:
+        except _FAILURES as error:
             for one in group:
-                self.data["skipped"][one.key] = f"not measured: {' '.join(str(error).split())}"
+                if one.key not in self.data["stages"]:
+                    self.data["skipped"].setdefault(one.key, _why(error))
             self._keep()
 
     @contextlib.contextmanager
@@ -210,7 +228,7 @@ class Runner:
             yield self._given
             return
         options = {**self._options, **changes}
-        if not any(options.get(name) is not None for name in _SIZES):
+        if not self._sized(options):
             options["kv_cache_tokens"] = self._cache_tokens()
         llm = self._load({name: value for name, value in options.items() if value is not None})
         try:
@@ -221,12 +239,18 @@ class Runner:
     def _cache_tokens(self) -> int:
         """Room for all users of the heaviest load, so that no figure is one of preemption."""
         most = 65536
-        for workload in self._settings.workloads or (*STUDY_A, STUDY_B):
+        for workload in self._asked:
             length = max(item.prompt_tokens + item.output_tokens for item in workload.items)
+            if self._longest is not None:
+                length = min(length, self._longest)
             if self._settings.quick:
                 length = min(length, QUICK_TOKENS)
             most = max(most, (max(self._users(workload)) + 1) * (length + 128))
         return most
+
+    @staticmethod
+    def _sized(options: Mapping[str, Any]) -> bool:
+        return any(options.get(name) is not None for name in _SIZES)
 
     # -- one stage
 
@@ -241,8 +265,8 @@ class Runner:
         try:
             data["stages"][key] = run()
             data["skipped"].pop(key, None)
-        except NotMeasured as error:
-            data["skipped"][key] = f"not measured: {error}"
+        except _FAILURES as error:
+            data["skipped"][key] = _why(error)
         self._keep()
 
     def _out_of_time(self) -> bool:
@@ -280,16 +304,13 @@ class Runner:
 
     # -- the file
 
-    def _take_up(self) -> None:
-        if self._path is None or not self._path.is_file():
-            return
-        try:
-            earlier = json.loads(self._path.read_text(encoding="utf-8"))
-            if earlier["identity"] == self.data["identity"]:
-                self.data["stages"], self.data["began"] = dict(earlier["stages"]), earlier["began"]
-                self.data["seconds"] = float(earlier.get("seconds", 0.0))
-        except (ValueError, KeyError, TypeError):
-            self._say(f"{self._path} is no file of measurements; it is begun anew")
+    def _take_up(self, llm: Any) -> None:
+        settings = self._settings
+        asked = [(one, self._users(one)) for one in self._workloads]
+        now = self.data["identity"] = identity(llm, self._options, settings.quick, settings.window_s, asked)
+        if self._path is not None:
+            given = settings.peak_gbs is not None or settings.peak_tflops is not None
+            self.data |= earlier_run(self._path, now, given, self._say) or {}
 
     def _keep(self) -> None:
         if self._path is None:
@@ -298,6 +319,10 @@ class Runner:
         beside = self._path.with_suffix(".new")
         beside.write_text(json.dumps(self.data, default=str), encoding="utf-8")
         beside.replace(self._path)
+
+
+def _why(error: BaseException) -> str:
+    return f"not measured: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def _lever_run(llm: Any, case: levers.Case, effort: Effort) -> dict[str, Any]:
@@ -359,18 +384,3 @@ def repriced(data: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     changed = _plain(settings)
     kept = {name: changed[name] for name in ("tokens_per_day", "p99_s", "wall_watts")}
     return {**data, "prices": asdict(settings.prices), "settings": {**data["settings"], **kept}}
-
-
-def _identity(model: str, options: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    kept = {name: str(value) for name, value in sorted(options.items()) if value is not None}
-    asked = [repr((one.name, one.items[:4], len(one.items))) for one in settings.workloads or ()]
-    return {
-        "model": str(model),
-        "options": kept,
-        "workloads": asked,
-        "users": list(settings.users or ()),
-        "quick": settings.quick,
-        "window_s": settings.window_s,
-        "cpu": cpu_name(),
-        "version": __version__,
-    }

@@ -155,7 +155,8 @@ def _prices_said(prices: Prices) -> str:
     sign = prices.currency
     if prices.electricity_per_kwh is not None:
         pue = "1 (default)" if prices.pue is None else f"{prices.pue:g}"
-        given.append(f"electricity {sign}{prices.electricity_per_kwh:g}/kWh, PUE {pue}")
+        default = " (default)" if prices.electricity_is_default else ""
+        given.append(f"electricity {sign}{prices.electricity_per_kwh:g}/kWh{default}, PUE {pue}")
     if prices.hardware_price is not None:
         life = f"{prices.life_years:g} years{' (default)' if prices.hardware_life_years is None else ''}"
         used = f"{100 * prices.used_share:g} %{' (default)' if prices.utilisation is None else ''}"

@@ -24,5 +24,5 @@ def settings():
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory, settings):
     path = tmp_path_factory.mktemp("cost") / "measurements.json"
-    data = Runner("demo", {}, settings, load, path).run()
+    data = Runner({}, settings, load, path).run()
     return data, path

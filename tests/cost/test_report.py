@@ -211,18 +211,16 @@ def test_a_run_that_was_cut_off_goes_on(measured, settings):
     said = []
     from cost_helpers import load
 
-    again = Runner("demo", {}, settings, load, path, said.append).run()
+    again = Runner({}, settings, load, path, said.append).run()
     assert said == ["load:chat:3"]
     assert set(again["stages"]) == set(data["stages"])
-    other = Runner("demo", {"block_size": 16}, settings, load, path)
-    assert not other.data["stages"]  # another question: nothing is taken up
 
 
 def test_the_budget_leaves_reasons(llm, settings):
     from dataclasses import replace
 
     hurried = replace(settings, budget_s=1e-6, workloads=settings.workloads[:1])
-    data = Runner("demo", {}, hurried, None, llm=llm).run()
+    data = Runner({}, hurried, None, llm=llm).run()
     found = Report.from_measurements(data)
     assert not data["stages"]
     assert "time budget" in found.table("time-main")["rows"][0]["cells"]["tokens"]["why"]
