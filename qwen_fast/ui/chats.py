@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from .texts import Refusal
 _SHOWN_EVERY_S = 0.08  # between two pictures of a growing answer
 _SAVED_EVERY_S = 2.0  # so much of it is lost at most if this process is killed
 _METRICS_EVERY_S = 0.5
+_LAST_SAVE_S = 1.0  # that the event loop waits for the store where an answer is cut off
 _TITLE_CHARS = 48
 T = TypeVar("T")
 
@@ -222,7 +224,8 @@ class _Answer:
         self._parts = AnswerParts(chats.config.limits.message_bytes)
         self._server: dict[str, Any] = {}
         self._saved = time.monotonic()
-        self._ended = False
+        self._ended = self._kept = False
+        self._saving = threading.Lock()
 
     async def views(self) -> AsyncGenerator[View, None]:
         pump = asyncio.create_task(self._pump())
@@ -241,13 +244,15 @@ class _Answer:
             self._close("failed" if error else "stopped" if not pump_finished(pump) else "")
             with contextlib.suppress(Refusal):
                 self._server = await self._chats.numbers(self._visitor)
-            yield self._view(running=False, error=error or self._save_now())
+            refused = await self._save_end()
+            yield self._view(running=False, error=error or refused)
         finally:
             for task in (pump, measuring, stopping):
                 task.cancel()
-            if not self._ended:  # the page has gone, or this process ends
-                self._close("stopped")
-                self._save_now()
+            if not self._kept:  # the page has gone, or this process ends
+                if not self._ended:
+                    self._close("stopped")
+                self._save_at_last()
 
     async def _pump(self) -> None:
         """Reads the answer. Ends early where it grows over its limit."""
@@ -261,9 +266,12 @@ class _Answer:
         chunks = self._chats.backend.chat(body, self._visitor.api_key)
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
-                for delta in self._stats.chunk(chunk):
-                    if not self._parts.add(delta):
-                        raise Refusal("answer_too_long", limit=self._chats.config.limits.message_bytes)
+                try:
+                    fits = all(self._parts.add(delta) for delta in self._stats.chunk(chunk))
+                except (TypeError, AttributeError) as error:
+                    raise Refusal("server_broke_off", reason=str(error)) from None
+                if not fits:
+                    raise Refusal("answer_too_long", limit=self._chats.config.limits.message_bytes)
 
     async def _measure(self) -> None:
         """Asks the server for its numbers every now and then, for as long as it has some."""
@@ -303,16 +311,33 @@ class _Answer:
     async def _checkpoint(self) -> None:
         if time.monotonic() - self._saved < _SAVED_EVERY_S:
             return
-        await self._chats._call(self._chats.store.save, self._visitor.owner, self._conversation)
+        await self._chats._call(self._save)
         self._saved = time.monotonic()
 
-    def _save_now(self) -> Refusal | None:
-        """Without a thread: this also runs where the event loop is about to end."""
-        try:
+    def _save(self) -> None:
+        """In a thread. One after another: a task that was cancelled leaves its save behind, still running."""
+        with self._saving:
             self._chats.store.save(self._visitor.owner, self._conversation)
+
+    async def _save_end(self) -> Refusal | None:
+        refused = None
+        try:
+            await self._chats._call(self._save)
         except Refusal as error:
-            return error
-        return None
+            refused = error
+        self._kept = True
+        return refused
+
+    def _save_at_last(self) -> None:
+        """Where the event loop may be about to end, so that nothing can be awaited. The save goes on after the wait."""
+
+        def work() -> None:
+            with contextlib.suppress(Refusal):
+                self._save()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(_LAST_SAVE_S)
 
 
 def pump_finished(pump: asyncio.Task[None]) -> bool:

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -37,7 +38,11 @@ class Backend:
     wrong with the server."""
 
     def __init__(self, url: str, api_key: str | None = None, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        parsed = httpx.URL(url)
+        try:
+            urlsplit(url)  # which refuses brackets that httpx lets through
+            parsed = httpx.URL(url)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise ValueError(f"url: {url!r} is no address such as http://127.0.0.1:8000/v1 ({error})") from None
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"url must begin with http:// or https://, such as http://127.0.0.1:8000/v1, got {url!r}")
         self._api_key = api_key

@@ -173,13 +173,14 @@ class Events:
             lang = language((await self.chats.preferences(visitor)).get("lang", "auto"), lang)
             entries = await self.chats.entries(visitor)
             conversation = await self.chats.open(visitor, entries[0].id if entries else None)
+            listed = await self._list(visitor, conversation)
         except Refusal as refusal:
             return {**self._worded(lang), page.notice: notice(refusal.said(lang))}
         found = self._worded(lang)
         opened = {
             **self._conversation(conversation, lang),
             **self._form(conversation, lang),
-            **await self._list(visitor, conversation),
+            **listed,
             page.box: self._box(conversation, lang),
             page.panel: panel({**await self.chats.numbers(visitor), **_last_stats(conversation)}, lang),
         }

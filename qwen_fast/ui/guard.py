@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import hashlib
+import ipaddress
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
+
+from starlette.requests import cookie_parser
 
 from ..server.http_io import CONNECTION
 from .history import new_token, owner_of
@@ -19,6 +20,7 @@ from .texts import Refusal
 COOKIE = "qwen_fast_ui"
 _COOKIE_SECONDS = 400 * 24 * 3600  # the most that browsers keep one
 _BODY_BYTES = 4 * 2**20
+_STREAMS_OF_TOKEN = 32  # requests of one browser that stay open; an open page has two at most
 _LOOK_S = 0.5  # between two looks whether the process is about to end
 _LAST_S = 1.0  # from then on, for the last pictures of an answer
 _GET = re.compile(
@@ -48,11 +50,16 @@ class _TooLarge(Exception):
 
 class Guard:
     """app: what has the page under `prefix`. connections: open at once. closing: whether the process is about to end:
-    then requests that stay open for as long as the page does are ended."""
+    then requests that stay open for as long as the page does are ended. local: only names of this machine are answered,
+    so that no site whose name is made to point here (DNS rebinding) can use the page through its visitor's browser."""
 
-    def __init__(self, app: App, prefix: str, connections: int, closing: Callable[[], bool]) -> None:
+    def __init__(
+        self, app: App, prefix: str, connections: int, closing: Callable[[], bool], local: bool = False
+    ) -> None:
         self._app, self._prefix, self._connections, self._closing = app, prefix, connections, closing
+        self._local = local
         self._open = 0
+        self._streams: dict[str, int] = {}  # requests that stay open, by "address ..." and "token ..."
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -62,7 +69,9 @@ class Guard:
             await send({"type": "websocket.close", "code": 1003})
             return
         path = self._inner(scope)
-        if path == "" and scope["method"] in ("GET", "HEAD"):
+        if self._local and CONNECTION in scope and not is_loopback(_host_of(scope)):  # FastCGI has no connection
+            await _answer(send, 421, b"this page listens on this machine alone, so it answers to localhost alone\n")
+        elif path == "" and scope["method"] in ("GET", "HEAD"):
             there = self._prefix.rpartition("/")[2].encode() + b"/"
             await _answer(send, 307, b"", (b"location", there))
         elif path is None or not (_POST if scope["method"] == "POST" else _GET).fullmatch(path):
@@ -75,12 +84,32 @@ class Guard:
             await _answer(send, 413, b"the body is too large\n", (b"connection", b"close"))
         else:
             self._open += 1
-            if CONNECTION in scope and _token_of(scope) is not None:
-                scope[CONNECTION].admit()  # it no longer counts with those that have shown nothing
             try:
-                await self._run(path, scope, receive, send)
+                await (self._stream if _LONG.fullmatch(path) else self._run)(path, scope, receive, send)
             finally:
                 self._open -= 1
+
+    async def _stream(self, path: str, scope: Message, receive: Receive, send: Send) -> None:
+        """A request that stays open. Anybody can make up a cookie: one of these no longer counts with the connections
+        that have shown nothing, but half of all places is the most for one address."""
+        token, address = _token_of(scope), _address_of(scope)
+        bounds = {} if address is None else {f"address {address}": max(1, self._connections // 2)}
+        if token is not None:
+            bounds[f"token {token}"] = _STREAMS_OF_TOKEN
+        if any(self._streams.get(key, 0) >= most for key, most in bounds.items()):
+            await _answer(send, 429, b"too many pages are open\n", (b"retry-after", b"1"))
+            return
+        for key in bounds:
+            self._streams[key] = self._streams.get(key, 0) + 1
+        if CONNECTION in scope and token is not None:
+            scope[CONNECTION].admit()
+        try:
+            await self._run(path, scope, receive, send)
+        finally:
+            for key in bounds:
+                self._streams[key] -= 1
+                if not self._streams[key]:
+                    del self._streams[key]
 
     def _inner(self, scope: Message) -> str | None:
         """The path after the prefix; None: not under it."""
@@ -198,17 +227,45 @@ def policy(page: bytes) -> bytes:
 
 
 def _token_of(scope: Message) -> str | None:
-    """The cookie that a request brings, where it is one of ours."""
+    """The cookie that a request brings, where it is one of ours. Read as the page reads it, whatever stands beside it."""
+    cookies: dict[str, str] = {}
     for name, value in scope["headers"]:
-        if name.lower() != b"cookie":
-            continue
-        cookies = SimpleCookie()
-        with contextlib.suppress(CookieError, Refusal):
-            cookies.load(value.decode("latin-1"))
-            if COOKIE in cookies:
-                owner_of(cookies[COOKIE].value)
-                return cookies[COOKIE].value
-    return None
+        if name.lower() == b"cookie":
+            cookies.update(cookie_parser(value.decode("latin-1")))
+    token = cookies.get(COOKIE)
+    try:
+        owner_of(token)
+    except Refusal:
+        return None
+    return token
+
+
+def _address_of(scope: Message) -> str | None:
+    """Of the client, as connections.address_of() has it; None where it has none."""
+    try:
+        address = ipaddress.ip_address(str((scope.get("client") or ("",))[0]).partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
+        return str(ipaddress.IPv6Address(int(address) >> 64 << 64))
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def _host_of(scope: Message) -> str:
+    """The Host header without its port."""
+    value = next((value for name, value in scope["headers"] if name.lower() == b"host"), b"").decode("latin-1")
+    return re.sub(r":\d*$", "", value.strip())
+
+
+def is_loopback(host: str) -> bool:
+    """Whether it is a name or an address of this machine alone."""
+    plain = host.removeprefix("[").removesuffix("]").removesuffix(".").lower()
+    if plain == "localhost" or plain.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(plain).is_loopback
+    except ValueError:
+        return False
 
 
 def _declared(scope: Message) -> int | None:

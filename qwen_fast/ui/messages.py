@@ -181,7 +181,8 @@ class AnswerParts:
         self.size = 0
 
     def add(self, delta: Mapping[str, Any]) -> bool:
-        """False, and nothing is added, where the answer would grow over its limit."""
+        """False, and nothing is added, where the answer would grow over its limit. TypeError where a call is not
+        OpenAI's."""
         content = delta.get("content")
         size = len(content.encode("utf-8", "surrogatepass")) if isinstance(content, str) else 0
         calls = delta.get("tool_calls") or ()
@@ -196,14 +197,13 @@ class AnswerParts:
         return True
 
     def _add_call(self, part: Mapping[str, Any]) -> None:
-        function = part.get("function") or {}
-        index = part.get("index", 0)
+        index, id, name, arguments = _call_parts(part)
         call = self._calls.setdefault(
             index, {"id": f"call_{index}", "type": "function", "function": {"name": "", "arguments": ""}}
         )
-        call["id"] = part.get("id") or call["id"]
-        call["function"]["name"] += function.get("name") or ""
-        call["function"]["arguments"] += function.get("arguments") or ""
+        call["id"] = id or call["id"]
+        call["function"]["name"] += name
+        call["function"]["arguments"] += arguments
 
     def message(self) -> Message:
         content = "".join(self._texts)
@@ -212,3 +212,14 @@ class AnswerParts:
         if self._calls:
             whole["tool_calls"] = [json.loads(json.dumps(self._calls[index])) for index in sorted(self._calls)]
         return whole
+
+
+def _call_parts(part: Any) -> tuple[int, str, str, str]:
+    """Index, id, name and arguments of what a delta says of a call."""
+    function = (part.get("function") or {}) if isinstance(part, dict) else None
+    if isinstance(function, dict):
+        index = part.get("index", 0)
+        texts = [part.get("id") or "", function.get("name") or "", function.get("arguments") or ""]
+        if isinstance(index, int) and all(isinstance(one, str) for one in texts):
+            return index, texts[0], texts[1], texts[2]
+    raise TypeError(f"a tool call in the answer is not OpenAI's: {str(part)[:80]!a}")

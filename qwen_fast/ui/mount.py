@@ -11,7 +11,7 @@ from .asgi_transport import StreamingASGITransport
 from .chats import Chats
 from .client import Backend
 from .config import UiConfig
-from .guard import Guard, Message, Receive, Send
+from .guard import Guard, Message, Receive, Send, is_loopback
 from .history import HistoryStore
 
 PREFIX = "/ui"
@@ -19,10 +19,16 @@ PREFIX = "/ui"
 
 class PageApp:
     """One ASGI application: the page under /ui, and `rest` for all else; without `rest`, / leads to the page. Its
-    lifespan opens and closes both, the backend and the store."""
+    lifespan opens and closes both, the backend and the store. local: see Guard."""
 
     def __init__(
-        self, config: UiConfig, store: HistoryStore, backend: Backend, closing: Callable[[], bool], rest: Any = None
+        self,
+        config: UiConfig,
+        store: HistoryStore,
+        backend: Backend,
+        closing: Callable[[], bool],
+        rest: Any = None,
+        local: bool = False,
     ) -> None:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: nothing is reported
         import gradio
@@ -51,7 +57,7 @@ class PageApp:
         )
         self._opened = gradio_app.router.lifespan_context
         self._gradio = gradio_app
-        self._guard = Guard(gradio_app, PREFIX, config.connections, closing)
+        self._guard = Guard(gradio_app, PREFIX, config.connections, closing, local)
         if rest is not None:
             inner = rest.router.lifespan_context
 
@@ -98,4 +104,6 @@ def beside(api: Any, config: UiConfig, store: HistoryStore) -> PageApp:
     """The page beside a server's application (create_app()), which it talks to without a socket."""
     server = api.state.server
     backend = Backend("http://127.0.0.1/v1", config.api_key, StreamingASGITransport(api))
-    return PageApp(config, store, backend, lambda: not server.ready and not server.in_flight, api)
+    bound = server.config
+    local = is_loopback(bound.host) and not (bound.uds or bound.api_key or bound.api_key_file)
+    return PageApp(config, store, backend, lambda: not server.ready and not server.in_flight, api, local)

@@ -70,15 +70,22 @@ def run_beside(args: argparse.Namespace) -> int:
 async def _serve_page(args: argparse.Namespace, config: UiConfig, store: HistoryStore, backend: Backend) -> int:
     import uvicorn
 
+    from ..server.config import Limits
+    from ..server.connections import connection_class, raise_file_limit
+    from .guard import is_loopback
     from .mount import PageApp
 
+    limits = Limits()
+    raise_file_limit(limits)
     closing: Callable[[], bool] = lambda: server.should_exit
     host = args.host or "127.0.0.1"
     server = uvicorn.Server(
         uvicorn.Config(
-            PageApp(config, store, backend, closing),
+            PageApp(config, store, backend, closing, local=is_loopback(host)),
             host=host,
             port=args.port,
+            http=connection_class(limits),
+            h11_max_incomplete_event_size=limits.header_bytes,
             root_path=args.root_path or "",
             ssl_keyfile=args.ssl_keyfile,
             ssl_certfile=args.ssl_certfile,

@@ -28,15 +28,17 @@ class TurnStats:
         self.finish_reason = ""
 
     def chunk(self, chunk: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The deltas of the first choice in a chunk of a stream."""
-        deltas = []
+        """The deltas of the first choice in a chunk of a stream. TypeError where they are not OpenAI's."""
+        deltas: list[Mapping[str, Any]] = []
         usage = chunk.get("usage")
         if isinstance(usage, dict):
             self._usage = usage
         for choice in chunk.get("choices") or ():
-            if not isinstance(choice, dict) or choice.get("index", 0) != 0:
+            if not isinstance(choice, dict) or (choice.get("index") or 0) != 0:
                 continue
             delta = choice.get("delta") or {}
+            if not isinstance(delta, dict):
+                raise TypeError(f"delta must be an object, got {str(delta)[:80]!a}")
             if delta.get("content") or delta.get("tool_calls"):
                 self._token(delta)
                 deltas.append(delta)
@@ -136,6 +138,6 @@ def _finite(value: object) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
+import time
+import types
 from collections.abc import AsyncIterator
 
 import pytest
@@ -16,7 +19,7 @@ from qwen_fast.ui.asgi_transport import StreamingASGITransport
 from qwen_fast.ui.chats import Chats, View, Visitor
 from qwen_fast.ui.client import Backend
 from qwen_fast.ui.config import UiConfig
-from qwen_fast.ui.history import open_store
+from qwen_fast.ui.history import new_token, open_store
 from qwen_fast.ui.texts import Refusal
 
 LONG = {"extra": '{"ignore_eos": true}', "max_tokens": 1000, "seed": 1}
@@ -252,3 +255,135 @@ def test_an_answer_ends_at_its_limit(slow_demo):
             assert 900 < len(view.conversation.messages[-1]["content"].encode()) <= 1024
 
     run(work())
+
+
+# -- without an engine: a server that says what the test says, and a slow store
+
+
+class Scripted:
+    """Stands for a Backend."""
+
+    def __init__(self, *chunks, endless=False) -> None:
+        self.chunks, self.endless = chunks, endless
+
+    async def models(self, api_key=""):
+        return []
+
+    async def metrics(self, api_key=""):
+        return ""
+
+    async def chat(self, body, api_key=""):
+        for chunk in self.chunks:
+            yield chunk
+        if self.endless:
+            await asyncio.sleep(60)
+
+
+def said(**delta):
+    return {"choices": [{"index": 0, "delta": delta}]}
+
+
+def scripted(*chunks, **options) -> Chats:
+    config = UiConfig(history=":memory:", limits=LIMITS)
+    return Chats(open_store(":memory:", LIMITS), Scripted(*chunks, **options), config)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"choices": [{"delta": ["x"]}]},
+        {"choices": 7},
+        said(tool_calls=["call"]),
+        said(tool_calls=7),
+        said(tool_calls=[{"index": None, "function": {"name": "f"}}]),
+        said(tool_calls=[{"index": [0], "function": {"name": "f"}}]),
+        said(tool_calls=[{"index": 0, "function": {"name": 5}}]),
+        said(tool_calls=[{"index": 0, "function": "f"}]),
+        said(tool_calls=[{"index": 0, "id": 5, "function": {"name": "f", "arguments": {}}}]),
+    ],
+)
+def test_odd_chunks_break_the_answer_off_and_keep_what_came(odd):
+    async def work():
+        chats, me = scripted(said(content="Hel"), said(content="lo"), odd), visitor()
+        view = await last(chats.send(me, None, "hi", {}))
+        assert view.error is not None and view.error.name == "server_broke_off"
+        kept = (await chats.open(me, view.conversation.id)).messages[-1]
+        assert kept["content"] == "Hello" and kept["meta"]["end"] == "failed" and "tool_calls" not in kept
+
+    run(work())
+
+
+def slowed(chats: Chats, seconds: float) -> threading.Event:
+    """Makes every save take so long; the event: one has begun."""
+    begun, save = threading.Event(), chats.store.save
+
+    def slow(owner, conversation):
+        begun.set()
+        time.sleep(seconds)
+        save(owner, conversation)
+
+    chats.store.save = slow
+    return begun
+
+
+def test_a_slow_store_does_not_hold_the_event_loop_up():
+    async def work():
+        chats = scripted(said(content="Hello"))
+        slowed(chats, 0.4)
+        answering = asyncio.create_task(last(chats.send(visitor(), None, "hi", {})))
+        longest, before = 0.0, time.monotonic()
+        while not answering.done():
+            await asyncio.sleep(0.01)
+            longest, before = max(longest, time.monotonic() - before), time.monotonic()
+        assert answering.result().error is None and longest < 0.3
+
+    run(work())
+
+
+@pytest.mark.parametrize("endless", [True, False], ids=["during a checkpoint", "during the last save"])
+def test_cancelling_during_a_save_loses_nothing(endless, monkeypatch):
+    monkeypatch.setattr("qwen_fast.ui.chats._SAVED_EVERY_S", 0.0 if endless else 60.0)
+
+    async def work():
+        chats, me = scripted(said(content="Hello"), endless=endless), visitor()
+        first = asyncio.Event()
+        ids = []
+
+        async def reading():
+            async for view in chats.send(me, None, "hi", {}):
+                ids.append(view.conversation.id)
+                first.set()
+
+        task = asyncio.create_task(reading())
+        await first.wait()
+        begun = slowed(chats, 0.2)
+        while not begun.is_set():
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        kept = (await chats.open(me, ids[0])).messages[-1]
+        assert kept["content"] == "Hello" and kept["meta"]["end"] == ("stopped" if endless else "")
+
+    run(work())
+
+
+def test_a_store_that_fails_while_the_page_loads_is_told():
+    from qwen_fast.ui.events import Events
+    from qwen_fast.ui.guard import COOKIE
+    from qwen_fast.ui.page import Page
+
+    chats = scripted()
+    page = Page(chats, chats.config)
+    request = types.SimpleNamespace(cookies={COOKIE: new_token()}, session_hash="s", headers={})
+    entries, asked = chats.store.entries, []
+
+    def fails_the_second_time(owner):
+        asked.append(owner)
+        if len(asked) > 1:
+            raise Refusal("history_failed", reason="the disk is full")
+        return entries(owner)
+
+    chats.store.entries = fails_the_second_time
+    shown = run(Events(page, chats, chats.config).load(request, ""))
+    assert len(asked) == 2 and "the disk is full" in str(shown[page.notice]) and shown[page.lang] == "en"

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import re
+import types
 
 import httpx
 import pytest
 from ui_helpers import run
 
 from qwen_fast import cli
+from qwen_fast.server.http_io import CONNECTION
 from qwen_fast.ui.asgi_transport import StreamingASGITransport
-from qwen_fast.ui.guard import COOKIE, Guard, local_only, policy
+from qwen_fast.ui.config import UiConfig
+from qwen_fast.ui.guard import COOKIE, Guard, is_loopback, local_only, policy
 from qwen_fast.ui.history import new_token, owner_of
 
 PAGE = (
@@ -74,6 +78,82 @@ def test_a_cookie_that_is_not_ours_is_replaced(bad):
     assert "set-cookie" in answer.headers
     (kept,) = asked(("GET", "/ui/", {"headers": {"cookie": f"a=b; {COOKIE}={new_token()}"}}))
     assert "set-cookie" not in kept.headers
+
+
+@pytest.mark.parametrize(
+    "other", ["valueless", "a=two words", 'j={"k": [1, "x"]}', "n=Stra\u00dfe", 'q="open', "a[1]=2", "="]
+)
+def test_other_cookies_of_the_host_do_not_hide_ours(other):
+    ours = f"{COOKIE}={new_token()}"
+    for cookie in (f"{other}; {ours}", f"{ours}; {other}", f"{other}; {ours}; {other}"):
+        (answer,) = asked(("GET", "/ui/", {"headers": {"cookie": cookie.encode("latin-1")}}))
+        assert answer.status_code == 200 and "set-cookie" not in answer.headers
+
+
+def over_http(guard, admitted, address="192.0.2.1"):
+    """The guard behind a connection that notes which requests it is told to admit."""
+
+    async def app(scope, receive, send):
+        class Connection:
+            def admit(self):
+                admitted.append(scope["path"])
+
+        await guard({**scope, CONNECTION: Connection(), "client": (address, 1)}, receive, send)
+
+    return httpx.AsyncClient(transport=StreamingASGITransport(app), base_url="http://h")
+
+
+def test_a_made_up_cookie_lifts_bounded_streams_alone_out_of_the_limits():
+    async def work():
+        admitted, long = [], "/ui/gradio_api/heartbeat/abc"
+        guard = Guard(page, "/ui", 100, lambda: False)
+        same, other = over_http(guard, admitted), over_http(guard, admitted, "2001:db8::1")
+        token = {"cookie": f"{COOKIE}={new_token()}"}
+        async with contextlib.AsyncExitStack() as stack:
+            for client in (same, other):
+                await stack.enter_async_context(client)
+
+            async def hold(client, headers):
+                return (await stack.enter_async_context(client.stream("GET", long, headers=headers))).status_code
+
+            assert (await same.get("/ui/config", headers=token)).status_code == 200 and admitted == []
+            assert [await hold(same, token) for _ in range(33)] == [200] * 32 + [429]
+            assert admitted == [long] * 32
+            assert [await hold(same, {}) for _ in range(19)] == [200] * 18 + [429]  # half of 100 for one address
+            assert len(admitted) == 32 and await hold(other, {}) == 200
+        for _ in range(100):
+            if not guard._streams:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("streams that have ended are still counted")
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("localhost:7860", True),
+        ("LOCALHOST.", True),
+        ("ui.localhost", True),
+        ("127.0.0.1", True),
+        ("127.8.9.1:80", True),
+        ("[::1]:7860", True),
+        ("evil.example:7860", False),
+        ("127.0.0.1.evil.example", False),
+        ("localhost.evil.example", False),
+        ("0.0.0.0", False),
+        ("", False),
+    ],
+)
+def test_a_page_of_this_machine_answers_to_its_names_alone(host, local):
+    async def status(guard):
+        async with over_http(guard, []) as client:
+            return (await client.get("/ui/", headers={"host": host})).status_code
+
+    assert run(status(Guard(page, "/ui", 8, lambda: False, local=True))) == (200 if local else 421)
+    assert run(status(Guard(page, "/ui", 8, lambda: False))) == 200
+    assert is_loopback("127.0.0.1") and is_loopback("::1") and not is_loopback("0.0.0.0") and not is_loopback("")
 
 
 @pytest.mark.parametrize(
@@ -149,6 +229,8 @@ def test_policy_and_cleaning_of_odd_pages():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["ui", "--url", "http://["], "url: 'http://[' is no address such as http://127.0.0.1:8000/v1"),
+        (["ui", "--url", "http://x:port"], "url: 'http://x:port' is no address such as"),
         (["ui", "--url", "ftp://x"], "url must begin with http:// or https://"),
         (["ui", "--url", "http://x/v1", "demo"], "MODEL is about a server of this process; with --url there is none"),
         (["ui", "--url", "http://x/v1", "--audit-log", "x"], "--audit-log is about a server"),
@@ -163,6 +245,47 @@ def test_policy_and_cleaning_of_odd_pages():
 def test_wrong_options_are_told_before_anything_starts(arguments, said, capsys):
     assert cli.main(arguments) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "local"),
+    [([], True), (["--host", "localhost"], True), (["--host", "0.0.0.0"], False), (["--api-key", "k"], True)],
+)
+def test_a_page_for_a_url_has_the_server_s_deadlines(options, local, monkeypatch):
+    import uvicorn
+
+    from qwen_fast.server.config import Limits
+    from qwen_fast.server.connections import Connection
+
+    built = {}
+
+    class Stop(Exception):
+        pass
+
+    def config(app, **given):
+        built.update(given)
+        raise Stop
+
+    monkeypatch.setattr(uvicorn, "Config", config)
+    monkeypatch.setattr("qwen_fast.ui.mount.PageApp", lambda *parts, local: built.update(local=local))
+    with pytest.raises(Stop):
+        cli.main(["ui", "--debug", "--url", "http://x/v1", "--history", ":memory:", *options])
+    assert issubclass(built["http"], Connection) and built["http"].limits == Limits() and built["local"] is local
+
+
+@pytest.mark.parametrize(
+    ("options", "local"),
+    [({}, True), ({"host": "0.0.0.0"}, False), ({"api_key": ("k",)}, False), ({"uds": "/x/s"}, False)],
+)
+def test_a_page_beside_a_server_is_local_as_the_server_is(options, local, monkeypatch):
+    from qwen_fast.server import ServerConfig
+    from qwen_fast.ui import mount
+
+    api = types.SimpleNamespace(
+        state=types.SimpleNamespace(server=types.SimpleNamespace(config=ServerConfig(**options)))
+    )
+    monkeypatch.setattr(mount, "PageApp", lambda *parts: parts[-1])
+    assert mount.beside(api, UiConfig(history=":memory:"), None) is local
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
