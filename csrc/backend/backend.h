@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "base/status.h"
+#include "kv/format.h"
 #include "model/checkpoint.h"
 #include "sample/sampler.h"
 
@@ -20,6 +21,9 @@ typedef struct qf_backend_options {
     int32_t quantize_group_size;
     int32_t head_bits;        /* 4, 8 or 16 (16: as the checkpoint has it) */
     int32_t block_size;
+    qf_kv_format kv_format;      /* of the KV cache; QF_KV_AUTO: as float32 says */
+    const uint8_t *kv_16bit_layers; /* (num_layers) 1: this layer's cache has 16 bits all the same; NULL: none */
+    int32_t kv_window_tokens;    /* with a low-bit cache: the newest positions that a query reads in 16 bits; 0: none */
     int32_t max_num_seqs, max_num_batched_tokens, max_model_len;
     int32_t num_threads;
     const char *isa;          /* NULL: the best */
@@ -35,7 +39,9 @@ typedef struct qf_backend_options {
 typedef struct qf_memory_plan {
     size_t embedding_bytes, layers_bytes, head_bytes;
     size_t workspace_bytes; /* activations and the scratch of kernels */
-    size_t kv_block_bytes; /* one block, all layers, K and V */
+    size_t kv_block_bytes; /* one block, all layers, K and V, with scales */
+    size_t kv_window_bytes; /* all window blocks (num_window_blocks of them) */
+    int32_t num_window_blocks;
     size_t host_bytes;     /* of a device backend: pinned host memory, weights and staging */
 } qf_memory_plan;
 
@@ -70,6 +76,13 @@ typedef struct qf_batch {
     const int32_t *seq_lens;        /* (num_seqs) */
     const int32_t *block_tables;    /* (num_seqs, block_table_stride) */
     int32_t block_table_stride;
+    /* The 16-bit window's blocks (kv_window_tokens > 0; else NULL). Entry i of a sequence's row holds the positions of
+     * block window_first_block[seq] + i of the sequence; those from the first one that a query of this step sees are
+     * there. */
+    const int32_t *window_slot_mapping; /* (num_tokens) window block * block_size + offset */
+    const int32_t *window_block_tables; /* (num_seqs, window_table_stride) */
+    const int32_t *window_first_block;  /* (num_seqs) */
+    int32_t window_table_stride;
     const qf_logit_task *logit_tasks; /* in order of row */
 } qf_batch;
 
