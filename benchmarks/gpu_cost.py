@@ -87,8 +87,8 @@ def main() -> None:
         def load(changes: Any) -> Any:
             return LLM(str(model), progress=False, **changes)
 
-        data = Runner(engine, settings, load, args.out / "measurements.json", say).run()
-    data["model"]["name"] = f"Qwen2.5-{name} (shape)"
+        shown = f"Qwen2.5-{name} (shape, random weights)"
+        data = Runner(engine, settings, load, args.out / "measurements.json", say, name=shown).run()
     report = Report.from_measurements(data)
     (args.out / "report.json").write_text(report.to_json())
     left = sum("time budget" in why for why in data["skipped"].values())

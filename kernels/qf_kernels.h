@@ -182,11 +182,25 @@ int32_t qf_cuda_linear_splits(const qf_cuda_device *device, int32_t n, int32_t k
 
 /* ---- attention ------------------------------------------------------------------------------------------- */
 
-/* One layer's keys or values: (num_blocks, num_kv_heads, block_size, head_dim), bf16 (or float32 for the reference). */
+/* How a cache stores its values. Low-bit keys are rotated without the bias of k_proj (csrc/kv/format.h says what codes
+ * and scale words mean). */
+typedef enum qf_cuda_kv_format {
+    QF_CUDA_KV_16 = 0, /* bf16; float32 if qf_cuda_kv.float32 */
+    QF_CUDA_KV_FP8,
+    QF_CUDA_KV_INT8,
+    QF_CUDA_KV_INT4,
+    QF_CUDA_KV_NF4
+} qf_cuda_kv_format;
+
+/* One layer's keys or values: (num_blocks, num_kv_heads, block_size, head_dim), bf16 (or float32 for the reference).
+ * Low-bit: a block is its codes, (num_kv_heads, block_size, head_dim bytes or half of that), then its scale words,
+ * (num_kv_heads, block_size, 1 or head_dim / 32) of 16 bits. The order of the codes within a row is the kernels' own. */
 typedef struct qf_cuda_kv {
     void *k, *v;
     int32_t block_size, num_kv_heads, head_dim;
     bool float32;
+    qf_cuda_kv_format format;
+    const float *k_bias; /* low-bit: (num_kv_heads, head_dim), not rotated; NULL: no bias */
 } qf_cuda_kv;
 
 /* Sums the splits of q | k | v, rotates q and k (pairs j, j + head_dim / 2), stores q and writes k, v to the cache. */

@@ -1,4 +1,4 @@
-"""What can be turned to make a run cheaper, one option at a time; each case is measured by run.py on an engine of its own."""
+"""What can be turned to make a run cheaper, one option at a time; run.py measures each on an engine with its options."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class Settings:
 class Runner:
     """run() measures; `data` is the JSON object. options: the engine's; where they give no size of the KV cache, it
     follows from the workloads. load: makes an LLM with engine options. path: where data is kept, None:
-    nowhere. say: told what is done, for a display."""
+    nowhere. say: told what is done, for a display. name: what the report calls the model, None: as the LLM does."""
 
     def __init__(
         self,
@@ -95,12 +95,14 @@ class Runner:
         path: Path | None = None,
         say: Callable[[str], None] = lambda text: None,
         llm: Any = None,
+        name: str | None = None,
     ) -> None:
         self._options, self._settings, self._load, self._path, self._say = dict(options), settings, load, path, say
-        self._given = llm
+        self._given, self._name = llm, name
         self._began = time.monotonic()
         self._asked: tuple[Workload, ...] = settings.workloads or (*STUDY_A, STUDY_B)
         self._longest: int | None = None
+        self._cases: list[levers.Case] = []
         self.data: dict[str, Any] = {
             "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "stages": {},
@@ -123,7 +125,7 @@ class Runner:
                 with self._engine({}) as llm:
                     self._measure(llm)
         if self._settings.with_levers:
-            self._levers()
+            self._other_engines()
         self.data["seconds"] = self.data.get("seconds", 0.0) + time.monotonic() - self._began
         self._keep()
         return self.data
@@ -142,7 +144,7 @@ class Runner:
         self._workloads = workloads = [self._fitted(workload, llm) for workload in self._asked]
         self._take_up(llm)
         stats = llm.stats()
-        data["model"] = {"name": llm.model, "parameters": _parameters(llm)}
+        data["model"] = {"name": self._name or llm.model, "parameters": _parameters(llm)}
         data["info"], data["plan"], data["machine"] = llm.info(), stats["memory"], machine(llm)
         meter = meter_of(stats)
         data["meter"] = {"why": why_no_meter(stats)} if meter is None else {"sources": list(meter["sources"])}
@@ -163,6 +165,11 @@ class Runner:
         with contextlib.suppress(RuntimeError):  # an engine that has failed: the sources stay as they were at the start
             if meter is not None:
                 data["meter"]["sources"] = list((meter_of(llm.stats()) or meter)["sources"])
+        if settings.with_levers:
+            self._levers()
+            for one in self._cases:
+                if not one.options and one.why is None:
+                    self._stage(one.key, partial(_lever_run, llm, one, settings.lever_effort))
 
     def _sweep(self, llm: Any, first: Workload) -> None:
         settings = self._settings
@@ -199,11 +206,14 @@ class Runner:
         for one in found:
             if one.why is not None:
                 self.data["skipped"][one.key] = f"not measured: {one.why}"
-        wanted = [one for one in found if one.why is None and one.key not in self.data["stages"]]
+        self._cases = found
+
+    def _other_engines(self) -> None:
+        """The levers that need other options than the report's: one engine for each set of options."""
         groups: dict[str, list[levers.Case]] = {}
-        for one in wanted:
-            # By lever first: a base is measured just before what is compared with it.
-            groups.setdefault(one.lever + json.dumps(dict(one.options), sort_keys=True), []).append(one)
+        for one in self._cases:
+            if one.options and one.why is None and one.key not in self.data["stages"]:
+                groups.setdefault(json.dumps(dict(one.options), sort_keys=True), []).append(one)
         for group in groups.values():
             self._lever_group(group)
 
