@@ -55,7 +55,7 @@ class Report:
         raise KeyError(name)
 
     def to_json(self) -> str:
-        return json.dumps(self.document, ensure_ascii=False, indent=1) + "\n"
+        return json.dumps(self.document, ensure_ascii=False, separators=(",", ":")) + "\n"
 
     def to_html(self) -> str:
         """One file that asks for nothing from outside."""

@@ -327,7 +327,7 @@ class Runner:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".new")
-        beside.write_text(json.dumps(self.data, default=str), encoding="utf-8")
+        beside.write_text(json.dumps(self.data, default=str, separators=(",", ":")), encoding="utf-8")
         beside.replace(self._path)
 
 

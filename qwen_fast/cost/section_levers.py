@@ -47,7 +47,7 @@ def levers_section(data: Mapping[str, Any]) -> dict[str, Any]:
     drift = _drift(data, found)
     if drift is not None:
         lead += (
-            f" The same base case, measured {drift[1]} times between the levers, varied by {drift[0]:.0f} %: smaller changes say "
+            f" The same base case, measured {drift[1]} times between the levers, varied by {drift[0]:.2g} %: smaller changes say "
             "nothing."
         )
     least = drift[0] if drift is not None else 0.0

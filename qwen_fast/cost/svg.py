@@ -237,7 +237,8 @@ def _horizontal(plot: Mapping[str, Any]) -> str:
     """Bars to both sides of a zero line, one under the other, each with its label."""
     points = plot["series"][0]["points"]
     values = [point[1] for point in points]
-    row, top, left = 24, 8, 210
+    row, top = 24, 8
+    left = min(280.0, max(210.0, 6.6 * max(len(label) for label in plot["labels"])))  # 6.6: a letter's width
     height = top + row * len(values) + 34
     low, high = min(0.0, *values), max(0.0, *values)
     x = _Scale(low - 0.08 * (high - low), high + 0.08 * (high - low), left + 34, WIDTH - 46)
@@ -255,7 +256,7 @@ def _horizontal(plot: Mapping[str, Any]) -> str:
             f'<rect class="bar {colour}" x="{min(zero, end):.1f}" y="{at + 4}" width="{max(abs(end - zero), 0.8):.1f}" height="{row - 8}"/>'
         )
         out.append(
-            f'<text class="tick" x="{left}" y="{at + row / 2 + 4:.0f}" text-anchor="end">{escape(plot["labels"][position])}</text>'
+            f'<text class="tick" x="{left:.0f}" y="{at + row / 2 + 4:.0f}" text-anchor="end">{escape(plot["labels"][position])}</text>'
         )
         place = (end + 5, "start") if value >= 0 else (end - 5, "end")
         out.append(
