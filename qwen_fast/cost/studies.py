@@ -1,66 +1,30 @@
-"""The published figures of the two studies, as data: claims from other hardware, not ours. And the arithmetic that says
-which of them cannot hold, each step written out from the study's own figures."""
+"""Which published figures of the two studies cannot hold: the arithmetic from the studies' own figures, each step written
+out; and the page that shows it with our reports beside the studies (beside.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from .beside import comparison
 from .render_html import table_html, wrap
+from .studies_data import (
+    BATCH_A,
+    EMBEDDING_0_5B,
+    ENERGY_A,
+    GB_PER_1K_A,
+    KV_BYTES_0_5B,
+    MB_PER_1K_A,
+    PARAMETERS_0_5B,
+    PEAK_GB_A,
+    PER_WATT_B,
+    SPEED_A,
+    YUAN_PER_KWH_A,
+)
 from .study_b import CLAIMS
 from .tables import Cell, cell, column, number, row, table
-
-PARAMETERS_0_5B = 494_032_768  # 136,134,656 of them the embedding, which is the head too
-EMBEDDING_0_5B = 136_134_656
-SET_UP_A = "Qwen2.5-0.5B-Instruct, AWQ 4 bits, FP16 KV cache, 4x RTX 4090D (24 GB, 1.0 TB/s, 350 W), max_num_seqs 64"
-
-
-@dataclass(frozen=True)
-class SpeedA:
-    """A workload of study A: tokens, its figures of time, and shares of the GPU in percent."""
-
-    workload: str
-    tokens_in: int
-    tokens_out: int
-    ms_per_token: float
-    tokens_s: float
-    ms_per_1k: float
-    gpu: int
-    bandwidth: int
-    tensor: int
-
-
-SPEED_A = (
-    SpeedA("short", 120, 280, 12.4, 80.6, 12_400, 42, 32, 39),
-    SpeedA("summary", 1850, 620, 18.9, 52.9, 18_900, 69, 72, 65),
-    SpeedA("json", 310, 1100, 15.3, 65.4, 15_300, 59, 64, 58),
-)
-
-
-@dataclass(frozen=True)
-class EnergyA:
-    """A level of load of study A. joules_1k, yuan_1k: for 1,000 tokens, at 0.6 yuan a kWh."""
-
-    level: str
-    batch: int
-    gpu: int
-    watts: float
-    joules_1k: float
-    yuan_1k: float
-
-
-ENERGY_A = (
-    EnergyA("low", 1, 35, 497, 2.18, 0.00036),
-    EnergyA("medium", 16, 62, 880, 3.87, 0.00065),
-    EnergyA("high", 32, 78, 1108, 4.87, 0.00081),
-)
-BATCH_A = ((8, 312, 0.3, 1420), (16, 589, 0.8, 1580), (32, 721, 2.1, 1940), (48, 735, 3.7, 2410))  # tok/s, +-GB, P99 ms
-MEMORY_A = {"weights": 1.32, "KV cache, batch 16": 3.85, "KV cache, 128K": 8.2, "intermediate": 0.91}  # GB a card
-GB_PER_1K_A = 2.1
-MB_PER_1K_A = 1.07  # a card of four
-YUAN_PER_KWH_A = 0.6
 
 
 @dataclass(frozen=True)
@@ -83,10 +47,13 @@ def verdicts() -> list[Verdict]:
         _constant(),
         _units(),
         _cache(),
+        _peak(),
+        _tail(),
         *_money_a(),
         *_prices_b(),
         *_parallel_b(),
         _bound_b(),
+        _watts_b(),
     ]
 
 
@@ -109,7 +76,8 @@ def _traffic() -> Verdict:
         "A", f"{GB_PER_1K_A} GB moved for 1,000 tokens",
         f"one token by itself reads layers and head once: {read:.2f} GB, 1,000 of them {least:,.0f} GB. {GB_PER_1K_A} GB need "
         f"{least / GB_PER_1K_A:,.0f} tokens in every step, and max_num_seqs is 64: {least / 64:.1f} GB at the least, without the KV cache.",
-        False, "A unit or a division is missing: 2.1 GB is between four and five reads of the weights.",
+        False, f"Not of the whole machine. One card's share of four with all 64 sequences in every step would be {least / 256:.1f} GB and "
+        "its cache: then the unit (a card) and the load are missing beside the figure.",
     )  # fmt: skip
 
 
@@ -157,12 +125,37 @@ def _units() -> Verdict:
 
 
 def _cache() -> Verdict:
-    per_token = 2 * 24 * 2 * 64 * 2
+    per_token = KV_BYTES_0_5B
     return Verdict(
         "A", f"each 1,000 output tokens add {MB_PER_1K_A} MB a card, on four cards",
         f"2 (K, V) x 24 layers x 2 heads x 64 x 2 bytes = {per_token:,} bytes a token; 1,000 tokens are {per_token / 1000:.2f} MB in "
         f"all. With two KV heads four cards cannot split them four ways: {per_token / 2000:.2f} MB a card, or {per_token / 4000:.2f} MB if they could.",
         False, "Too small by a factor of 2.9 to 5.7 for a full 16-bit cache.",
+    )  # fmt: skip
+
+
+def _peak() -> Verdict:
+    tokens = 32 * 131_072
+    total = tokens * KV_BYTES_0_5B / 1e9
+    return Verdict(
+        "A", f"128K tokens with batch 32 peak at {PEAK_GB_A} GB a card",
+        f"32 x 131,072 tokens x {KV_BYTES_0_5B:,} bytes = {total:.1f} GB of 16-bit cache. Over four cards, could its two KV heads be cut so, "
+        f"{total / 4:.1f} GB a card, weights and the rest not counted; cut in two, {total / 2:.1f} GB.",
+        False, "The 32 sequences cannot have been 128K long each: 128K is the limit that was set, not what was in the cache.",
+    )  # fmt: skip
+
+
+def _tail() -> Verdict:
+    said = []
+    for batch, rate, _, p99 in (BATCH_A[0], BATCH_A[-1]):
+        each = rate / batch
+        said.append(
+            f"batch {batch}: {rate} / {batch} = {each:.1f} tokens/s for each, so 280 tokens take {280 / each:.1f} s, and {p99:,} ms are {p99 / 1000 * each:.0f} tokens"
+        )
+    return Verdict(
+        "A", "P99 of 1,420 to 2,410 ms at batches of 8 to 48",
+        "; ".join(said) + ".",
+        False, "Not the time of a whole answer of any of its three workloads (280 to 1,100 tokens); the first token may be meant.",
     )  # fmt: skip
 
 
@@ -223,105 +216,18 @@ def _bound_b() -> Verdict:
     )  # fmt: skip
 
 
-# -- beside a report of ours
-
-
-def comparison(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Tables that set the studies' figures beside a report's own. Other hardware: the ratio says how far apart, not which
-    engine is better."""
-    stages = document["measurements"]["stages"]
-    return [_speed_table(stages), _chat_table(stages), _batch_table(stages)]
-
-
-def _ours(stages: Mapping[str, Any], key: str, pick: Callable[[Mapping[str, Any]], float | None]) -> Cell:
-    load = stages.get(key)
-    return cell(pick(load) if load else None, "not measured: this report has no such load")
-
-
-def _rate(load: Mapping[str, Any]) -> float | None:
-    seconds = sum(window["seconds"] for window in load["windows"])
-    return sum(window["output_tokens"] for window in load["windows"]) / seconds if seconds else None
-
-
-def _mean(name: str) -> Callable[[Mapping[str, Any]], float | None]:
-    return lambda load: load["requests"][name]["mean"] if load["requests"][name] else None
-
-
-def _speed_table(stages: Mapping[str, Any]) -> dict[str, Any]:
-    columns = [
-        column("theirs", "study A", "tokens/s", "published", "tokens_s"),
-        column("ours", "here", "tokens/s", "measured: 1 user", "tokens_s"),
-        column("theirs_ms", "study A", "ms per token", "published", "ms_token"),
-        column("ours_ms", "here: TPOT", "ms", "measured: 1 user, mean", "tpot"),
-    ]
-    rows = []
-    for one in SPEED_A:
-        key = f"load:{one.workload}:1"
-        cells = {
-            "theirs": cell(one.tokens_s), "ours": _ours(stages, key, _rate), "theirs_ms": cell(one.ms_per_token),
-            "ours_ms": _ours(stages, key, _mean("tpot_ms")),
-        }  # fmt: skip
-        rows.append(row(f"{one.workload} ({one.tokens_in:,} in / {one.tokens_out:,} out)", _window(stages, key), cells))
-    return table("study-a-speed", "Study A: speed", "workload", columns, rows, SET_UP_A)
-
-
-def _window(stages: Mapping[str, Any], key: str) -> str:
-    return f"here: {stages[key]['label']}; {stages[key]['window']}" if key in stages else "none"
-
-
-def _chat_table(stages: Mapping[str, Any]) -> dict[str, Any]:
-    columns = [
-        column("ttft", "TTFT", "ms", "published; here measured, mean", "ttft"),
-        column("tpot", "TPOT", "ms", "published; here measured, mean", "tpot"),
-        column("rate", "output", "tokens/s", "published; here measured", "tokens_s"),
-    ]
-    rows = [
-        row(
-            f"{one.name} (published)",
-            "not stated",
-            {"ttft": cell(one.ttft_ms), "tpot": cell(one.tpot_ms), "rate": cell(one.tokens_per_s)},
-        )
-        for one in CLAIMS
-    ]
-    for users in (1, 2, 4, 8, 16):
-        key = f"load:chat:{users}"
-        cells = {
-            "ttft": _ours(stages, key, _mean("ttft_ms")), "tpot": _ours(stages, key, _mean("tpot_ms")), "rate": _ours(stages, key, _rate),
-        }  # fmt: skip
-        rows.append(row(f"here, {users} user{'s' if users > 1 else ''}", _window(stages, key), cells))
-    return table(
-        "study-b",
-        "Study B: chat with history",
-        "machine",
-        columns,
-        rows,
-        "Published rows: Qwen2.5-7B-Instruct, 2,048 in / 512 out.",
+def _watts_b() -> Verdict:
+    rates = (CLAIMS[0].tokens_per_s, CLAIMS[2].tokens_per_s, CLAIMS[4].tokens_per_s)
+    said = "; ".join(
+        f"{name}: {rate:g} / {value} = {rate / value:,.0f} W" for (name, value), rate in zip(PER_WATT_B, rates)
     )
+    return Verdict(
+        "B", "0.046, 0.061 and 0.069 tokens/s per W", f"{said}.", True,
+        "Possible for whole machines under load. It is the figure of one user at a time, except in the row of four cards: batching is what raises it.",
+    )  # fmt: skip
 
 
-def _batch_table(stages: Mapping[str, Any]) -> dict[str, Any]:
-    columns = [
-        column("theirs", "study A", "tokens/s", "published", "tokens_s"),
-        column("ours", "here", "tokens/s", "measured", "tokens_s"),
-        column("theirs_p99", "study A: P99", "ms", "published; of what is not stated", "p99"),
-        column("ours_p99", "here: end to end P99", "ms", "measured: nearest rank", "p99"),
-    ]
-
-    def tail(load: Mapping[str, Any]) -> float | None:
-        found = load["requests"]["e2e_s"]
-        return 1000 * found["p99"] if found else None
-
-    rows = []
-    for batch, rate, _, p99 in BATCH_A:
-        key = f"lever:batch:{batch}"
-        cells = {
-            "theirs": cell(rate),
-            "ours": _ours(stages, key, _rate),
-            "theirs_p99": cell(p99),
-            "ours_p99": _ours(stages, key, tail),
-        }
-        rows.append(row(f"batch {batch}", _window(stages, key), cells))
-    return table("study-a-batch", "Study A: batch size", "batch", columns, rows)
+# -- the page
 
 
 def verdict_table() -> dict[str, Any]:
@@ -338,21 +244,30 @@ def verdict_table() -> dict[str, Any]:
     return table("verdicts", "Published figures held against arithmetic", "published", columns, rows)
 
 
+def _lead() -> str:
+    bad = sum(not one.holds for one in verdicts())
+    return (
+        f"{bad} of {len(verdicts())} published figures that can be checked by arithmetic cannot hold as printed. Where they do not, the unit, "
+        "the window or the method was missing beside the figure: that is why each of ours has all three. The published figures are claims from "
+        "other hardware and other engines; beside ours they say how far apart, not why."
+    )
+
+
+def _heading(document: Mapping[str, Any]) -> str:
+    machine = document["machine"]["gpus"][0]["name"] if document["machine"]["gpus"] else document["machine"]["cpu"]
+    return f"{document['model']['name']}, weights {document['engine']['quantization']}, on one {machine}"
+
+
 def studies_html(reports: list[Mapping[str, Any]]) -> str:
     """A page: the verdicts, then each report's figures beside the published ones."""
-    bad = sum(not one.holds for one in verdicts())
-    lead = (
-        f"{bad} of {len(verdicts())} published figures that can be checked by arithmetic cannot hold as printed. Where they do not, the unit, "
-        "the window or the method was missing beside the figure: that is why each of ours has all three."
-    )
+    lead = _lead()
     parts = [
         f'<header><div class="in"><div class="kicker">qwen_fast</div><h1>Beside the two studies</h1><p>{escape(lead)}</p></div></header><main>'
     ]
     parts.append(f"<section>{table_html(verdict_table())}</section>")
     for document in reports:
-        machine = document["machine"]["gpus"][0]["name"] if document["machine"]["gpus"] else document["machine"]["cpu"]
         tables = "".join(table_html(one) for one in comparison(document))
-        parts.append(f"<section><h2>{escape(document['model']['name'])} on {escape(machine)}</h2>{tables}</section>")
+        parts.append(f"<section><h2>{escape(_heading(document))}</h2>{tables}</section>")
     return wrap("Beside the two studies", "".join([*parts, "</main>"])).replace('href="#def-', 'data-definition="')
 
 
@@ -361,7 +276,7 @@ def studies_markdown(reports: list[Mapping[str, Any]]) -> str:
     lines = [
         "# Beside the two studies",
         "",
-        "Published figures are claims from other hardware. `no`: cannot hold as printed.",
+        _lead(),
         "",
     ]
     lines += ["| published | can hold | arithmetic | reading |", "|---|---|---|---|"]
@@ -370,12 +285,14 @@ def studies_markdown(reports: list[Mapping[str, Any]]) -> str:
         for one in verdicts()
     ]
     for document in reports:
-        machine = document["machine"]["gpus"][0]["name"] if document["machine"]["gpus"] else document["machine"]["cpu"]
-        lines += ["", f"## {document['model']['name']} on {machine}"]
+        lines += ["", f"## {_heading(document)}"]
         for one in comparison(document):
             heads = [
                 one["first"],
-                *(f"{entry['title']}, {entry['unit']} ({entry['method']})" for entry in one["columns"]),
+                *(
+                    f"{', '.join(filter(None, (entry['title'], entry['unit'])))} ({entry['method']})"
+                    for entry in one["columns"]
+                ),
                 "window",
             ]
             lines += ["", f"### {one['title']}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]

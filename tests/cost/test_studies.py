@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from qwen_fast.cost.report import Report
-from qwen_fast.cost.studies import ENERGY_A, SPEED_A, comparison, studies_html, studies_markdown, verdicts
+from qwen_fast.cost.studies import comparison, studies_html, studies_markdown, verdicts
+from qwen_fast.cost.studies_data import ENERGY_A, SPEED_A
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def find(words):
@@ -54,3 +59,22 @@ def test_the_page_beside_a_report(measured):
     assert "cannot hold as printed" in html and "<script" not in html
     text = studies_markdown([document])
     assert text.count("\n| ") > 30 and "| A: 2.1 GB moved for 1,000 tokens | no |" in text
+
+
+def test_what_was_in_the_cache_and_in_the_tail():
+    assert 32 * 131_072 * 12_288 / 1e9 == pytest.approx(51.54, abs=0.01)
+    assert not find("128K tokens").holds and "51.5 GB" in find("128K tokens").arithmetic
+    assert 280 / (312 / 8) == pytest.approx(7.18, abs=0.01)
+    assert not find("P99 of").holds and "280 tokens take 7.2 s" in find("P99 of").arithmetic
+    assert find("tokens/s per W").holds and "= 452 W" in find("tokens/s per W").arithmetic
+
+
+@pytest.mark.parametrize(("model", "study", "other"), [("0.5b", "study-a", "study-b"), ("7b", "study-b", "study-a")])
+def test_the_committed_page_is_what_the_committed_reports_give(model, study, other):
+    path = next(RESULTS.glob(f"*-cost-{model}")) / "report.json"
+    document = Report.read(path).document
+    tables = {one["id"]: one for one in comparison(document)}
+    assert tables and all(name.startswith(study) and not name.startswith(other) for name in tables)
+    documents = [Report.read(next(RESULTS.glob(f"*-cost-{name}")) / "report.json").document for name in ("0.5b", "7b")]
+    (page,) = RESULTS.glob("*-studies.md")
+    assert studies_markdown(documents) == page.read_text(encoding="utf-8")
