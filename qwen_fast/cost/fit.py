@@ -1,12 +1,13 @@
 """Makes coefficients.json from the committed measurements: python -m qwen_fast.cost.fit [--results benchmarks/results].
 
-Two stages, both least squares of relative errors.
+Three stages, all least squares of relative errors.
 
 1. Linears. The times of single layers' linears (gpu-linears) by bits of the weights and kernel: microseconds for each
    kernel and token, share of the data sheet's bandwidth and of its product rate. All of them are used.
 2. Steps. Those linears as they are, and one factor for each other term, at or above what its limit allows (no byte faster
    than the bandwidth probe, no product faster than the product probe). Fixed, not fitted: the step's beginning and end (from
    gpu-timeline), and the cache's bytes in the one-sequence kernel (read like its weights).
+3. Requests (fit_serving.py): from the committed cost reports.
 
 Held out, by rule, and never seen by stage 2: every other batch size (sorted; the second, the fourth, ...), and the 7B
 shape's rows of 32K tokens (decode and prefill). Only the newest file of each question counts: older ones were measured on
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .cards import CARDS
+from .fit_serving import describe_serving, fit_serving, reports, serving_rows
 from .memory import Formats, packed_bytes
 from .roofline import COEFFICIENTS, FAMILIES, Step, family, features, linear_us
 from .shapes import find_shape
@@ -194,7 +196,19 @@ def fit(results: Path) -> dict[str, Any]:
             system.append([row["sums"].get(name, 0.0) / us for name in FITTED])
     factors = fixed | dict(zip(FITTED, bounded_least_squares(system, wanted, [lows[name] for name in FITTED])))
     fitted["factors"] = {name: round(value, 6) for name, value in factors.items()}
-    return fitted | describe(rows, factors) | sources(results)
+    found = describe(rows, factors)
+    served = serving_rows(results)
+    fitted["factors"] |= fit_serving(served, fitted, CARD, read_limit, bounded_least_squares)
+    found["serving"] = describe_serving(served, fitted, CARD)
+    ratios = [1 + one["error"] for one in found["serving"] if one["held_out"]]
+    found["error"]["serving_held_out_worst"] = max((abs(ratio - 1) for ratio in ratios), default=0.0)
+    widest = max([found["error"]["held_out_factor"], *(max(ratio, 1 / ratio) for ratio in ratios)])
+    found["error"]["held_out_factor"] = round(widest, 6)
+    several = [row["workload"] for row in served if row["workload"].users > 1]
+    found["contexts"]["several"] = max(
+        [found["contexts"]["several"], *(w.tokens_in + w.tokens_out / 2 for w in several)]
+    )
+    return fitted | found | sources(results)
 
 
 def summed(row: dict[str, Any], fitted: dict[str, Any]) -> dict[str, float]:
@@ -247,6 +261,10 @@ def sources(results: Path) -> dict[str, Any]:
         path, data = newest(results, what)
         environment = data["environment"]
         used.append({"file": path.name, "commit": environment["commit"], "date": environment["date"]})
+    for path in reports(results):
+        commit = json.loads(path.with_name("peaks.json").read_text(encoding="utf-8"))["commit"]
+        date = json.loads(path.read_text(encoding="utf-8"))["began"]
+        used.append({"file": path.relative_to(results).as_posix(), "commit": commit, "date": date})
     _, memory = newest(results, "gpu-memory")
     overhead = max(row["overhead_bytes"] for row in memory["rows"])
     return {"overhead_bytes": overhead, "total_bytes": memory["environment"]["gpus"][0]["total_bytes"], "sources": used,
@@ -256,7 +274,7 @@ def sources(results: Path) -> dict[str, Any]:
 def measured_power(results: Path) -> list[dict[str, Any]]:
     """From committed cost reports (schema.json): by file the GPU, the model, and the least and most watts over the loads."""
     found = []
-    for path in sorted(results.glob("*.json")):
+    for path in [*sorted(results.glob("*.json")), *sorted(results.glob("*/report.json"))]:
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict) or "sections" not in data or not data["machine"]["gpus"]:
             continue
@@ -267,7 +285,8 @@ def measured_power(results: Path) -> list[dict[str, Any]]:
         watts = [value for cells in loads if (value := cells["watts"]["value"]) is not None]
         if watts:
             gpu, model = data["machine"]["gpus"][0]["name"], data["model"]["name"]
-            found.append({"file": path.name, "gpu": gpu, "model": model, "least": min(watts), "most": max(watts)})
+            file = path.relative_to(results).as_posix()
+            found.append({"file": file, "gpu": gpu, "model": model, "least": min(watts), "most": max(watts)})
     return found
 
 
@@ -282,6 +301,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for one in found["residuals"]:
         mark = "held out" if one["held_out"] else "fitted"
         print(f"{mark:8}  {100 * one['error']:+6.1f} %  {one['measured_us']:12,.1f} us  {one['what']}")
+    for one in found["serving"]:
+        mark = "held out" if one["held_out"] else "fitted"
+        print(f"{mark:8}  {100 * one['error']:+6.1f} %  {one['measured']:12.6g} {one['figure']:6}  {one['what']}")
+    print(f"worst of requests held out: {found['error']['serving_held_out_worst']:.1%}")
     print(f"worst: fitted {found['error']['fitted_worst']:.1%}, held out {found['error']['held_out_worst']:.1%}")
     return 0
 

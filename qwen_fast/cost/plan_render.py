@@ -36,6 +36,8 @@ TERM_NAMES = {
     "head": "head",
     "logits": "logits and sampling",
     "kv": "KV cache",
+    "kv_long": "KV cache beyond 512 positions",
+    "layers_long": "a layer's part beyond 512 positions",
     "attention": "attention's products",
     "exchange": "exchange between cards",
 }
@@ -116,6 +118,7 @@ def _speed(made: Plan) -> Table:
     assert s is not None
     rows = [
         ("TTFT, alone", *between(s.ttft_s, seconds)),
+        ("TTFT, others busy (middle)", *between(s.ttft_busy_s, seconds)),
         ("TTFT, all users at once (P99 at most)", *between(s.ttft_p99_s, seconds)),
         ("TPOT, prompts of others counted", *between(s.tpot_s, seconds)),
         ("decode step, no prompts", *between(s.step_s, seconds)),
@@ -139,7 +142,7 @@ def _terms(made: Plan) -> Table:
     assert s is not None
     total = sum(s.terms_us.values())
     rows = [
-        (TERM_NAMES[name.partition("_")[0]], seconds(value / 1e6), f"{value / total:.0%}")
+        (TERM_NAMES.get(name) or TERM_NAMES[name.partition("_")[0]], seconds(value / 1e6), f"{value / total:.0%}")
         for name, value in sorted(s.terms_us.items(), key=lambda item: -item[1])
         if value > 0
     ]

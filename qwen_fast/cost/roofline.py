@@ -29,6 +29,8 @@ from .shapes import Shape
 COEFFICIENTS = Path(__file__).with_name("coefficients.json")
 FAMILIES = (("stream", 8), ("batch", 32), ("many", 512))  # a linear's kernels and the most tokens of each
 GRAPH_TOKENS = 512
+LONG_CONTEXT = 512  # positions; beyond, the cache of several sequences has terms of its own
+PROMPT_TILE = 128  # tokens: a piece of a prompt of more is computed in whole tiles
 # Several GPUs as one were never measured: what an exchange of partial sums between them is taken to cost.
 EXCHANGE_US = {"nvlink": 12.0, "pcie": 25.0}
 EXCHANGE_SHARE = 0.7  # of the link's rate
@@ -142,7 +144,8 @@ def features(
     kind = way(shape, formats, step, ranks)
     bandwidth, layers, t = card.bandwidth_gbs * 1e3, shape.num_layers, step.new_tokens
     found = {"step": 1.0}
-    found["linears_" + kind] = layers * layer_linears_us(shape, formats.weight_bits, t, card, fitted, ranks)
+    wide = t if step.decode or t <= PROMPT_TILE else -(-t // PROMPT_TILE) * PROMPT_TILE
+    found["linears_" + kind] = layers * layer_linears_us(shape, formats.weight_bits, wide, card, fitted, ranks)
     if kind == "chunk":
         found["layer_tokens_chunk"] = layers * t / 1000
     else:
@@ -153,8 +156,14 @@ def features(
         found["head"] = head_us(shape, formats, step.rows, card, fitted, ranks)
         found["logits"] = step.rows * shape.vocab_size * 4 / bandwidth
     if step.decode:
-        found["kv_" + kind] = kv_token_bytes(shape, formats.kv, ranks) * step.context * step.num_seqs / bandwidth
+        one_position = kv_token_bytes(shape, formats.kv, ranks) * step.num_seqs / bandwidth
+        near = step.context if kind == "one" else min(step.context, LONG_CONTEXT)
+        found["kv_" + kind] = one_position * near
+        if step.context > near:
+            found["kv_long"], found["layers_long"] = one_position * (step.context - near), float(layers)
     else:
+        if kind == "graph":  # no prompt is part of a captured graph: every kernel is launched
+            found["layers_prompt"] = float(layers)
         found["attention"] = attention_flops(shape, step, ranks) / (card.tflops * 1e6)
     if ranks > 1:
         found["exchange"] = exchange_us(shape, t, card, ranks)

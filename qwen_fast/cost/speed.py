@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import roofline
@@ -39,13 +39,15 @@ class Workload:
 class Speed:
     """Seconds and tokens per second, with all users busy all the time.
 
-    ttft_s: a prompt alone on the card. ttft_p99_s: when all users of a card ask at the same moment, the last one's: an
+    ttft_s: a prompt alone on the card. ttft_busy_s: the middle one, when the users do not ask at the same moment: the steps in
+    flight end first, and now and then another's prompt. ttft_p99_s: when all users of a card ask at the same moment, the last one's: an
     upper bound of the 99th percentile. tpot_s: between two tokens of a user, prompts of others in between counted.
     latency_s: ttft_p99_s and the other tokens. step_s: a decode step of all users without prompts.
     tokens_per_s: output tokens of all cards and users, prompts' time counted. decode_tokens_per_s: not counted.
     """
 
     ttft_s: Estimate
+    ttft_busy_s: Estimate
     ttft_p99_s: Estimate
     tpot_s: Estimate
     latency_s: Estimate
@@ -89,6 +91,36 @@ def is_long(step: roofline.Step, fitted: dict[str, Any]) -> bool:
     return step.num_seqs > 1 and step.context > fitted["contexts"]["several"]
 
 
+@dataclass(frozen=True)
+class Steady:
+    """Seconds of a steady state, as the terms give them. rate: output tokens a second of one card."""
+
+    step_s: float
+    prompt_s: float
+    tpot_s: float
+    ttft_busy_s: float
+    rate: float
+    terms_us: dict[str, float]
+
+
+def steady(
+    shape: Shape, formats: Formats, card: Card, workload: Workload, chunk: int, fitted: dict[str, Any], ranks: int = 1
+) -> Steady:
+    """workload.users: of one card. The others' tokens take their places in a prompt's steps. Two steps are in flight when a request comes, and a prompt of another is being computed
+    for a share of the time: half of it is still to come, on average."""
+    users, out = workload.users, workload.tokens_out
+    step = roofline.Step(users, users, workload.tokens_in + out / 2, True, users)
+    terms = roofline.terms(shape, formats, step, card, fitted, ranks)
+    step_s = sum(terms.values()) / 1e6
+    prompt_s = roofline.prefill_seconds(shape, formats, workload.tokens_in, chunk, card, fitted, ranks)
+    places = max(1, chunk - (users - 1))
+    busy_s = roofline.prefill_seconds(shape, formats, workload.tokens_in, places, card, fitted, ranks)
+    cycle_s = out * step_s + users * busy_s
+    others = (users - 1) * busy_s / cycle_s
+    wait_s = 2 * step_s + others * busy_s / 2 if users > 1 else 0.0
+    return Steady(step_s, prompt_s, step_s + (users - 1) * busy_s / out, busy_s + wait_s, users * out / cycle_s, terms)
+
+
 def _long_gain(terms: dict[str, float], step: roofline.Step, fitted: dict[str, Any]) -> float:
     """How much quicker a step may be: the cache of several users was measured over short contexts, where reading it is
     slower for its size; over long ones it may go as fast as one user's."""
@@ -111,13 +143,12 @@ def predict(
     prompt = roofline.Step(workload.tokens_in, 1, workload.tokens_in, False, 1)
     factor, basis = ranges(shape, formats, card, parallel, step, fitted)
     prompt_factor, prompt_basis = ranges(shape, formats, card, parallel, prompt, fitted)
-    terms = roofline.terms(shape, formats, step, card, fitted, ranks)
-    step_s = sum(terms.values()) / 1e6
+    found = steady(shape, formats, card, replace(workload, users=users), chunk, fitted, ranks)
+    terms, step_s, prompt_s = found.terms_us, found.step_s, found.prompt_s
     quick = factor * _long_gain(terms, step, fitted)
-    prompt_s = roofline.prefill_seconds(shape, formats, workload.tokens_in, chunk, card, fitted, ranks)
     least, least_prompt = (roofline.limit_seconds(shape, formats, one, card, ranks) for one in (step, prompt))
-    tpot_s, burst_s = step_s + (users - 1) * prompt_s / out, users * prompt_s
-    rate = workload.users * out / (out * step_s + users * prompt_s)
+    tpot_s, burst_s = found.tpot_s, users * prompt_s
+    rate = found.rate * workload.users / users
     fastest = workload.users * out / (out * least + users * least_prompt)
 
     def time(value: float, floor: float) -> Estimate:
@@ -132,6 +163,7 @@ def predict(
 
     return Speed(
         ttft_s=first(prompt_s, least_prompt),
+        ttft_busy_s=first(found.ttft_busy_s, least_prompt),
         ttft_p99_s=first(burst_s, users * least_prompt),
         tpot_s=time(tpot_s, least),
         latency_s=time(burst_s + (out - 1) * tpot_s, least_prompt + (out - 1) * least),

@@ -198,7 +198,7 @@ def test_what_was_never_measured_is_said_and_ranges_widen():
     other_card = plan("7B", "RTX 4090", tokens_in=128, tokens_out=256, users=16)
     assert "never measured: card" in other_card.speed.step_s.basis
     long = plan("7B", "H200", tokens_in=4096, tokens_out=256, users=16)
-    assert "16 users beyond 256 positions" in long.speed.step_s.basis
+    assert "16 users beyond 2304 positions" in long.speed.step_s.basis
     bf16 = plan("7B", "H200", weights=16, tokens_in=128, tokens_out=256)
     assert "weights" in bf16.speed.step_s.basis
     assert width(measured) < width(other_shape) < width(other_card)
