@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 ROOT = pathlib.Path(__file__).resolve().parent
-C_FOLDERS = ["base", "model", "kv", "sched", "sample", "backend/cpu", "comm", "engine", "python"]
+C_FOLDERS = ["base", "model", "kv", "sched", "sample", "backend", "backend/cpu", "comm", "engine", "python"]
 C_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 C_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]  # the same sums on every compiler
 C_FLAGS += ["-g0"]  # Python's own flags ask for debugging symbols, which would be most of the wheel

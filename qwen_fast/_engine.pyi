@@ -21,6 +21,7 @@ class MemoryReport(TypedDict):
     workspace_bytes: int
     kv_cache_bytes: int
     kv_block_bytes: int
+    kv_window_bytes: int  # of kv_cache_bytes: the 16-bit window's
     num_blocks: int
     block_size: int
     max_model_len: int
@@ -156,6 +157,8 @@ class Engine:
         quantization_group_size: int = 128,
         lm_head_dtype: str = "auto",
         kv_cache_dtype: str = "auto",
+        kv_cache_16bit_window: int = 0,  # with a cache of 8 or 4 bits: newest positions that a query reads in 16 bits
+        kv_cache_16bit_layers: Sequence[int] | None = (),  # the same: layers whose cache has 16 bits
         block_size: int = 32,
         max_model_len: int = 0,
         max_num_seqs: int = 256,
@@ -228,6 +231,33 @@ class Engine:
     def close(self) -> None: ...
     @property
     def closed(self) -> bool: ...
+
+@final
+class Layers:
+    """The layers of a checkpoint without the machinery of requests, for calibration. One call at a time."""
+
+    def __new__(
+        cls,
+        model_dir: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_tokens: int = 2048,  # in one call of forward()
+        num_threads: int = 0,
+        isa: str = "auto",
+    ) -> Self: ...
+    def forward(
+        self,
+        first: int,
+        last: int,
+        hidden: Buffer,  # float32 (tokens, hidden_size), C-contiguous, changed in place
+        seq_lens: Sequence[int],
+        tap: Callable[[int, str, memoryview], object] | None = None,  # (layer, "q_proj", x): x float32 (rows, inputs), valid in the call
+        linears: Sequence[str] | None = None,  # whose inputs the tap sees; None: all
+    ) -> None: ...
+    def info(self) -> dict[str, Any]:
+        """The fields of qf_layers_info."""
+    def close(self) -> None: ...
 
 def estimate(model_dir: str, **options: Any) -> MemoryReport:
     """What Engine(model_dir, **options) would allocate; reads headers only."""

@@ -40,6 +40,8 @@ class BaseLLM:
         quantization_group_size: int = 128,
         activation_dtype: str = "auto",
         kv_cache_dtype: str = "auto",
+        kv_cache_16bit_window: int = 0,
+        kv_cache_16bit_layers: Sequence[int] = (),
         lm_head_dtype: str = "auto",
         block_size: int = 32,
         max_model_len: int | None = None,
@@ -84,12 +86,20 @@ class BaseLLM:
         quantization: None / "auto" (as the checkpoint is), "none", "w4" (to 4 bits while loading), "awq", "gptq",
             "compressed-tensors". quantization_group_size: 32, 64 or 128, for "w4".
         activation_dtype: "auto" (on the CPU int8 beside 4- and 8-bit weights, on a GPU bfloat16), "int8", "float32".
-        kv_cache_dtype: "auto" (dtype), "bfloat16", "float32".
+        kv_cache_dtype: "auto" (dtype), "bfloat16", "float32", "fp8_e4m3" ("fp8"), "int8", "int4", "nf4". Keys of 8 and
+            4 bits are stored without k_proj's bias, which is added exactly when they are read; they need a head_dim that
+            is a multiple of 32. On the CPU.
+        kv_cache_16bit_window: beside such a cache, each query reads the newest so many positions, its own included, in
+            16 bits. kv_cache_16bit_layers: indices of layers whose cache has 16 bits. A cache of 16 or 32 bits ignores
+            both.
         lm_head_dtype: "auto" (int8 on the CPU where the layers are quantised, and on a GPU with cpu_offload where the
             head is tied to the embedding; else "model"), "model", "int8", "int4".
         block_size: tokens in a KV cache block: 16, 32, 64, 128.
         max_model_len: prompt and output together; None: the checkpoint's, or what the KV cache can hold.
         max_num_seqs, max_num_batched_tokens: sequences and tokens in one step.
+        tensor_parallel_size: ranks that each hold a part of every layer. On the CPU they are groups of threads, which
+            share num_threads out: no gain in speed, but the same arithmetic. On GPUs each rank has one, from `device`
+            on, of one host: at most 8.
         seed: requests without a seed get seeds that follow from it and from their number in order of submission: a
             program run again gives the same outputs. None: fresh seeds.
         kv_cache_memory: bytes, or a text such as "6GiB". kv_cache_tokens: the same in tokens.
@@ -136,6 +146,8 @@ class BaseLLM:
             quantization_group_size=quantization_group_size,
             activation_dtype=activation_dtype,
             kv_cache_dtype=kv_cache_dtype,
+            kv_cache_16bit_window=kv_cache_16bit_window,
+            kv_cache_16bit_layers=kv_cache_16bit_layers,
             lm_head_dtype=lm_head_dtype,
             block_size=block_size,
             max_model_len=max_model_len,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .params import MAX_LOGPROBS
@@ -55,7 +55,7 @@ VLLM_OPTIONS: dict[str, tuple[Any, str]] = {
     "tokenizer_mode": (("auto",), "tokenizer.json is read by the package tokenizers"),
     "tokenizer_revision": ((), "revision holds for both; or give tokenizer= a directory"),
 }
-_UNBUILT_KV = ("fp8", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "nf4")
+_UNBUILT_KV = ("fp8_e5m2",)
 
 
 def refuse_unknown(options: Mapping[str, Any], caller: str = "LLM") -> None:
@@ -86,15 +86,15 @@ def engine_options(
     **passed: Any,
 ) -> dict[str, Any]:
     """Keyword arguments for _engine.Engine and _engine.estimate."""
-    if passed.get("tensor_parallel_size", 1) not in (1, None):
-        raise NotImplementedError(
-            f"tensor_parallel_size={passed['tensor_parallel_size']!r} is not built yet; leave it 1"
-        )
     if passed.get("kv_cache_dtype") in _UNBUILT_KV:
         raise NotImplementedError(
-            f"kv_cache_dtype={passed['kv_cache_dtype']!r} is not built yet; use 'auto', 'bfloat16' or 'float32'"
+            f"kv_cache_dtype={passed['kv_cache_dtype']!r} is not built yet; use 'fp8_e4m3' or 'int8'"
         )
     options = {name: value for name, value in passed.items() if value is not None}
+    if "kv_cache_16bit_window" in options:
+        _positive("kv_cache_16bit_window", options["kv_cache_16bit_window"], allow_zero=True)
+    if "kv_cache_16bit_layers" in options:
+        options["kv_cache_16bit_layers"] = _layers(options["kv_cache_16bit_layers"])
     options["quantization"] = "auto" if quantization is None else quantization
     if max_model_len is not None:
         options["max_model_len"] = _positive("max_model_len", max_model_len)
@@ -150,6 +150,12 @@ def merged_overrides(rope_scaling: Mapping[str, Any] | None, hf_overrides: Mappi
             raise ValueError("rope_scaling is given twice: as an option and in hf_overrides")
         overrides["rope_scaling"] = dict(rope_scaling)
     return overrides
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"kv_cache_16bit_layers must be a sequence of layer indices, got {value!r}")
+    return tuple(_positive(f"kv_cache_16bit_layers[{i}]", one, allow_zero=True) for i, one in enumerate(value))
 
 
 def _number(name: str, value: Any) -> int | float:

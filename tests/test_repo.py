@@ -39,14 +39,14 @@ MAY_INCLUDE = {
     "sched": {"kv", "base"},
     "sample": {"base"},
     "comm": {"base", "kernels"},
-    "backend": {"model", "sample", "base"},
-    "backend/cpu": {"backend", "model", "sample", "base"},
-    "backend/cuda": {"backend", "model", "sample", "base", "comm", "kernels"},
+    "backend": {"comm", "kv", "model", "sample", "base"},
+    "backend/cpu": {"backend", "comm", "kv", "model", "sample", "base"},
+    "backend/cuda": {"backend", "comm", "kv", "model", "sample", "base", "kernels"},
     "engine": {"include", "backend", "backend/cpu", "backend/cuda", "comm", "sched", "kv", "sample", "model", "base"},
     "python": {"include"},
 }
 # Of the kernels only these are for others to include.
-KERNEL_INTERFACES = {"qf_kernels.h", "qf_repack.h", "attention_limits.h"}
+KERNEL_INTERFACES = {"qf_kernels.h", "qf_kv_cache.h", "qf_all_reduce.h", "qf_repack.h", "attention_limits.h"}
 # Headers of a folder that only one file may include: the engine's device choice alone knows a backend by name.
 ONLY_FROM = {"backend/cpu/cpu.h": "csrc/engine/devices.c", "backend/cuda/cuda.h": "csrc/engine/devices.c"}
 CUDA_HEADERS = re.compile(
@@ -56,9 +56,9 @@ CUDA_HEADERS = re.compile(
 WARNINGS = "-Wall -Wextra -Wconversion -Wshadow -Wvla".split()
 DIALECT = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
 
-# fprintf and the like, but not snprintf: that prints into memory.
+# fprintf and the like, but not snprintf: that prints into memory. A member called abort is not the function.
 SIDE_EFFECTS = (
-    r"\b(secure_)?getenv\s*\(|\b(abort|_?exit|_Exit|quick_exit|assert)\s*\(|\b(stdout|stderr)\b"
+    r"\b(secure_)?getenv\s*\(|(?<!->)\b(abort|_?exit|_Exit|quick_exit|assert)\s*\(|\b(stdout|stderr)\b"
     r"|\b(puts|putchar|perror|fputs|fputc|putc|v?printf|v?fprintf|v?dprintf)\s*\("
 )
 ALLOCATIONS = r"\b(malloc|calloc|realloc|reallocarray|free|strdup|strndup|aligned_alloc|posix_memalign|alloca)\s*\("
@@ -228,6 +228,11 @@ CPYTHON_TABLES = {
         "qf_py_engine_spec": "PyType_Spec",
     },
     "functions.c": {"qf_py_functions": "PyMethodDef"},
+    "layers.c": {
+        "layers_methods": "PyMethodDef",
+        "layers_slots": "PyType_Slot",
+        "qf_py_layers_spec": "PyType_Spec",
+    },
     "module.c": {"module_def": "PyModuleDef", "module_slots": "PyModuleDef_Slot"},
     "request.c": {
         "request_methods": "PyMethodDef",

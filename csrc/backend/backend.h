@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "base/status.h"
+#include "comm/comm.h"
 #include "kv/format.h"
 #include "model/checkpoint.h"
 #include "sample/sampler.h"
@@ -33,6 +34,11 @@ typedef struct qf_backend_options {
     size_t offload_layers_bytes; /* at least this much of the layers' weights (whole layers, the last ones) too */
     bool batch_invariant;        /* one order of sums for every batch (the CPU's always is) */
     bool enforce_eager;          /* no captured graphs */
+    /* Of a model over several devices (backend/parallel.h); the checkpoint that a rank is given is its part: */
+    int32_t tensor_parallel_size; /* ranks; 0 and 1: one device */
+    qf_comm *comm;                /* this rank's, borrowed; NULL: it is alone */
+    const struct qf_backend_vtable *rank_backend; /* for the backend that runs the ranks: what each one is */
+    int32_t step_timeout_ms;      /* for the same: a rank that takes longer has failed; 0: no limit */
 } qf_backend_options;
 
 /* Bytes, exact, known before anything is allocated. */
@@ -43,6 +49,7 @@ typedef struct qf_memory_plan {
     size_t kv_window_bytes; /* all window blocks (num_window_blocks of them) */
     int32_t num_window_blocks;
     size_t host_bytes;     /* of a device backend: pinned host memory, weights and staging */
+    size_t all_kv_block_bytes; /* of several devices: one block over all of them (the rest is of one); 0: of one */
 } qf_memory_plan;
 
 /* The memory of a device. */
@@ -131,6 +138,8 @@ typedef struct qf_backend_vtable {
     /* Microjoules that the device took since some moment, by its own counter; false: not measured, and `note` says why.
      * Else `note` says what the figure covers. From any thread, one at a time. NULL: the device is the CPU. */
     bool (*energy)(qf_backend *self, uint64_t *energy_uj, char *note, size_t note_bytes);
+    /* The communicator of `size` such backends, one handle each: out (size). NULL: threads over host memory. */
+    qf_status (*create_comms)(const qf_backend_options *options, int32_t size, qf_comm **out, qf_error *err);
 } qf_backend_vtable;
 
 struct qf_backend {

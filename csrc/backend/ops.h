@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "base/dtype.h"
+#include "kv/format.h"
 
 /* out[t] = table[token_ids[t]] */
 typedef struct qf_embedding_args {
@@ -37,13 +38,15 @@ typedef struct qf_silu_mul_args {
 /* One layer's part of the paged KV cache. The layout inside a block is the backend's. */
 typedef struct qf_kv_cache {
     void *k, *v;        /* (num_blocks, ...) */
-    qf_dtype dtype;     /* F32 or BF16 */
+    qf_dtype dtype;     /* F32 or BF16; not of a low-bit format */
     int32_t num_blocks, block_size;
     int32_t num_kv_heads, head_dim;
+    qf_kv_format format; /* QF_KV_AUTO: as dtype says */
 } qf_kv_cache;
 
 /* Rotates q in place and k on its way into the cache (rotate-half pairs j, j + head_dim / 2); stores k and v at
- * slot_mapping. cos_sin rows already hold the attention factor. */
+ * slot_mapping. cos_sin rows already hold the attention factor. A low-bit cache gets the rotated k as it is, rounded;
+ * what a window over it gets is rotate(k + k_bias). A slot of -1 leaves the cache (not the window) as it is. */
 typedef struct qf_rope_kv_write_args {
     float *q;                    /* (num_tokens, num_heads * head_dim) rotated in place */
     const float *k, *v;          /* (num_tokens, num_kv_heads * head_dim) */
@@ -51,7 +54,20 @@ typedef struct qf_rope_kv_write_args {
     const int32_t *slot_mapping; /* (num_tokens) block * block_size + offset */
     qf_kv_cache cache;
     int32_t num_tokens, num_heads;
+    const float *k_bias;                /* (num_kv_heads, head_dim) for the window: k comes without it; NULL: none */
+    qf_kv_cache window;                 /* BF16; k NULL: none */
+    const int32_t *window_slot_mapping; /* (num_tokens) */
 } qf_rope_kv_write_args;
+
+/* Positions whose bias is rotated together: p = tile + i is R_tile first, then R_i. */
+#define QF_BIAS_TILE 32
+
+/* The bias that a low-bit cache's keys are stored without, and what rotates it to their positions. */
+typedef struct qf_key_bias {
+    const float *bias;      /* (num_kv_heads, head_dim) not rotated */
+    const float *tile_turn; /* (tiles, head_dim) cosines then sines of tile * QF_BIAS_TILE, times the attention factor */
+    const float *step_turn; /* (head_dim / 2, 2, QF_BIAS_TILE) cosines and sines of 0 .. QF_BIAS_TILE - 1 */
+} qf_key_bias;
 
 /* Causal attention over the paged cache, which already holds this step's keys and values. Reads K and V as stored.
  * The order of every reduction depends on absolute positions alone, so a row's result does not depend on the
@@ -67,6 +83,12 @@ typedef struct qf_attention_args {
     int32_t num_seqs, num_heads;
     int32_t sliding_window;         /* newest tokens a query sees, itself included; 0: all */
     float scale;                    /* head_dim^-0.5 */
+    qf_key_bias key_bias;           /* low-bit caches */
+    /* A query at p reads the window's copy of k where p - k < window_tokens and k lies in its blocks. */
+    qf_kv_cache window;             /* BF16; k NULL: none */
+    const int32_t *window_tables;   /* (num_seqs, window_table_stride): entry i is block first_block[seq] + i */
+    const int32_t *window_first_block; /* (num_seqs) */
+    int32_t window_table_stride, window_tokens;
 } qf_attention_args;
 
 #endif

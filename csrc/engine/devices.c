@@ -54,7 +54,7 @@ int32_t qf_list_devices(qf_device_info *out, int32_t capacity)
 }
 
 /* "auto" is the first usable GPU if there is one, else the CPU. */
-static qf_status choose_backend(const qf_engine_options *options, const qf_backend_vtable **out, qf_error *err)
+qf_status qf_engine_choose_backend(const qf_engine_options *options, const qf_backend_vtable **out, qf_error *err)
 {
     qf_device_choice choice;
     QF_TRY(qf_device_parse(options->device, &choice, err));
@@ -83,7 +83,7 @@ qf_status qf_engine_create(const qf_engine_options *options, qf_engine **out, qf
 {
     const qf_backend_vtable *backend;
     *out = NULL;
-    QF_TRY(choose_backend(options, &backend, err));
+    QF_TRY(qf_engine_choose_backend(options, &backend, err));
     return qf_engine_create_with(options, backend, out, err);
 }
 
@@ -92,7 +92,7 @@ qf_status qf_engine_estimate(const qf_engine_options *options, qf_memory_report 
     qf_checkpoint *checkpoint;
     qf_resolved_options resolved;
     const qf_backend_vtable *backend;
-    QF_TRY(choose_backend(options, &backend, err));
+    QF_TRY(qf_engine_choose_backend(options, &backend, err));
     QF_TRY(qf_options_resolve(options, backend, &checkpoint, &resolved, err));
     qf_checkpoint_close(checkpoint);
     qf_memory_report_fill(&resolved, out);

@@ -74,14 +74,21 @@ void qf_engine_free(qf_engine *self)
     qf_free(self);
 }
 
-static qf_status create_machinery(qf_engine *self, const qf_engine_options *options, const qf_backend_vtable *backend,
-                                  const qf_checkpoint *checkpoint, qf_error *err)
+static qf_status create_machinery(qf_engine *self, const qf_engine_options *options, const qf_checkpoint *checkpoint,
+                                  qf_error *err)
 {
     const qf_resolved_options *resolved = &self->resolved;
     qf_scheduler_config scheduler = {.max_num_seqs = resolved->backend.max_num_seqs,
                                      .max_num_batched_tokens = resolved->backend.max_num_batched_tokens,
                                      .max_model_len = resolved->backend.max_model_len,
-                                     .max_steps_in_flight = resolved->max_steps_in_flight};
+                                     .max_steps_in_flight = resolved->max_steps_in_flight,
+                                     .window_tokens = resolved->backend.kv_window_tokens,
+                                     .num_window_blocks = resolved->plan.num_window_blocks};
+    if (scheduler.window_tokens > 0) { /* at most 1024 layers of windows below 2^21 */
+        int32_t layers = self->config.num_layers - resolved->num_kv_cache_16bit_layers;
+        int64_t margin = (int64_t)layers * (scheduler.window_tokens - 1);
+        scheduler.prefix_margin_tokens = margin < INT32_MAX ? (int32_t)margin : INT32_MAX;
+    }
     QF_TRY(qf_block_pool_create(resolved->num_blocks, resolved->backend.block_size, resolved->enable_prefix_caching,
                                 qf_random_u64(), &self->pool, err));
     QF_TRY(qf_scheduler_create(&scheduler, self->pool, &self->scheduler, err));
@@ -89,14 +96,18 @@ static qf_status create_machinery(qf_engine *self, const qf_engine_options *opti
         QF_TRY(qf_step_init(&self->steps[i], resolved, err));
     }
     QF_TRY(open_event_fd(self, err));
-    QF_TRY(backend->create(checkpoint, &resolved->backend, resolved->num_blocks, options->progress,
-                           options->progress_arg, &self->backend, err));
+    QF_TRY(resolved->vtable->create(checkpoint, &resolved->backend, resolved->num_blocks, options->progress,
+                                    options->progress_arg, &self->backend, err));
     self->isa = self->backend->isa != NULL ? self->backend->isa : "";
-    (void)snprintf(self->description, sizeof self->description, "%s", backend->describe(self->backend));
+    (void)snprintf(self->description, sizeof self->description, "%s",
+                   resolved->vtable->describe(self->backend));
     qf_memory_report_fill(resolved, &self->stats.memory);
     self->stats.num_free_blocks = resolved->num_blocks;
     qf_meter_init(&self->meter, options->meter, &self->config, &resolved->plan, resolved->backend.block_size,
                   qf_now_ns());
+    if (qf_kv_is_low_bit(resolved->backend.kv_format)) {
+        qf_meter_set_kv(&self->meter, &self->config, &resolved->backend);
+    }
     if (options->meter) {
         qf_energy_open(self);
         QF_TRY(qf_energy_start(self, err));
@@ -158,7 +169,7 @@ qf_status qf_engine_create_with(const qf_engine_options *options, const qf_backe
     qf_checkpoint *checkpoint = NULL;
     QF_TRY_GOTO(qf_options_resolve(options, backend, &checkpoint, &self->resolved, err), fail);
     self->config = *qf_checkpoint_config(checkpoint);
-    QF_TRY_GOTO(create_machinery(self, options, backend, checkpoint, err), fail);
+    QF_TRY_GOTO(create_machinery(self, options, checkpoint, err), fail);
     qf_checkpoint_close(checkpoint);
     self->resolved.backend.isa = NULL; /* was the caller's string */
     self->load_seconds = qf_now_seconds() - start;
@@ -256,7 +267,11 @@ void qf_engine_get_info(const qf_engine *self, qf_engine_info *out)
                             .quantization = resolved->quantization,
                             .lm_head_dtype = resolved->lm_head_dtype,
                             .kv_cache_dtype = resolved->kv_cache_dtype,
+                            .kv_cache_16bit_window = resolved->backend.kv_window_tokens,
+                            .kv_cache_16bit_layers = resolved->kv_cache_16bit_layers,
+                            .num_kv_cache_16bit_layers = resolved->num_kv_cache_16bit_layers,
                             .num_threads = resolved->backend.num_threads,
+                            .tensor_parallel_size = resolved->backend.tensor_parallel_size,
                             .load_seconds = self->load_seconds};
 }
 

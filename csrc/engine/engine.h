@@ -20,6 +20,7 @@
 
 /* Option strings, parsed and resolved against the checkpoint. */
 typedef struct qf_resolved_options {
+    const qf_backend_vtable *vtable; /* of the engine's backend: what was asked for, or ranks of it */
     qf_backend_options backend;
     qf_memory_plan plan;
     uint64_t available_bytes, device_total_bytes, device_overhead_bytes;
@@ -28,6 +29,9 @@ typedef struct qf_resolved_options {
     int32_t max_waiting_requests;
     bool enable_prefix_caching;
     const char *dtype, *activation_dtype, *quantization, *lm_head_dtype, *kv_cache_dtype; /* static strings */
+    uint8_t kv_16bit_layers[QF_MAX_LAYERS];       /* backend.kv_16bit_layers points here: this struct does not move */
+    int32_t kv_cache_16bit_layers[QF_MAX_LAYERS]; /* (num_kv_cache_16bit_layers) ascending */
+    int32_t num_kv_cache_16bit_layers;
 } qf_resolved_options;
 
 typedef enum qf_device_kind { QF_DEVICE_AUTO = 0, QF_DEVICE_CPU, QF_DEVICE_CUDA } qf_device_kind;
@@ -113,6 +117,10 @@ typedef struct qf_step {
     int32_t *query_start_loc; /* (max_num_seqs + 1) */
     int32_t *seq_lens;        /* (max_num_seqs) */
     int32_t *block_tables;    /* (max_num_seqs, block_table_stride) */
+    /* With a 16-bit window; else NULL: */
+    int32_t *window_slot_mapping; /* (max_num_batched_tokens) */
+    int32_t *window_tables;       /* (max_num_seqs, window_table_stride) */
+    int32_t *window_first_block;  /* (max_num_seqs) */
     qf_logit_task *logit_tasks; /* (max_num_batched_tokens) */
     qf_meter_step meter;
 } qf_step;
@@ -170,6 +178,9 @@ struct qf_engine {
     qf_request *finishing_head;
     int32_t num_masks_waited;
 };
+
+/* devices.c: the backend that options->device means. */
+qf_status qf_engine_choose_backend(const qf_engine_options *options, const qf_backend_vtable **out, qf_error *err);
 
 /* For tests: any backend, over a checkpoint's options. */
 qf_status qf_engine_create_with(const qf_engine_options *options, const qf_backend_vtable *backend, qf_engine **out,

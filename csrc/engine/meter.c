@@ -1,5 +1,5 @@
 /* Counting a step, and adding it to the requests' accounts. */
-/* needs: engine/meter_share.c engine/energy.c */
+/* needs: engine/meter_share.c engine/energy.c kv/format.c */
 #include "engine/meter.h"
 
 #include <string.h>
@@ -40,7 +40,9 @@ void qf_meter_init(qf_meter *self, bool enabled, const qf_model_config *config, 
     for (int32_t i = 0; i < config->num_layers; i++) {
         sliding += qf_model_config_layer_slides(config, i);
     }
-    uint64_t layer_token_bytes = plan->kv_block_bytes / (uint64_t)block_size / layers;
+    /* Of several devices: what all of them hold of a token. */
+    uint64_t block_bytes = plan->all_kv_block_bytes != 0 ? plan->all_kv_block_bytes : plan->kv_block_bytes;
+    uint64_t layer_token_bytes = block_bytes / (uint64_t)block_size / layers;
     *self = (qf_meter){.enabled = enabled,
                        .kv_full_bytes = (layers - sliding) * layer_token_bytes,
                        .kv_sliding_bytes = sliding * layer_token_bytes,
@@ -50,6 +52,24 @@ void qf_meter_init(qf_meter *self, bool enabled, const qf_model_config *config, 
                        .full_flops = 4 * q * (layers - sliding),
                        .sliding_flops = 4 * q * sliding,
                        .start_ns = now_ns};
+}
+
+void qf_meter_set_kv(qf_meter *self, const qf_model_config *config, const qf_backend_options *options)
+{
+    const uint64_t rows = 2 * (uint64_t)config->num_kv_heads; /* of a token and layer */
+    const uint64_t low = rows * qf_kv_row_bytes(options->kv_format, config->head_dim);
+    const uint64_t wide = rows * qf_kv_row_bytes(QF_KV_BF16, config->head_dim);
+    self->kv_full_bytes = self->kv_sliding_bytes = 0;
+    self->window_tokens = options->kv_window_tokens;
+    for (int32_t i = 0; i < config->num_layers; i++) {
+        const bool sixteen = options->kv_16bit_layers != NULL && options->kv_16bit_layers[i] != 0;
+        const bool slides = qf_model_config_layer_slides(config, i);
+        *(slides ? &self->kv_sliding_bytes : &self->kv_full_bytes) += sixteen ? wide : low;
+        if (self->window_tokens > 0 && !sixteen) {
+            *(slides ? &self->window_sliding_bytes : &self->window_full_bytes) += wide;
+            *(slides ? &self->low_sliding_bytes : &self->low_full_bytes) += low;
+        }
+    }
 }
 
 void qf_meter_deinit(qf_meter *self) { qf_share_scratch_deinit(&self->scratch); }
@@ -190,6 +210,21 @@ static void count_attention(const qf_meter *self, qf_meter_entry *entry)
     }
 }
 
+/* What a 16-bit window adds for tokens start .. start + count - 1, and what it spares: the newest positions are read from it,
+ * and the low-bit form of those that every token reads there is not. `reach`: positions back from the end that are seen. */
+static void count_window(const qf_meter *self, qf_meter_entry *entry, uint64_t reach, uint64_t low_bytes,
+                         uint64_t window_bytes)
+{
+    const uint64_t count = (uint64_t)entry->num_tokens, context = (uint64_t)entry->start + count;
+    const uint64_t window = (uint64_t)self->window_tokens;
+    const uint64_t seen = context < reach ? context : reach;
+    const uint64_t copies = seen < window - 1 + count ? seen : window - 1 + count;
+    const uint64_t spared = seen < window ? seen : window;
+    entry->amounts[KV_READ_BYTES] += copies * window_bytes;
+    entry->amounts[KV_READ_BYTES] -= spared * low_bytes;
+    entry->amounts[KV_WRITE_BYTES] += count * window_bytes;
+}
+
 /* Adds parts of `total` to amount `which`, in proportion to the scratch's weights. */
 static void share_amount(qf_meter_step *step, int which, uint64_t total)
 {
@@ -216,6 +251,13 @@ void qf_meter_step_count(const qf_meter *self, qf_meter_step *step, const qf_ste
         entry->amounts[FLOPS] = (uint64_t)entry->num_tokens * self->linear_flops +
                                 (uint64_t)entry->num_rows * self->head_flops;
         count_attention(self, entry);
+        if (self->window_full_bytes > 0) {
+            count_window(self, entry, UINT64_MAX, self->low_full_bytes, self->window_full_bytes);
+        }
+        if (self->window_sliding_bytes > 0) {
+            count_window(self, entry, (uint64_t)self->sliding_window + (uint64_t)entry->num_tokens - 1,
+                         self->low_sliding_bytes, self->window_sliding_bytes);
+        }
         step->scratch.weights[i] = (uint64_t)entry->num_tokens;
         const int own[] = {COMPUTED_PROMPT_TOKENS, KV_READ_BYTES, KV_WRITE_BYTES, FLOPS};
         for (size_t j = 0; j < sizeof own / sizeof own[0]; j++) {

@@ -99,6 +99,10 @@ typedef struct qf_meter {
     /* Fixed: a token's, of all layers. */
     uint64_t kv_full_bytes, kv_sliding_bytes; /* of layers that see the whole context, and of those that slide */
     int32_t sliding_window;
+    /* Of low-bit caches with a 16-bit window: a token's copy, of the same two kinds of layers. */
+    uint64_t window_full_bytes, window_sliding_bytes;
+    uint64_t low_full_bytes, low_sliding_bytes; /* the low-bit form of the layers that have such copies */
+    int32_t window_tokens;
     uint64_t linear_flops, head_flops;          /* of a token, of a logit row */
     uint64_t full_flops, sliding_flops;         /* of a token and a position that it attends to */
     uint64_t start_ns;
@@ -116,6 +120,8 @@ typedef struct qf_meter {
 
 void qf_meter_init(qf_meter *self, bool enabled, const qf_model_config *config, const qf_memory_plan *plan,
                    int32_t block_size, uint64_t now_ns);
+/* Another format of the cache than the plan's average layer tells: 8 and 4 bits, with 16-bit layers or a window. */
+void qf_meter_set_kv(qf_meter *self, const qf_model_config *config, const qf_backend_options *options);
 void qf_meter_deinit(qf_meter *self);
 
 /* Room for one more account: fails only for lack of memory. */

@@ -1,13 +1,18 @@
-/* Engine options: strings parsed, defaults resolved against the checkpoint and the machine, memory planned. */
+/* Engine options: checked, defaults resolved against the checkpoint and the machine, memory planned. */
+/* needs: engine/options_formats.c kv/format.c backend/parallel.c */
 #include <stdio.h>
 #include <string.h>
 
+#include "backend/parallel.h"
 #include "base/memory.h"
 #include "base/threads.h"
 #include "engine/engine.h"
+#include "engine/options.h"
 
 #define MAX_SEQS_LIMIT 4096
 #define MAX_BATCHED_TOKENS_LIMIT (1 << 20)
+#define MAX_KV_WINDOW (1 << 20)
+#define STEP_TIMEOUT_MS 300000 /* of a rank among several: a CPU may take minutes for a long prompt */
 #define AUTO_UTILIZATION 0.5 /* of the machine's memory; where neither a share of the memory nor a size of the KV cache is given, and then ... */
 #define AUTO_DEVICE_UTILIZATION 0.9 /* the same of a GPU's */
 #define AUTO_KV_TOKENS 65536 /* ... the cache holds at most this many, or two of the longest sequences */
@@ -31,33 +36,7 @@ void qf_engine_options_init(qf_engine_options *options)
                                    .meter = true};
 }
 
-/* --- choices ------------------------------------------------------------------------------------------- */
-
-typedef struct choice {
-    const char *name;
-    int value; /* NOT_BUILT: known, not implemented */
-} choice;
-
-enum { NOT_BUILT = -1 };
-
-/* Finds `text` in the NULL-terminated list; an unknown value's message lists the known ones. */
-static qf_status choose(const char *option, const char *text, const choice *choices, int *out, qf_error *err)
-{
-    char known[256] = "";
-    for (const choice *c = choices; c->name != NULL; c++) {
-        if (text != NULL && strcmp(text, c->name) == 0) {
-            if (c->value == NOT_BUILT) {
-                return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED, "%s=\"%s\" is not implemented yet", option, text);
-            }
-            *out = c->value;
-            return QF_OK;
-        }
-        size_t used = strlen(known);
-        (void)snprintf(known + used, sizeof known - used, "%s%s", used > 0 ? ", " : "", c->name);
-    }
-    return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "%s must be one of %s; got \"%.40s\"", option, known,
-                   text != NULL ? text : "(null)");
-}
+/* --- checks ----------------------------------------------------------------------------------------------------- */
 
 static qf_status check_range(const char *option, int64_t value, int64_t low, int64_t high, qf_error *err)
 {
@@ -76,12 +55,9 @@ static qf_status check_numbers(const qf_engine_options *o, qf_error *err)
     QF_TRY(check_range("num_threads", o->num_threads, 0, 1024, err));
     QF_TRY(check_range("max_steps_in_flight", o->max_steps_in_flight, 0, QF_MAX_STEPS_IN_FLIGHT, err));
     QF_TRY(check_range("max_waiting_requests", o->max_waiting_requests, 0, INT32_MAX, err));
+    QF_TRY(check_range("kv_cache_16bit_window", o->kv_cache_16bit_window, 0, MAX_KV_WINDOW, err));
     QF_TRY(check_range("kv_cache_tokens", o->kv_cache_tokens, 0, (int64_t)1 << 40, err));
     QF_TRY(check_range("tensor_parallel_size", o->tensor_parallel_size, 1, 1024, err));
-    if (o->tensor_parallel_size > 1) {
-        return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED, "tensor_parallel_size=%d is not implemented yet; it must be 1",
-                       o->tensor_parallel_size);
-    }
     if (o->block_size != 16 && o->block_size != 32 && o->block_size != 64 && o->block_size != 128) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "block_size must be 16, 32, 64 or 128; got %d", o->block_size);
     }
@@ -114,110 +90,6 @@ static qf_status check_numbers(const qf_engine_options *o, qf_error *err)
     return QF_OK;
 }
 
-/* --- numeric formats ----------------------------------------------------------------------------------- */
-
-enum { AS_IS = 0, WANT_NONE, WANT_W4, WANT_AWQ, WANT_GPTQ, WANT_COMPRESSED_TENSORS };
-
-static const char *method_name(qf_quant_method method)
-{
-    switch (method) {
-    case QF_QUANT_NONE: return "none";
-    case QF_QUANT_AWQ: return "awq";
-    case QF_QUANT_GPTQ: return "gptq";
-    case QF_QUANT_COMPRESSED_TENSORS: return "compressed-tensors";
-    }
-    return "?";
-}
-
-static qf_status resolve_quantization(const qf_engine_options *o, const qf_model_config *config,
-                                      qf_resolved_options *out, bool *quantized, qf_error *err)
-{
-    static const choice choices[] = {{"auto", AS_IS},       {"none", WANT_NONE},
-                                     {"w4", WANT_W4},       {"awq", WANT_AWQ},
-                                     {"gptq", WANT_GPTQ},   {"compressed-tensors", WANT_COMPRESSED_TENSORS},
-                                     {"w8", NOT_BUILT},     {"fp8", NOT_BUILT},
-                                     {NULL, 0}};
-    static const int wanted_for[] = {WANT_NONE, WANT_AWQ, WANT_GPTQ, WANT_COMPRESSED_TENSORS};
-    int want;
-    QF_TRY(choose("quantization", o->quantization, choices, &want, err));
-    qf_quant_method method = config->quant.method;
-    if (want == WANT_W4) {
-        if (method != QF_QUANT_NONE) {
-            return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
-                           "quantization=\"w4\" quantises a 16- or 32-bit checkpoint; this one is %s already",
-                           method_name(method));
-        }
-        out->backend.quantize_bits = 4;
-        out->quantization = "w4";
-    } else {
-        if (want != AS_IS && want != wanted_for[method]) {
-            return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
-                           "quantization=\"%s\" does not fit the checkpoint, which is \"%s\"", o->quantization,
-                           method_name(method));
-        }
-        out->quantization = method_name(method);
-    }
-    out->backend.quantize_group_size = o->quantization_group_size;
-    *quantized = want == WANT_W4 || method != QF_QUANT_NONE;
-    return QF_OK;
-}
-
-static qf_status resolve_formats(const qf_engine_options *o, const qf_model_config *config, bool on_device,
-                                 qf_resolved_options *out, qf_error *err)
-{
-    enum { AUTO = 0, BF16, F32, I8 };
-    static const choice dtypes[] = {{"auto", AUTO}, {"bfloat16", BF16}, {"float16", BF16},
-                                    {"half", BF16}, {"float32", F32},   {"float", F32}, {NULL, 0}};
-    static const choice activations[] = {{"auto", AUTO}, {"int8", I8}, {"float32", F32}, {NULL, 0}};
-    static const choice heads[] = {{"auto", QF_HEAD_AUTO}, {"model", QF_HEAD_16}, {"int8", QF_HEAD_8},
-                                   {"int4", QF_HEAD_4}, {NULL, 0}};
-    static const choice kvs[] = {{"auto", AUTO},          {"bfloat16", BF16},      {"float32", F32},
-                                 {"fp8", NOT_BUILT},      {"fp8_e4m3", NOT_BUILT}, {"fp8_e5m2", NOT_BUILT},
-                                 {"int8", NOT_BUILT},     {"int4", NOT_BUILT},     {"nf4", NOT_BUILT},
-                                 {NULL, 0}};
-    int dtype, activation, head, kv;
-    bool quantized = false;
-    QF_TRY(choose("dtype", o->dtype, dtypes, &dtype, err));
-    QF_TRY(choose("activation_dtype", o->activation_dtype, activations, &activation, err));
-    QF_TRY(choose("lm_head_dtype", o->lm_head_dtype, heads, &head, err));
-    QF_TRY(choose("kv_cache_dtype", o->kv_cache_dtype, kvs, &kv, err));
-    QF_TRY(resolve_quantization(o, config, out, &quantized, err));
-
-    bool float32 = dtype == F32 || (dtype == AUTO && config->dtype == QF_DTYPE_F32);
-    bool kv_float32 = kv == AUTO ? float32 : kv == F32;
-    bool int8 = activation == I8 || (activation == AUTO && quantized && dtype != F32);
-    if (on_device) {
-        if (kv_float32 != float32) {
-            return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
-                           "kv_cache_dtype=\"%s\" with dtype=\"%s\" is not implemented on the GPU; leave it at \"auto\"",
-                           o->kv_cache_dtype, float32 ? "float32" : "bfloat16");
-        }
-        if (activation == I8) {
-            return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
-                           "activation_dtype=\"int8\" is not implemented on the GPU; leave it at \"auto\"");
-        }
-        int8 = false;
-    }
-    if (head == QF_HEAD_AUTO) {
-        /* A tied 16-bit head is the embedding: kept on the GPU, it would make offloading save nothing. */
-        bool apart = on_device && o->cpu_offload != NULL && config->tie_word_embeddings && !float32;
-        head = (quantized && int8) || apart ? QF_HEAD_8 : QF_HEAD_16;
-    }
-    if (on_device && float32 && (head != QF_HEAD_16 || out->backend.quantize_bits != 0)) {
-        return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
-                       "dtype=\"float32\" on the GPU is the reference and takes weights as they are: no "
-                       "quantization=\"w4\", no lm_head_dtype=\"%s\"", o->lm_head_dtype);
-    }
-    out->backend.float32 = kv_float32;
-    out->backend.int8_activations = int8;
-    out->backend.head_bits = head;
-    out->dtype = float32 ? "float32" : "bfloat16";
-    out->activation_dtype = int8 ? "int8" : on_device && !float32 ? "bfloat16" : "float32";
-    out->lm_head_dtype = head == QF_HEAD_8 ? "int8" : head == QF_HEAD_4 ? "int4" : "model";
-    out->kv_cache_dtype = kv_float32 ? "float32" : "bfloat16";
-    return QF_OK;
-}
-
 /* --- memory -------------------------------------------------------------------------------------------- */
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -241,16 +113,20 @@ static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, do
                               qf_resolved_options *out, qf_error *err)
 {
     const qf_memory_plan *plan = &out->plan;
-    uint64_t fixed = plan->embedding_bytes + plan->layers_bytes + plan->head_bytes + plan->workspace_bytes;
+    uint64_t window = plan->kv_window_bytes;
+    uint64_t fixed = plan->embedding_bytes + plan->layers_bytes + plan->head_bytes + plan->workspace_bytes + window;
     int64_t blocks;
     if (o->kv_cache_tokens > 0) {
         blocks = ceil_div(o->kv_cache_tokens, o->block_size);
     } else if (o->kv_cache_memory_bytes > 0) {
-        blocks = (int64_t)(o->kv_cache_memory_bytes / plan->kv_block_bytes);
+        uint64_t left = o->kv_cache_memory_bytes > window ? o->kv_cache_memory_bytes - window : 0;
+        blocks = (int64_t)(left / plan->kv_block_bytes);
         if (blocks < 1) {
             return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
-                           "kv_cache_memory of %llu bytes is less than one block of %d tokens, %zu bytes",
-                           (unsigned long long)o->kv_cache_memory_bytes, o->block_size, plan->kv_block_bytes);
+                           "kv_cache_memory of %llu bytes is less than one block of %d tokens, %zu bytes, and the 16-bit "
+                           "window, %llu",
+                           (unsigned long long)o->kv_cache_memory_bytes, o->block_size, plan->kv_block_bytes,
+                           (unsigned long long)window);
         }
     } else {
         double share = o->memory_utilization > 0.0 ? o->memory_utilization : auto_share;
@@ -311,7 +187,7 @@ static qf_status resolve_lengths(const qf_engine_options *o, const qf_model_conf
 
 qf_status qf_device_parse(const char *text, qf_device_choice *out, qf_error *err)
 {
-    static const choice devices[] = {
+    static const qf_choice devices[] = {
         {"auto", QF_DEVICE_AUTO}, {"cpu", QF_DEVICE_CPU}, {"cuda", QF_DEVICE_CUDA}, {"cuda:N", QF_DEVICE_CUDA}, {NULL, 0}};
     int kind;
     *out = (qf_device_choice){0};
@@ -321,7 +197,7 @@ qf_status qf_device_parse(const char *text, qf_device_choice *out, qf_error *err
         out->ordinal = text[6] == '\0' ? text[5] - '0' : 10 * (text[5] - '0') + (text[6] - '0');
         return QF_OK;
     }
-    QF_TRY(choose("device", text, devices, &kind, err));
+    QF_TRY(qf_choose("device", text, devices, &kind, err));
     out->kind = (qf_device_kind)kind;
     return QF_OK;
 }
@@ -355,11 +231,23 @@ static qf_status check_offload(const qf_engine_options *o, const qf_backend_vtab
     return QF_OK;
 }
 
+/* Several ranks of the backend are a backend, too. */
+static void resolve_ranks(const qf_engine_options *o, const qf_backend_vtable *backend, qf_resolved_options *out)
+{
+    out->vtable = backend;
+    out->backend.tensor_parallel_size = o->tensor_parallel_size;
+    if (o->tensor_parallel_size > 1) {
+        out->vtable = qf_parallel_backend_vtable(backend);
+        out->backend.rank_backend = backend;
+        out->backend.step_timeout_ms = STEP_TIMEOUT_MS;
+    }
+}
+
 static qf_status open_checkpoint(const qf_engine_options *o, qf_checkpoint **checkpoint, qf_error *err)
 {
-    static const choice formats[] = {{"auto", 0}, {"safetensors", 0}, {"dummy", 1}, {NULL, 0}};
+    static const qf_choice formats[] = {{"auto", 0}, {"safetensors", 0}, {"dummy", 1}, {NULL, 0}};
     int dummy;
-    QF_TRY(choose("load_format", o->load_format, formats, &dummy, err));
+    QF_TRY(qf_choose("load_format", o->load_format, formats, &dummy, err));
     bool w4 = o->quantization != NULL && strcmp(o->quantization, "w4") == 0;
     qf_checkpoint_options options = {.dir = o->model_dir,
                                      .hf_overrides_json = o->hf_overrides_json,
@@ -395,7 +283,9 @@ qf_status qf_options_resolve(const qf_engine_options *options, const qf_backend_
     bool on_device = backend->has_own_memory;
     double auto_share = on_device ? AUTO_DEVICE_UTILIZATION : AUTO_UTILIZATION;
     QF_TRY_GOTO(check_offload(options, backend, err), fail);
-    QF_TRY_GOTO(resolve_formats(options, config, on_device, out, err), fail);
+    resolve_ranks(options, backend, out);
+    backend = out->vtable;
+    QF_TRY_GOTO(qf_options_resolve_formats(options, config, on_device, out, err), fail);
 
     qf_backend_options *b = &out->backend;
     b->block_size = options->block_size;
@@ -432,7 +322,9 @@ void qf_memory_report_fill(const qf_resolved_options *resolved, qf_memory_report
                               .layers_bytes = resolved->plan.layers_bytes,
                               .head_bytes = resolved->plan.head_bytes,
                               .workspace_bytes = resolved->plan.workspace_bytes,
-                              .kv_cache_bytes = resolved->plan.kv_block_bytes * (uint64_t)resolved->num_blocks,
+                              .kv_cache_bytes = resolved->plan.kv_block_bytes * (uint64_t)resolved->num_blocks +
+                                                resolved->plan.kv_window_bytes,
+                              .kv_window_bytes = resolved->plan.kv_window_bytes,
                               .kv_block_bytes = resolved->plan.kv_block_bytes,
                               .num_blocks = resolved->num_blocks,
                               .block_size = resolved->backend.block_size,

@@ -185,6 +185,9 @@ static qf_status fill_seq(qf_request *r, const qf_request_options *o, int32_t ma
     size_t blocks = ((size_t)seq->max_total_tokens + (size_t)block_size - 1) / (size_t)block_size;
     QF_TRY(qf_alloc((void **)&seq->token_ids, (size_t)seq->max_total_tokens, sizeof(int32_t), "token ids", err));
     QF_TRY(qf_alloc((void **)&seq->block_table, blocks, sizeof(int32_t), "a block table", err));
+    if (r->engine->resolved.backend.kv_window_tokens > 0) {
+        QF_TRY(qf_alloc((void **)&seq->window_table, blocks, sizeof(int32_t), "a window's block table", err));
+    }
     memcpy(seq->token_ids, o->prompt_token_ids, (size_t)o->num_prompt_tokens * sizeof(int32_t));
     return QF_OK;
 }
@@ -196,6 +199,7 @@ static void free_request(qf_request *r)
     qf_detokenizer_destroy(r->detokenizer);
     qf_free(r->seq.token_ids);
     qf_free(r->seq.block_table);
+    qf_free(r->seq.window_table);
     qf_free(r->eos_token_ids);
     qf_free(r->stop_token_ids);
     for (int32_t i = 0; i < QF_MAX_STEPS_IN_FLIGHT; i++) {

@@ -35,12 +35,16 @@ typedef struct qf_engine_options {
     int32_t quantization_group_size; /* for "w4": 32, 64, 128 */
     const char *lm_head_dtype;     /* "auto" (int8 on the CPU where the layers are quantised, and on a GPU
                                       with cpu_offload where it is tied), "model", "int8", "int4" */
-    const char *kv_cache_dtype;    /* "auto" (dtype), "bfloat16", "float32" */
+    const char *kv_cache_dtype;    /* "auto" (dtype), "bfloat16", "float32", "fp8_e4m3" ("fp8"), "int8", "int4", "nf4" */
+    int32_t kv_cache_16bit_window; /* with a cache of 8 or 4 bits: a query reads the newest so many positions, its own
+                                      included, in 16 bits. Without one: no effect */
+    const int32_t *kv_cache_16bit_layers; /* (num_kv_cache_16bit_layers) the same: these layers' caches have 16 bits */
+    int32_t num_kv_cache_16bit_layers;
     int32_t block_size;            /* tokens per KV block: 16, 32, 64, 128 */
     int32_t max_model_len;         /* 0: the checkpoint's, lowered to what the KV cache can hold */
     int32_t max_num_seqs;
     int32_t max_num_batched_tokens;
-    int32_t tensor_parallel_size;  /* 1 */
+    int32_t tensor_parallel_size;  /* 1; ranks that each hold a part of every layer: threads of the CPU; of GPUs 1 */
     uint64_t kv_cache_memory_bytes; /* 0: not given */
     int64_t kv_cache_tokens;        /* 0: not given */
     double memory_utilization;      /* share of the memory available at start that engine and cache may use; where
@@ -68,7 +72,8 @@ void qf_engine_options_init(qf_engine_options *options);
 /* Bytes, as planned before allocation; the same figures are allocated. */
 typedef struct qf_memory_report {
     uint64_t embedding_bytes, layers_bytes, head_bytes, workspace_bytes;
-    uint64_t kv_cache_bytes, kv_block_bytes;
+    uint64_t kv_cache_bytes, kv_block_bytes; /* the cache: num_blocks blocks, and the 16-bit window's */
+    uint64_t kv_window_bytes;
     int32_t num_blocks, block_size, max_model_len;
     uint64_t available_bytes; /* what the machine, or the GPU, had free when asked */
     uint64_t device_overhead_bytes; /* of a GPU: context, modules, graphs, as measured; else 0 */
@@ -109,7 +114,11 @@ typedef struct qf_engine_info {
     int32_t max_position_embeddings; /* the checkpoint's (with YaRN, extended) */
     int32_t max_model_len, block_size, num_blocks, max_num_seqs, max_num_batched_tokens, max_steps_in_flight;
     const char *dtype, *activation_dtype, *quantization, *lm_head_dtype, *kv_cache_dtype; /* as resolved */
+    int32_t kv_cache_16bit_window;        /* in effect: 0 where the cache has 16 or 32 bits */
+    const int32_t *kv_cache_16bit_layers; /* (num_kv_cache_16bit_layers) the same, ascending; the engine's */
+    int32_t num_kv_cache_16bit_layers;
     int32_t num_threads;
+    int32_t tensor_parallel_size;
     double load_seconds;
 } qf_engine_info;
 
@@ -270,6 +279,45 @@ int32_t qf_engine_take_ready(qf_engine *self, uint64_t *tags, int32_t capacity);
 
 /* Forgets cached prefixes (running requests keep their blocks). */
 void qf_engine_reset_prefix_cache(qf_engine *self);
+
+/* --- layers alone ---------------------------------------------------------------------------------------- */
+
+/* The layers of a checkpoint without the machinery of requests: for calibration and other tools that look inside. Not
+ * thread-safe. */
+typedef struct qf_layers qf_layers;
+
+typedef struct qf_layers_options {
+    const char *model_dir;
+    const char *device;  /* as in qf_engine_options; activations are never int8 */
+    const char *dtype;
+    int32_t max_tokens;  /* in one call */
+    int32_t num_threads; /* 0: the CPUs of this process */
+    const char *isa;
+} qf_layers_options;
+
+void qf_layers_options_init(qf_layers_options *options);
+qf_status qf_layers_create(const qf_layers_options *options, qf_layers **out, qf_error *err);
+void qf_layers_destroy(qf_layers *self); /* NULL-safe */
+
+typedef struct qf_layers_info {
+    const char *backend, *description, *dtype; /* owned by the layers */
+    int32_t num_layers, hidden_size, intermediate_size;
+    int32_t max_tokens, max_seqs, max_seq_len; /* in one call, in one call, of one sequence */
+} qf_layers_info;
+
+void qf_layers_get_info(const qf_layers *self, qf_layers_info *out);
+
+/* Sees the input of a linear layer: x (num_tokens, k) float32, valid during the call. linear: "q_proj" ... "down_proj".
+ * A layer's rows may come in several calls, in order. From the caller's thread. false: no more calls, and the forward
+ * pass fails with QF_ERROR_STATE. */
+typedef bool (*qf_layers_tap_fn)(void *arg, int32_t layer, const char *linear, const float *x, int32_t num_tokens,
+                                 int32_t k);
+
+/* Layers first .. last - 1 over whole sequences: hidden (num_tokens, hidden_size) float32 in and out, seq_lens
+ * (num_seqs) adding up to num_tokens. linears: bit i asks for the input of the i-th of q, k, v, o, gate, up, down. */
+qf_status qf_layers_forward(qf_layers *self, int32_t first, int32_t last, float *hidden, int32_t num_tokens,
+                            const int32_t *seq_lens, int32_t num_seqs, uint32_t linears, qf_layers_tap_fn tap,
+                            void *tap_arg, qf_error *err);
 
 /* What the library was built with and what this machine offers, as one line of JSON into buffer: version, compiler,
  * cuda (bool), isa list, CPU count. */

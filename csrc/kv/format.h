@@ -40,6 +40,7 @@ void qf_kv_decode_row(qf_kv_format format, const uint8_t *codes, const uint16_t 
 /* What codes and scale words stand for. */
 float qf_kv_e4m3_value(uint8_t code);
 float qf_kv_nf4_level(uint8_t code);
+const float *qf_kv_nf4_levels(void); /* (16) */
 float qf_kv_int4_step(uint16_t word);
 static inline int32_t qf_kv_int4_zero(uint16_t word) { return word & 15; }
 

@@ -65,7 +65,7 @@ static inline void transpose_bytes(uint64_t x[8])
 
 void qf_awq_unpack(const qf_linear_source *self, int32_t n0, int32_t rows, int32_t i0, int32_t cols, qf_tile *out)
 {
-    size_t row_words = (size_t)self->n / 8;
+    size_t row_words = (size_t)qf_linear_whole(self)->n / 8;
     /* Columns outside: eight cache lines, each in use until all of its words are read. */
     for (int32_t i = 0; i < cols; i += 8) {
         for (int32_t n = n0 - n0 % 8; n < n0 + rows; n += 8) {
@@ -87,7 +87,8 @@ void qf_awq_unpack(const qf_linear_source *self, int32_t n0, int32_t rows, int32
 
 uint8_t qf_awq_zero(const qf_linear_source *self, int32_t n, int32_t g)
 {
-    uint32_t word = qf_load_u32(self->zeros.data, (size_t)g * ((size_t)self->n / 8) + (size_t)n / 8);
+    size_t row_words = (size_t)qf_linear_whole(self)->n / 8;
+    uint32_t word = qf_load_u32(self->zeros.data, (size_t)g * row_words + (size_t)n / 8);
     uint32_t column = (uint32_t)n % 8;
     uint32_t nibble = column / 2 + 4 * (column % 2);
     return (uint8_t)((word >> (4 * nibble)) & 15u);

@@ -7,29 +7,12 @@
 
 #include "base/alloc.h"
 #include "base/json.h"
+#include "model/checkpoint_state.h"
 #include "model/linear_formats.h"
-#include "model/shards.h"
 
 #define MAX_CONFIG_BYTES ((size_t)16 << 20)
 #define DUMMY_GROUP_SIZE 128
 #define LM_HEAD "lm_head"
-
-typedef struct layer_sources {
-    qf_tensor norms[2]; /* (hidden_size) by qf_norm_id */
-    qf_linear_source linears[QF_LINEARS_PER_LAYER];
-} layer_sources;
-
-struct qf_checkpoint {
-    qf_model_config config;
-    qf_shards shards;
-    bool dummy;
-    uint64_t dummy_seed;
-    int32_t dummy_bits;
-    qf_tensor embedding;  /* (vocab_size, hidden_size) */
-    qf_tensor final_norm; /* (hidden_size) */
-    layer_sources *layers; /* (num_layers) */
-    qf_linear_source lm_head;
-};
 
 /* The name table. Sizes are named, so that one row says all about a linear. */
 typedef enum size_name { SIZE_HIDDEN, SIZE_INTERMEDIATE, SIZE_HEADS, SIZE_KV_HEADS } size_name;
@@ -233,7 +216,7 @@ static qf_status bind_dummy(const qf_checkpoint *self, int32_t layer, int32_t id
         return QF_OK;
     }
     QF_TRY(qf_alloc((void **)&values, (size_t)source->n, sizeof *values, "bias", err));
-    qf_dummy_f32(qf_dummy_seed(self->dummy_seed, layer, DUMMY_BIAS + id), 0, source->n, values);
+    qf_dummy_f32(qf_dummy_seed(self->dummy_seed, layer, DUMMY_BIAS + id), 0, 0, source->n, values);
     source->bias = values;
     return QF_OK;
 }
@@ -241,7 +224,7 @@ static qf_status bind_dummy(const qf_checkpoint *self, int32_t layer, int32_t id
 static qf_status bind_layer(qf_checkpoint *self, int32_t layer, qf_error *err)
 {
     const qf_model_config *config = &self->config;
-    layer_sources *out = &self->layers[layer];
+    qf_layer_sources *out = &self->layers[layer];
     for (int32_t id = 0; id < QF_LINEARS_PER_LAYER; id++) {
         qf_linear_source *source = &out->linears[id];
         (void)snprintf(source->name, sizeof source->name, "model.layers.%d.%s", layer, linear_table[id].name);
@@ -276,7 +259,14 @@ static qf_status bind_lm_head(qf_checkpoint *self, qf_error *err)
         return bind_dummy(self, 0, QF_LM_HEAD, false, head, err);
     }
     if (!config->tie_word_embeddings) {
-        QF_TRY(bind_weight(&self->shards, &config->quant, head, err));
+        qf_quant_config quant = config->quant;
+        if (quant.head.bits != 0) {
+            quant.bits = quant.head.bits;
+            quant.group_size = quant.head.group_size;
+            quant.symmetric = quant.head.symmetric;
+            quant.desc_act = quant.head.desc_act;
+        }
+        QF_TRY(bind_weight(&self->shards, &quant, head, err));
         return bind_bias(&self->shards, false, head, err);
     }
     qf_tensor_spec own = {LM_HEAD, ".weight", QF_FLOAT_DTYPES, head->n, head->k};
@@ -328,6 +318,9 @@ qf_status qf_checkpoint_open(const qf_checkpoint_options *options, qf_checkpoint
     qf_checkpoint *self;
     QF_TRY(qf_alloc((void **)&self, 1, sizeof *self, "checkpoint", err));
     qf_status status = open_checkpoint(self, options, err);
+    if (status == QF_OK) {
+        status = qf_shard_plan(&self->config, 0, 1, &self->shard, err);
+    }
     if (status != QF_OK) {
         qf_checkpoint_close(self);
         return status;
@@ -336,11 +329,14 @@ qf_status qf_checkpoint_open(const qf_checkpoint_options *options, qf_checkpoint
     return QF_OK;
 }
 
+/* const for readers; the checkpoint owns them */
 static void free_source(qf_linear_source *source)
 {
-    /* const for readers; the checkpoint owns them */
-    qf_free((void *)(uintptr_t)source->bias);
-    qf_free((void *)(uintptr_t)source->perm);
+    qf_free((void *)(uintptr_t)source->column_groups);
+    if (source->whole == NULL) {
+        qf_free((void *)(uintptr_t)source->bias);
+        qf_free((void *)(uintptr_t)source->perm);
+    }
 }
 
 void qf_checkpoint_close(qf_checkpoint *self)
@@ -361,6 +357,8 @@ void qf_checkpoint_close(qf_checkpoint *self)
 
 const qf_model_config *qf_checkpoint_config(const qf_checkpoint *self) { return &self->config; }
 
+const qf_shard *qf_checkpoint_get_shard(const qf_checkpoint *self) { return &self->shard; }
+
 const qf_linear_source *qf_checkpoint_linear(const qf_checkpoint *self, int32_t layer, qf_linear_id id)
 {
     return id == QF_LM_HEAD ? &self->lm_head : &self->layers[layer].linears[id];
@@ -374,6 +372,7 @@ qf_dtype qf_checkpoint_embedding_dtype(const qf_checkpoint *self)
 void qf_checkpoint_read_embedding(const qf_checkpoint *self, int32_t row0, int32_t count, void *out)
 {
     size_t width = (size_t)self->config.hidden_size;
+    row0 += self->shard.vocab.begin;
     if (self->dummy) {
         uint64_t seed = qf_dummy_seed(self->dummy_seed, 0, DUMMY_EMBEDDING);
         for (int32_t r = 0; r < count; r++) {

@@ -61,6 +61,11 @@ typedef struct qf_linear_source {
     const int32_t *perm; /* (k) or NULL: column i of the quantised matrix multiplies x[perm[i]] (act-order, sorted
                             by group); owned by the checkpoint */
     uint64_t dummy_seed;
+    /* A rank's part (model/parallel.h): n, k and bias are the part's own, the tensors the whole layer's. */
+    const struct qf_linear_source *whole; /* NULL: this is the whole */
+    int32_t first_row, first_column;      /* of the part, in the whole */
+    const int32_t *column_groups; /* (k) or NULL: the stored group of each column, where columns of an act-order layer
+                                     were cut; they stand in the model's order then, each a group of its own */
 } qf_linear_source;
 
 typedef struct qf_checkpoint_options {

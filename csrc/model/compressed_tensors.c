@@ -68,6 +68,7 @@ uint8_t qf_compressed_tensors_zero(const qf_linear_source *self, int32_t n, int3
     uint32_t bits = (uint32_t)self->bits;
     uint32_t per_word = 32 / bits;
     uint32_t row = (uint32_t)n;
-    uint32_t word = qf_load_u32(self->zeros.data, (size_t)(row / per_word) * (size_t)self->num_groups + (size_t)g);
+    size_t groups = (size_t)qf_linear_whole(self)->num_groups;
+    uint32_t word = qf_load_u32(self->zeros.data, (size_t)(row / per_word) * groups + (size_t)g);
     return (uint8_t)((word >> (bits * (row % per_word))) & ((1u << bits) - 1u));
 }

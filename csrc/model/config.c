@@ -17,7 +17,6 @@
 
 #define MAX_VOCAB 4194304
 #define MAX_WIDTH 1048576
-#define MAX_LAYERS 1024
 #define MAX_HEADS 4096
 #define MAX_HEAD_DIM 256
 
@@ -90,7 +89,7 @@ static qf_status parse_sizes(const qf_fields *fields, qf_model_config *out, qf_e
     QF_TRY(qf_fields_int(fields, "vocab_size", 1, MAX_VOCAB, NULL, &out->vocab_size, err));
     QF_TRY(qf_fields_int(fields, "hidden_size", 1, MAX_WIDTH, NULL, &out->hidden_size, err));
     QF_TRY(qf_fields_int(fields, "intermediate_size", 1, MAX_WIDTH, NULL, &out->intermediate_size, err));
-    QF_TRY(qf_fields_int(fields, "num_hidden_layers", 1, MAX_LAYERS, NULL, &out->num_layers, err));
+    QF_TRY(qf_fields_int(fields, "num_hidden_layers", 1, QF_MAX_LAYERS, NULL, &out->num_layers, err));
     QF_TRY(parse_heads(fields, out, err));
     QF_TRY(qf_fields_int(fields, "max_position_embeddings", 1, INT32_MAX, NULL, &out->max_position_embeddings, err));
     double eps = 1e-6;

@@ -9,6 +9,8 @@
 #include "base/json.h"
 #include "base/status.h"
 
+#define QF_MAX_LAYERS 1024
+
 typedef enum qf_quant_method {
     QF_QUANT_NONE = 0,
     QF_QUANT_AWQ,               /* AutoAWQ "gemm" */
@@ -19,6 +21,13 @@ typedef enum qf_quant_method {
 #define QF_QUANT_MAX_IGNORE 64
 #define QF_QUANT_MAX_PATTERN 128
 
+/* An output head that is quantised otherwise than the layers. */
+typedef struct qf_quant_head {
+    int32_t bits;       /* 0: there is no such head */
+    int32_t group_size; /* as in qf_quant_config */
+    bool symmetric, desc_act;
+} qf_quant_head;
+
 typedef struct qf_quant_config {
     qf_quant_method method;
     int32_t bits;       /* 4 or 8 */
@@ -26,6 +35,7 @@ typedef struct qf_quant_config {
     bool symmetric;     /* no zero points stored, or all alike */
     bool desc_act;      /* GPTQ act-order: g_idx is a permutation of groups */
     bool gptq_v2;       /* stored zero points are exact, not one less */
+    qf_quant_head head;
     int32_t num_ignore; /* modules left in 16 bits: names, "re:" patterns, or substrings (AWQ) */
     char ignore[QF_QUANT_MAX_IGNORE][QF_QUANT_MAX_PATTERN];
 } qf_quant_config;

@@ -29,17 +29,24 @@ static uint64_t centred_nibbles(uint32_t word)
     return x | ((nonzero ^ 0x0101010101010101u) << 3);
 }
 
+/* Sixteen columns from 16 * block on, one byte each. */
+static void unpack_block(uint64_t base, int32_t block, uint64_t out[2])
+{
+    uint64_t bits = mix(base + (uint64_t)(uint32_t)block * STEP);
+    out[0] = centred_nibbles((uint32_t)bits);
+    out[1] = centred_nibbles((uint32_t)(bits >> 32));
+}
+
 void qf_dummy_unpack(const qf_linear_source *self, int32_t n0, int32_t rows, int32_t i0, int32_t cols, qf_tile *out)
 {
+    int32_t skip = i0 % 16;
     for (int32_t r = 0; r < rows; r++) {
         uint64_t base = row_seed(self->dummy_seed, n0 + r);
-        for (int32_t i = 0; i < cols; i += 16) {
-            uint64_t bits = mix(base + (uint64_t)(uint32_t)((i0 + i) / 16) * STEP);
-            uint64_t low = centred_nibbles((uint32_t)bits);
-            uint64_t high = centred_nibbles((uint32_t)(bits >> 32));
-            memcpy(&out->q[r][i], &low, sizeof low);
-            memcpy(&out->q[r][i + 8], &high, sizeof high);
+        uint64_t bytes[2 * (QF_TILE / 16 + 1)]; /* the blocks that hold the columns */
+        for (int32_t block = 0; 16 * block < skip + cols; block++) {
+            unpack_block(base, i0 / 16 + block, bytes + 2 * block);
         }
+        memcpy(out->q[r], (const uint8_t *)bytes + skip, (size_t)cols);
     }
 }
 
@@ -50,13 +57,13 @@ static float dummy_value(uint64_t bits, int32_t lane)
     return (float)(2 * byte + 1) * 0x1p-13f;
 }
 
-void qf_dummy_f32(uint64_t seed, int32_t row, int32_t k, float *out)
+void qf_dummy_f32(uint64_t seed, int32_t row, int32_t begin, int32_t end, float *out)
 {
     uint64_t base = row_seed(seed, row);
-    for (int32_t i = 0; i < k; i += 8) {
+    for (int32_t i = begin; i < end;) {
         uint64_t bits = mix(base + (uint64_t)(uint32_t)(i / 8) * STEP);
-        for (int32_t lane = 0; lane < 8 && i + lane < k; lane++) {
-            out[i + lane] = dummy_value(bits, lane);
+        for (int32_t lane = i % 8; lane < 8 && i < end; lane++, i++) {
+            out[i - begin] = dummy_value(bits, lane);
         }
     }
 }

@@ -36,7 +36,7 @@ qf_status qf_gptq_bind(const qf_shards *shards, const qf_quant_config *config, q
 
 void qf_gptq_unpack(const qf_linear_source *self, int32_t n0, int32_t rows, int32_t i0, int32_t cols, qf_tile *out)
 {
-    qf_unpack_k_words(self, (size_t)self->n, 1, n0, rows, i0, cols, out);
+    qf_unpack_k_words(self, (size_t)qf_linear_whole(self)->n, 1, n0, rows, i0, cols, out);
 }
 
 uint8_t qf_gptq_zero(const qf_linear_source *self, int32_t n, int32_t g)
@@ -45,7 +45,7 @@ uint8_t qf_gptq_zero(const qf_linear_source *self, int32_t n, int32_t g)
     uint32_t per_word = 32 / bits;
     uint32_t max = (1u << bits) - 1u;
     uint32_t column = (uint32_t)n;
-    size_t row_words = (size_t)self->n / per_word;
+    size_t row_words = (size_t)qf_linear_whole(self)->n / per_word;
     uint32_t word = qf_load_u32(self->zeros.data, (size_t)g * row_words + column / per_word);
     uint32_t stored = (word >> (bits * (column % per_word))) & max;
     return (uint8_t)((stored + (self->gptq_v1 ? 1u : 0u)) & max);

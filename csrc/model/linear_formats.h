@@ -2,8 +2,9 @@
  *
  * bind: finds the layer's tensors, checks dtype and shape, and fills the source, whose name, n and k are set.
  * unpack: columns i0 .. i0 + cols - 1 (stored order: see perm) of rows n0 .. n0 + rows - 1 as one byte each, into
- * a tile of QF_TILE x QF_TILE. i0 is a multiple of QF_TILE.
- * scale, zero: of row n and group g; zero is the effective zero point, whatever the file's convention. */
+ * a tile of QF_TILE x QF_TILE.
+ * scale, zero: of row n and group g; zero is the effective zero point, whatever the file's convention.
+ * Rows, columns and groups are counted in the whole layer, also where the source is a part of it. */
 #ifndef QF_MODEL_LINEAR_FORMATS_H
 #define QF_MODEL_LINEAR_FORMATS_H
 
@@ -67,8 +68,15 @@ void qf_unpack_k_words(const qf_linear_source *self, size_t word_stride, size_t 
 uint64_t qf_dummy_seed(uint64_t seed, int32_t layer, int32_t tensor);
 void qf_dummy_unpack(const qf_linear_source *self, int32_t n0, int32_t rows, int32_t i0, int32_t cols, qf_tile *out);
 void qf_dummy_bf16(uint64_t seed, int32_t row, int32_t k, uint16_t *out);
-void qf_dummy_f32(uint64_t seed, int32_t row, int32_t k, float *out);
+/* Columns begin .. end - 1. */
+void qf_dummy_f32(uint64_t seed, int32_t row, int32_t begin, int32_t end, float *out);
 #define QF_DUMMY_SCALE 0x1p-8f /* of 4-bit dummy linears: a standard deviation near 0.02 */
+
+/* The layer as it is stored. */
+static inline const qf_linear_source *qf_linear_whole(const qf_linear_source *self)
+{
+    return self->whole != NULL ? self->whole : self;
+}
 
 /* Tensor data may lie at odd addresses. */
 static inline uint32_t qf_load_u32(const void *base, size_t index)

@@ -14,9 +14,9 @@ void qf_unpack_k_words(const qf_linear_source *self, size_t word_stride, size_t 
     for (int32_t r = 0; r < rows; r++) {
         size_t at = (size_t)(n0 + r) * row_stride;
         uint8_t *q = out->q[r];
-        if (self->perm != NULL) {
+        if (self->perm != NULL || (uint32_t)i0 % per_word != 0) {
             for (int32_t i = 0; i < cols; i++) {
-                uint32_t column = (uint32_t)self->perm[i0 + i];
+                uint32_t column = (uint32_t)(self->perm != NULL ? self->perm[i0 + i] : i0 + i);
                 uint32_t word = qf_load_u32(self->weight.data, at + (column >> log2_per_word) * word_stride);
                 q[i] = (uint8_t)((word >> (bits * (column & (per_word - 1)))) & mask);
             }
@@ -36,8 +36,11 @@ void qf_unpack_k_words(const qf_linear_source *self, size_t word_stride, size_t 
     }
 }
 
+/* Columns i0 .. i0 + cols - 1 of rows n0 .. n0 + rows - 1, counted from the part's first. */
 static void unpack(const qf_linear_source *self, int32_t n0, int32_t rows, int32_t i0, int32_t cols, qf_tile *out)
 {
+    n0 += self->first_row;
+    i0 += self->first_column;
     switch (self->format) {
     case QF_LINEAR_AWQ: qf_awq_unpack(self, n0, rows, i0, cols, out); break;
     case QF_LINEAR_GPTQ: qf_gptq_unpack(self, n0, rows, i0, cols, out); break;
@@ -47,13 +50,24 @@ static void unpack(const qf_linear_source *self, int32_t n0, int32_t rows, int32
     }
 }
 
+/* Where the scale of the part's group g is stored. A part's groups are never cut by the whole's. */
+static int32_t stored_group(const qf_linear_source *self, int32_t g)
+{
+    if (self->column_groups != NULL) {
+        return self->column_groups[g];
+    }
+    return self->whole != NULL ? (self->first_column + g * self->group_size) / self->whole->group_size : g;
+}
+
 static float scale_of(const qf_linear_source *self, int32_t n, int32_t g)
 {
     if (self->format == QF_LINEAR_DUMMY) {
         return QF_DUMMY_SCALE;
     }
+    const qf_linear_source *whole = qf_linear_whole(self);
+    size_t row = (size_t)n + (size_t)self->first_row, group = (size_t)stored_group(self, g);
     bool by_row = self->format == QF_LINEAR_COMPRESSED_TENSORS;
-    size_t index = by_row ? (size_t)n * (size_t)self->num_groups + (size_t)g : (size_t)g * (size_t)self->n + (size_t)n;
+    size_t index = by_row ? row * (size_t)whole->num_groups + group : group * (size_t)whole->n + row;
     return qf_tensor_f32(&self->scales, index);
 }
 
@@ -62,6 +76,8 @@ static uint8_t zero_of(const qf_linear_source *self, int32_t n, int32_t g)
     if (self->zeros.data == NULL) {
         return (uint8_t)(1u << (self->bits - 1));
     }
+    n += self->first_row;
+    g = stored_group(self, g);
     switch (self->format) {
     case QF_LINEAR_AWQ: return qf_awq_zero(self, n, g);
     case QF_LINEAR_GPTQ: return qf_gptq_zero(self, n, g);
@@ -89,17 +105,28 @@ static void scale_row(const qf_linear_source *self, int32_t n, int32_t i0, int32
     }
 }
 
+static void read_dense(const qf_linear_source *self, int32_t n0, int32_t count, float *out)
+{
+    size_t k = (size_t)self->k, stride = (size_t)qf_linear_whole(self)->k;
+    size_t row = (size_t)n0 + (size_t)self->first_row, column = (size_t)self->first_column;
+    if (self->format == QF_LINEAR_DENSE && k == stride) {
+        qf_tensor_read_f32(&self->weight, row * k, (size_t)count * k, out);
+        return;
+    }
+    for (int32_t r = 0; r < count; r++, row++, out += k) {
+        if (self->format == QF_LINEAR_DENSE) {
+            qf_tensor_read_f32(&self->weight, row * stride + column, k, out);
+        } else {
+            qf_dummy_f32(self->dummy_seed, (int32_t)row, self->first_column, self->first_column + self->k, out);
+        }
+    }
+}
+
 void qf_linear_source_read_f32(const qf_linear_source *self, int32_t n0, int32_t count, float *out)
 {
     size_t k = (size_t)self->k;
-    if (self->format == QF_LINEAR_DENSE) {
-        qf_tensor_read_f32(&self->weight, (size_t)n0 * k, (size_t)count * k, out);
-        return;
-    }
-    if (self->format == QF_LINEAR_DUMMY && self->bits == 16) {
-        for (int32_t r = 0; r < count; r++) {
-            qf_dummy_f32(self->dummy_seed, n0 + r, self->k, out + (size_t)r * k);
-        }
+    if (self->bits > 8) {
+        read_dense(self, n0, count, out);
         return;
     }
     qf_tile tile;

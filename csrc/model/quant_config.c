@@ -196,11 +196,25 @@ static qf_status parse_weights(const qf_fields *weights, qf_quant_config *out, q
     return parse_actorder(weights, out, err);
 }
 
-/* True if `targets` is exactly ["Linear"]. */
-static bool targets_linears(const qf_json_value *targets)
+static bool targets_one(const qf_json_value *targets, const char *name)
 {
     return targets != NULL && targets->type == QF_JSON_ARRAY && targets->length == 1 &&
-           qf_json_is_string(&targets->items[0], "Linear");
+           qf_json_is_string(&targets->items[0], name);
+}
+
+static bool targets_linears(const qf_json_value *targets) { return targets_one(targets, "Linear"); }
+
+/* The head by its name, in the ways of writing that there are. */
+static bool targets_head(const qf_json_value *targets)
+{
+    static const char *const names[] = {"lm_head", "re:lm_head", "re:lm_head$", "re:^lm_head$", "re:.*lm_head",
+                                        "re:.*lm_head$"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        if (targets_one(targets, names[i])) {
+            return true;
+        }
+    }
+    return false;
 }
 
 /* A preset's name stands for a whole group; its value is the list of targets. */
@@ -241,12 +255,12 @@ static qf_status parse_group(const qf_fields *groups, const qf_json_value *group
     (void)snprintf(what, sizeof what, "%s.%s", groups->what, key);
     qf_fields fields = {group, NULL, what};
     const qf_json_value *targets = qf_fields_get(&fields, "targets");
-    if (!targets_linears(targets)) {
+    if (!targets_linears(targets) && !targets_head(targets)) {
         const qf_json_value *shown = targets;
         if (targets != NULL && targets->type == QF_JSON_ARRAY && targets->length == 1) {
             shown = &targets->items[0];
         }
-        return qf_fields_fail(&fields, "targets", shown, "[\"Linear\"]", err);
+        return qf_fields_fail(&fields, "targets", shown, "[\"Linear\"], or \"re:.*lm_head$\" alone", err);
     }
     QF_TRY(reject_key(&fields, "input_activations", "null: only weights are read in low precision", err));
     QF_TRY(reject_key(&fields, "output_activations", "null: only weights are read in low precision", err));
@@ -260,6 +274,37 @@ static qf_status parse_group(const qf_fields *groups, const qf_json_value *group
     }
     qf_fields inner = {weights, NULL, what};
     return parse_weights(&inner, out, err);
+}
+
+/* One setting for all linears of the layers, and perhaps another for the head. */
+static qf_status parse_groups(const qf_json_value *groups, qf_quant_config *out, qf_error *err)
+{
+    qf_fields fields = {groups, NULL, "quantization_config.config_groups"};
+    bool found = false;
+    for (size_t i = 0; i < groups->length; i++) {
+        const qf_json_value *group = &groups->items[i];
+        qf_quant_config one = {0};
+        QF_TRY(parse_group(&fields, group, &one, err));
+        if (targets_head(qf_json_get(group, "targets"))) {
+            out->head = (qf_quant_head){one.bits, one.group_size, one.symmetric, one.desc_act};
+        } else if (!found) {
+            out->bits = one.bits;
+            out->group_size = one.group_size;
+            out->symmetric = one.symmetric;
+            out->desc_act = one.desc_act;
+            found = true;
+        } else if (one.bits != out->bits || one.group_size != out->group_size || one.symmetric != out->symmetric ||
+                   one.desc_act != out->desc_act) {
+            return QF_FAIL(err, QF_ERROR_MODEL,
+                           "%s: group %zu (%d bits, group size %d) differs from the first (%d bits, group size %d); "
+                           "expected one setting for all linears",
+                           fields.what, i, one.bits, one.group_size, out->bits, out->group_size);
+        }
+    }
+    if (!found) {
+        return QF_FAIL(err, QF_ERROR_MODEL, "%s: no group has the targets [\"Linear\"]", fields.what);
+    }
+    return QF_OK;
 }
 
 static qf_status parse_compressed_tensors(const qf_fields *fields, qf_quant_config *out, qf_error *err)
@@ -284,19 +329,7 @@ static qf_status parse_compressed_tensors(const qf_fields *fields, qf_quant_conf
     if (groups == NULL || groups->type != QF_JSON_OBJECT || groups->length == 0) {
         return qf_fields_fail(fields, "config_groups", groups, "an object with a group", err);
     }
-    qf_fields inner = {groups, NULL, "quantization_config.config_groups"};
-    QF_TRY(parse_group(&inner, &groups->items[0], out, err));
-    for (size_t i = 1; i < groups->length; i++) {
-        qf_quant_config other = {0};
-        QF_TRY(parse_group(&inner, &groups->items[i], &other, err));
-        if (other.bits != out->bits || other.group_size != out->group_size || other.symmetric != out->symmetric ||
-            other.desc_act != out->desc_act) {
-            return QF_FAIL(err, QF_ERROR_MODEL,
-                           "%s: group %zu (%d bits, group size %d) differs from the first (%d bits, group size %d); "
-                           "expected one setting for all linears",
-                           inner.what, i, other.bits, other.group_size, out->bits, out->group_size);
-        }
-    }
+    QF_TRY(parse_groups(groups, out, err));
     return parse_ignore(fields, "ignore", out, err);
 }
 

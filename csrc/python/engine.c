@@ -297,8 +297,8 @@ static PyGetSetDef engine_getset[] = {
 
 PyDoc_STRVAR(engine_doc,
 "Engine(model_dir, *, hf_overrides=None, load_format='auto', device='auto', dtype='auto', activation_dtype='auto', "
-"quantization='auto', quantization_group_size=128, lm_head_dtype='auto', kv_cache_dtype='auto', block_size=32, "
-"max_model_len=0, max_num_seqs=256, max_num_batched_tokens=2048, tensor_parallel_size=1, kv_cache_memory=0, "
+"quantization='auto', quantization_group_size=128, lm_head_dtype='auto', kv_cache_dtype='auto', "
+"kv_cache_16bit_window=0, kv_cache_16bit_layers=(), block_size=32, max_model_len=0, max_num_seqs=256, max_num_batched_tokens=2048, tensor_parallel_size=1, kv_cache_memory=0, "
 "kv_cache_tokens=0, memory_utilization=0.0, memory_bytes=0, cpu_offload=None, cpu_offload_gb=0.0, "
 "batch_invariant=False, enforce_eager=False, enable_prefix_caching=True, num_threads=0, isa='auto', "
 "max_steps_in_flight=0, max_waiting_requests=0, dummy_seed=0, meter=True, progress=None)\n--\n\n"

@@ -39,6 +39,10 @@ static int module_exec(PyObject *module)
     if (state->request_type == NULL) {
         return -1;
     }
+    state->layers_type = add_type(module, &qf_py_layers_spec);
+    if (state->layers_type == NULL) {
+        return -1;
+    }
     return PyModule_AddStringConstant(module, "__version__", QF_VERSION);
 }
 
@@ -47,6 +51,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     qf_py_state *state = qf_py_module_state(module);
     Py_VISIT(state->engine_type);
     Py_VISIT(state->request_type);
+    Py_VISIT(state->layers_type);
     Py_VISIT(state->model_error);
     Py_VISIT(state->engine_error);
     return 0;
@@ -57,6 +62,7 @@ static int module_clear(PyObject *module)
     qf_py_state *state = qf_py_module_state(module);
     Py_CLEAR(state->engine_type);
     Py_CLEAR(state->request_type);
+    Py_CLEAR(state->layers_type);
     Py_CLEAR(state->model_error);
     Py_CLEAR(state->engine_error);
     return 0;

@@ -24,13 +24,14 @@
 typedef struct qf_py_state {
     PyTypeObject *engine_type;
     PyTypeObject *request_type;
+    PyTypeObject *layers_type;
     PyObject *model_error;
     PyObject *engine_error;
 } qf_py_state;
 
 static inline qf_py_state *qf_py_module_state(PyObject *module) { return (qf_py_state *)PyModule_GetState(module); }
 
-/* Both types are final, so an object's type is the module's own. */
+/* The types are final, so an object's type is the module's own. */
 static inline qf_py_state *qf_py_object_state(PyObject *self)
 {
     return (qf_py_state *)PyType_GetModuleState(Py_TYPE(self));
@@ -67,6 +68,8 @@ typedef struct qf_py_request {
 } qf_py_request;
 
 extern PyType_Spec qf_py_request_spec;
+
+extern PyType_Spec qf_py_layers_spec; /* layers.c */
 
 /* Methods of Engine in files of their own: vocabulary.c, submit.c. */
 PyObject *qf_py_engine_set_vocabulary(PyObject *self, PyObject *args, PyObject *kwargs);

@@ -16,6 +16,8 @@ static const qf_py_field engine_fields[] = {
     OPTION("quantization_group_size", QF_PY_INT32, quantization_group_size),
     OPTION("lm_head_dtype", QF_PY_STRING, lm_head_dtype),
     OPTION("kv_cache_dtype", QF_PY_STRING, kv_cache_dtype),
+    OPTION("kv_cache_16bit_window", QF_PY_INT32, kv_cache_16bit_window),
+    {"kv_cache_16bit_layers", QF_PY_OBJECT, offsetof(qf_py_engine_options, kv_cache_16bit_layers)},
     OPTION("block_size", QF_PY_INT32, block_size),
     OPTION("max_model_len", QF_PY_INT32, max_model_len),
     OPTION("max_num_seqs", QF_PY_INT32, max_num_seqs),
@@ -54,7 +56,19 @@ int qf_py_engine_options_parse(qf_py_engine_options *self, const char *function,
         PyErr_Format(PyExc_TypeError, "progress must be callable or None, not %s", Py_TYPE(self->progress)->tp_name);
         return -1;
     }
+    if (self->kv_cache_16bit_layers != NULL && self->kv_cache_16bit_layers != Py_None) {
+        int32_t count = 0;
+        if (qf_py_to_int32_array(self->kv_cache_16bit_layers, "kv_cache_16bit_layers", &self->layers, &count) < 0) {
+            return -1;
+        }
+        self->options.kv_cache_16bit_layers = self->layers;
+        self->options.num_kv_cache_16bit_layers = count;
+    }
     return 0;
 }
 
-void qf_py_engine_options_deinit(qf_py_engine_options *self) { qf_py_arguments_deinit(&self->arguments); }
+void qf_py_engine_options_deinit(qf_py_engine_options *self)
+{
+    PyMem_Free(self->layers);
+    qf_py_arguments_deinit(&self->arguments);
+}

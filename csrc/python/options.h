@@ -7,6 +7,8 @@
 typedef struct qf_py_engine_options {
     qf_engine_options options; /* its strings are borrowed from `arguments` */
     PyObject *progress;        /* borrowed; NULL if not given or None */
+    PyObject *kv_cache_16bit_layers; /* the same */
+    int32_t *layers;           /* what options.kv_cache_16bit_layers points to; PyMem */
     qf_py_arguments arguments;
 } qf_py_engine_options;
 

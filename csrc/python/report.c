@@ -12,6 +12,7 @@ static const qf_py_field memory_fields[] = {
     FIELD(QF_PY_UINT64, workspace_bytes),
     FIELD(QF_PY_UINT64, kv_cache_bytes),
     FIELD(QF_PY_UINT64, kv_block_bytes),
+    FIELD(QF_PY_UINT64, kv_window_bytes),
     FIELD(QF_PY_INT32, num_blocks),
     FIELD(QF_PY_INT32, block_size),
     FIELD(QF_PY_INT32, max_model_len),
@@ -46,7 +47,9 @@ static const qf_py_field info_fields[] = {
     FIELD(QF_PY_STRING, quantization),
     FIELD(QF_PY_STRING, lm_head_dtype),
     FIELD(QF_PY_STRING, kv_cache_dtype),
+    FIELD(QF_PY_INT32, kv_cache_16bit_window),
     FIELD(QF_PY_INT32, num_threads),
+    FIELD(QF_PY_INT32, tensor_parallel_size),
     FIELD(QF_PY_DOUBLE, load_seconds),
 };
 
@@ -91,7 +94,13 @@ PyObject *qf_py_from_memory_report(const qf_memory_report *report)
 
 PyObject *qf_py_from_engine_info(const qf_engine_info *info)
 {
-    return from_struct(info_fields, Py_ARRAY_LENGTH(info_fields), info);
+    PyObject *dict = from_struct(info_fields, Py_ARRAY_LENGTH(info_fields), info);
+    if (dict != NULL &&
+        qf_py_set(dict, "kv_cache_16bit_layers",
+                  qf_py_from_int32_array(info->kv_cache_16bit_layers, info->num_kv_cache_16bit_layers)) < 0) {
+        Py_CLEAR(dict);
+    }
+    return dict;
 }
 
 PyObject *qf_py_from_engine_stats(const qf_engine_stats *stats)

@@ -25,6 +25,15 @@ static int32_t plannable_tokens(const qf_seq *seq, int32_t num_computed, int32_t
     return num_tokens;
 }
 
+/* Window blocks for all positions that are planned. */
+static void take_window(qf_scheduler *self, qf_seq *seq)
+{
+    const int32_t end = self->config.window_tokens > 0 ? qf_blocks_for(self, seq->num_computed_tokens) : 0;
+    while (seq->window_end < end) {
+        seq->window_table[seq->window_end++] = self->free_window_blocks[--self->num_free_window_blocks];
+    }
+}
+
 static void add_entry(qf_scheduler *self, qf_step_plan *plan, qf_seq *seq, int32_t num_tokens, bool samples)
 {
     plan->entries[plan->num_entries++] = (qf_step_entry){
@@ -37,6 +46,7 @@ static void add_entry(qf_scheduler *self, qf_step_plan *plan, qf_seq *seq, int32
     };
     plan->num_tokens += num_tokens;
     seq->num_computed_tokens += num_tokens;
+    take_window(self, seq);
     seq->num_steps_in_flight++;
     self->num_entries_in_flight++;
     if (samples) {
@@ -120,6 +130,15 @@ static int32_t find_prefix(const qf_scheduler *self, qf_seq *seq)
     return num_hits;
 }
 
+/* Where to begin after `num_hits` blocks that were hit: with a window some of their tokens are computed again. 0: the hit
+ * saves nothing. */
+static int32_t first_after_hits(const qf_scheduler *self, int32_t num_hits)
+{
+    const int32_t margin = self->config.window_tokens > 0 ? self->config.prefix_margin_tokens : 0;
+    const int32_t first = num_hits * self->block_size - margin;
+    return first > 0 ? first / self->block_size * self->block_size : 0;
+}
+
 /* Blocks that must be available to admit `seq`: new ones, and hits that nobody uses yet. */
 static int32_t blocks_to_admit(const qf_scheduler *self, const qf_seq *seq, int32_t num_hits)
 {
@@ -151,14 +170,16 @@ static bool make_room(qf_scheduler *self, const qf_seq *seq, int32_t num_hits)
     return true;
 }
 
-static void admit(qf_scheduler *self, qf_seq *seq, int32_t num_hits)
+static void admit(qf_scheduler *self, qf_seq *seq, int32_t num_hits, int32_t first)
 {
     qf_scheduler_drop_leader(seq);
     for (int32_t i = 0; i < num_hits; i++) {
         qf_block_pool_ref(self->pool, seq->block_table[i]);
     }
     seq->num_blocks = seq->num_published_blocks = num_hits;
-    seq->num_computed_tokens = seq->num_completed_tokens = num_hits * self->block_size;
+    seq->num_shared_tokens = num_hits * self->block_size;
+    seq->num_computed_tokens = seq->num_completed_tokens = first;
+    seq->window_first = seq->window_end = self->config.window_tokens > 0 ? first / self->block_size : 0;
     take_blocks(self, seq, qf_blocks_for(self, seq->num_tokens));
     if (seq->num_preemptions == 0) {
         seq->num_cached_tokens = seq->num_computed_tokens;
@@ -197,14 +218,16 @@ static void plan_waiting(qf_scheduler *self, qf_step_plan *plan)
             return; /* before hashing its prefix in vain, step after step */
         }
         int32_t num_hits = find_prefix(self, seq);
-        int32_t num_tokens = plannable_tokens(seq, num_hits * self->block_size, budget, &samples);
+        const int32_t first = first_after_hits(self, num_hits);
+        num_hits = first > 0 ? num_hits : 0;
+        int32_t num_tokens = plannable_tokens(seq, first, budget, &samples);
         if (num_tokens == 0) {
             continue; /* all but the position that needs the mask is in the prefix cache */
         }
         if (!make_room(self, seq, num_hits)) {
             return;
         }
-        admit(self, seq, num_hits);
+        admit(self, seq, num_hits, first);
         add_entry(self, plan, seq, num_tokens, samples);
     }
 }

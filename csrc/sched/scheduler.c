@@ -5,7 +5,38 @@
 #include <string.h>
 
 #include "base/alloc.h"
+#include "kv/window.h"
 #include "sched/scheduler_state.h"
+
+static qf_status check_window(const qf_scheduler_config *config, int32_t block_size, qf_error *err)
+{
+    const int64_t needed = qf_kv_window_blocks(config->window_tokens, block_size, config->max_model_len,
+                                               config->max_num_seqs, config->max_num_batched_tokens);
+    if (config->window_tokens < 0 || config->prefix_margin_tokens < 0 || config->num_window_blocks < needed) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "a window of %d tokens (at least 0) with a margin of %d (at least 0) needs %lld blocks; got %d",
+                       config->window_tokens, config->prefix_margin_tokens, (long long)needed,
+                       config->num_window_blocks);
+    }
+    return QF_OK;
+}
+
+static qf_status create_window(qf_scheduler *self, qf_error *err)
+{
+    const int32_t count = self->config.window_tokens > 0 ? self->config.num_window_blocks : 0;
+    if (count == 0) {
+        return QF_OK;
+    }
+    void *memory;
+    QF_TRY(qf_alloc(&memory, (size_t)count, sizeof(int32_t), "the scheduler's window blocks", err));
+    self->free_window_blocks = memory;
+    QF_TRY(qf_alloc(&memory, (size_t)count, 1, "the scheduler's window marks", err));
+    self->window_marks = memory;
+    for (int32_t block = count - 1; block >= 0; block--) {
+        self->free_window_blocks[self->num_free_window_blocks++] = block;
+    }
+    return QF_OK;
+}
 
 qf_status qf_scheduler_create(const qf_scheduler_config *config, qf_block_pool *pool, qf_scheduler **out,
                               qf_error *err)
@@ -20,6 +51,7 @@ qf_status qf_scheduler_create(const qf_scheduler_config *config, qf_block_pool *
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "max_steps_in_flight is %d, must be 1 or 2",
                        config->max_steps_in_flight);
     }
+    QF_TRY(check_window(config, qf_block_pool_block_size(pool), err));
     const size_t num_slots = (size_t)config->max_num_seqs;
     qf_status status;
     void *memory;
@@ -37,6 +69,7 @@ qf_status qf_scheduler_create(const qf_scheduler_config *config, qf_block_pool *
     self->pool = pool;
     self->block_size = qf_block_pool_block_size(pool);
     self->next_step = 1;
+    QF_TRY_GOTO(create_window(self, err), fail);
     for (int32_t slot = config->max_num_seqs - 1; slot >= 0; slot--) {
         self->free_slots[self->num_free_slots++] = slot;
     }
@@ -50,6 +83,8 @@ fail:
 void qf_scheduler_destroy(qf_scheduler *self)
 {
     if (self != NULL) {
+        qf_free(self->window_marks);
+        qf_free(self->free_window_blocks);
         qf_free(self->ref_counts);
         qf_free(self->free_slots);
         qf_free(self->slots);
@@ -112,6 +147,7 @@ qf_status qf_scheduler_add(qf_scheduler *self, qf_seq *seq, qf_error *err)
     seq->num_tokens = seq->num_prompt_tokens;
     seq->num_pending_tokens = seq->num_computed_tokens = seq->num_completed_tokens = 0;
     seq->num_cached_tokens = seq->num_published_blocks = seq->num_blocks = 0;
+    seq->num_shared_tokens = seq->window_first = seq->window_end = 0;
     seq->num_steps_in_flight = seq->num_preemptions = 0;
     seq->arrival = self->next_arrival++;
     seq->prev = seq->next = NULL;
@@ -134,12 +170,22 @@ void qf_scheduler_drop_leader(qf_seq *seq)
     }
 }
 
+/* Returns the window blocks before `first`, an index into the table. */
+static void release_window(qf_scheduler *self, qf_seq *seq, int32_t first)
+{
+    while (seq->window_first < seq->window_end && seq->window_first < first) {
+        self->free_window_blocks[self->num_free_window_blocks++] = seq->window_table[seq->window_first++];
+    }
+}
+
 /* Returns blocks and slot. From the last block to the first, so that tails are evicted before their prefixes. */
 static void release(qf_scheduler *self, qf_seq *seq)
 {
     while (seq->num_blocks > 0) {
         qf_block_pool_release(self->pool, seq->block_table[--seq->num_blocks]);
     }
+    release_window(self, seq, seq->window_end);
+    seq->num_shared_tokens = seq->window_first = seq->window_end = 0;
     if (seq->slot >= 0) {
         self->slots[seq->slot] = NULL;
         self->free_slots[self->num_free_slots++] = seq->slot;
@@ -215,6 +261,7 @@ void qf_scheduler_complete(qf_scheduler *self, const qf_step_plan *plan)
         if (entry->preemptions == seq->num_preemptions) {
             seq->num_completed_tokens = entry->start + entry->num_tokens;
             publish_blocks(self, seq);
+            release_window(self, seq, qf_first_window_block(self, seq->num_completed_tokens));
         }
         if (seq->num_steps_in_flight == 0 && seq->release_when_idle) {
             if (seq->state == QF_SEQ_FINISHED) {

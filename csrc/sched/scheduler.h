@@ -18,6 +18,12 @@
  *    It may be the sequence itself. Nothing is admitted in such a step, unless it would be empty with none in flight.
  * Admission preempts paused sequences only, and only if that can make enough room.
  *
+ * With a 16-bit window over a low-bit cache (window_tokens W > 0) a sequence holds window blocks too, for the positions
+ * that a query to come, or of a step in flight, reads in 16 bits: the W - 1 before it and its own. A block that no query
+ * needs any more goes when the last step that could read it is complete. There are enough for all (kv/window.h), so
+ * nothing waits for one. After a prefix hit of H tokens the last prefix_margin_tokens of them are computed once more, for
+ * their 16-bit copies alone: the hit blocks stay as they are.
+ *
  * The owner's loop:  schedule -> run -> for each entry: accept(token), perhaps finish -> complete.  */
 #ifndef QF_SCHED_SCHEDULER_H
 #define QF_SCHED_SCHEDULER_H
@@ -43,6 +49,7 @@ typedef struct qf_seq {
     int32_t num_prompt_tokens; /* 1 .. max_total_tokens */
     int32_t max_total_tokens;  /* prompt and output; equal to num_prompt_tokens: nothing is sampled */
     int32_t *block_table;      /* (max_blocks = ceil(max_total_tokens / block_size)): owner's storage */
+    int32_t *window_table;     /* (max_blocks) of window blocks, by the same index; NULL without a window */
     int32_t max_prefix_hit;    /* prompt tokens that may come from the prefix cache; INT32_MAX: no limit */
     uint64_t cache_salt;       /* prefix blocks are shared only between equal salts */
     struct qf_seq *leader;     /* not admitted before the leader's prompt is computed (or it is finished), or NULL;
@@ -64,6 +71,8 @@ typedef struct qf_seq {
     int32_t num_cached_tokens;    /* prefix hit at the first admission */
     int32_t num_published_blocks; /* leading blocks hit in, or offered to, the prefix cache */
     int32_t num_blocks;
+    int32_t num_shared_tokens;    /* positions before it stand in hit blocks, which a step must not write */
+    int32_t window_first, window_end; /* window_table[window_first .. window_end - 1] are held */
     int32_t num_steps_in_flight;
     int32_t num_preemptions;
     bool release_when_idle; /* preempted or finished with steps in flight */
@@ -93,6 +102,10 @@ typedef struct qf_scheduler_config {
     int32_t max_num_batched_tokens;  /* tokens in one step, at least max_num_seqs is wise but not needed */
     int32_t max_model_len;
     int32_t max_steps_in_flight;     /* 1 or 2 */
+    int32_t window_tokens;           /* 0: no window */
+    int32_t num_window_blocks;       /* at least qf_kv_window_blocks(...) */
+    int32_t prefix_margin_tokens;    /* of a prefix hit: computed again. A copy is exact where window_tokens - 1 copies of the
+                                        layer below are: (layers with a window) * (window_tokens - 1) */
 } qf_scheduler_config;
 
 typedef struct qf_scheduler_stats {

@@ -14,6 +14,9 @@ struct qf_scheduler {
     qf_seq **slots;       /* (max_num_seqs) who holds the slot, or NULL */
     int32_t *free_slots;  /* (max_num_seqs) a stack of num_free_slots */
     int32_t num_free_slots;
+    int32_t *free_window_blocks; /* (num_window_blocks) a stack of num_free_window_blocks; NULL without a window */
+    int32_t num_free_window_blocks;
+    uint8_t *window_marks; /* (num_window_blocks) scratch of qf_scheduler_check */
     int32_t *ref_counts;  /* (num_blocks) scratch of qf_scheduler_check */
     int32_t num_releasing; /* sequences with release_when_idle: their blocks are on their way back */
     int32_t num_paused;    /* waiting and running */
@@ -26,6 +29,13 @@ struct qf_scheduler {
 static inline int32_t qf_blocks_for(const qf_scheduler *self, int32_t num_tokens)
 {
     return (num_tokens - 1) / self->block_size + 1;
+}
+
+/* The first block with a position that a query at `position` or later reads in 16 bits. */
+static inline int32_t qf_first_window_block(const qf_scheduler *self, int32_t position)
+{
+    const int32_t first = position - self->config.window_tokens + 1;
+    return first > 0 ? first / self->block_size : 0;
 }
 
 /* Running to waiting: recompute from the start. Blocks and slot go now, or when the last step in flight is over. */

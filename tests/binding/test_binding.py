@@ -83,7 +83,7 @@ def run_python(code, *arguments, timeout=60):
 
 INT32_OPTIONS = [
     "quantization_group_size", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-    "tensor_parallel_size", "num_threads", "max_steps_in_flight", "max_waiting_requests",
+    "tensor_parallel_size", "num_threads", "kv_cache_16bit_window", "max_steps_in_flight", "max_waiting_requests",
 ]  # fmt: skip
 STRING_OPTIONS = [
     "load_format", "device", "dtype", "activation_dtype", "quantization", "lm_head_dtype", "kv_cache_dtype", "isa",
@@ -103,6 +103,8 @@ BAD_OPTIONS = [
     *[(name, value, ValueError) for name in DOUBLE_OPTIONS for value in (NAN, INF, -INF, 10**400)],
     *[(name, value, TypeError) for name in DOUBLE_OPTIONS for value in ("0.5", None, [])],
     *[(name, value, TypeError) for name in BOOL_OPTIONS for value in (1, "yes", None)],
+    *[("kv_cache_16bit_layers", value, TypeError) for value in (1, "0", [1.5], [None])],
+    *[("kv_cache_16bit_layers", value, ValueError) for value in ([I32], [0, -I32 - 1], [2**63], [-1], [10**6])],
     *[("progress", value, TypeError) for value in (1, "print")],
 ]
 
@@ -895,7 +897,7 @@ def test_the_stub_is_the_module():
         runtime = getattr(_engine, name)
         assert runtime_parameters(runtime) == stub_parameters(node), name
         assert runtime.__doc__, name
-    for name in ("Engine", "Request"):
+    for name in ("Engine", "Request", "Layers"):
         kind = getattr(_engine, name)
         members = {node.name: node for node in classes[name].body if isinstance(node, ast.FunctionDef)}
         fields = {node.target.id for node in classes[name].body if isinstance(node, ast.AnnAssign)}

@@ -27,7 +27,10 @@ static inline fixture make(int32_t num_blocks, int32_t max_num_seqs, int32_t bud
 {
     qf_error err;
     fixture f;
-    qf_scheduler_config config = {max_num_seqs, budget, MAX_LEN, depth};
+    qf_scheduler_config config = {.max_num_seqs = max_num_seqs,
+                                  .max_num_batched_tokens = budget,
+                                  .max_model_len = MAX_LEN,
+                                  .max_steps_in_flight = depth};
     CHECK_OK(qf_block_pool_create(num_blocks, BLOCK, true, 42, &f.pool, &err));
     CHECK_OK(qf_scheduler_create(&config, f.pool, &f.scheduler, &err));
     CHECK_OK(qf_step_plan_init(&f.first, max_num_seqs, &err));

@@ -202,11 +202,10 @@ static void test_progress_can_stop_a_load(void)
 }
 
 #ifdef CHECK_ALLOC_FAULTS
-static void test_every_allocation_of_a_load_fails_once(void)
+static void fail_every_allocation(qf_backend_options options)
 {
     qf_error err;
     const qf_backend_vtable *cpu = qf_cpu_backend_vtable();
-    qf_backend_options options = backend_options();
     qf_checkpoint *checkpoint = open_dummy(&err);
     for (int64_t n = 1;; n++) {
         qf_backend *backend = NULL;
@@ -221,6 +220,17 @@ static void test_every_allocation_of_a_load_fails_once(void)
         }
     }
     qf_checkpoint_close(checkpoint);
+}
+
+static void test_every_allocation_of_a_load_fails_once(void)
+{
+    static const uint8_t wide[LAYERS] = {0, 1, 0};
+    qf_backend_options options = backend_options();
+    fail_every_allocation(options);
+    options.kv_format = QF_KV_INT4;
+    options.kv_16bit_layers = wide;
+    options.kv_window_tokens = 20;
+    fail_every_allocation(options);
 }
 #endif
 

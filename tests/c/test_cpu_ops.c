@@ -139,8 +139,10 @@ typedef struct test_cache {
 static void cache_init(test_cache *c, qf_dtype dtype, int32_t num_blocks, int32_t block_size, int32_t kv_heads,
                        int32_t head_dim)
 {
-    c->bytes = qf_cpu_kv_cache_bytes(num_blocks, block_size, kv_heads, head_dim, dtype);
-    qf_kv_cache kv = {test_alloc(c->bytes), test_alloc(c->bytes), dtype, num_blocks, block_size, kv_heads, head_dim};
+    c->bytes = qf_cpu_kv_cache_bytes(num_blocks, block_size, kv_heads, head_dim,
+                                     dtype == QF_DTYPE_F32 ? QF_KV_F32 : QF_KV_BF16);
+    qf_kv_cache kv = {test_alloc(c->bytes), test_alloc(c->bytes), dtype, num_blocks, block_size, kv_heads, head_dim,
+                      QF_KV_AUTO};
     memset(kv.k, 0xff, c->bytes); /* NaN in both types */
     memset(kv.v, 0xff, c->bytes);
     c->kv = kv;
@@ -197,7 +199,8 @@ static void test_rope(void)
             test_cache c;
             cache_init(&c, dtype, 3, 32, KV_HEADS, hd);
             memcpy(q, q0, (size_t)(TOKENS * HEADS * hd) * sizeof *q);
-            qf_rope_kv_write_args args = {q, k, v, cos_sin, slots, c.kv, TOKENS, HEADS};
+            qf_rope_kv_write_args args = {.q = q, .k = k, .v = v, .cos_sin = cos_sin, .slot_mapping = slots, .cache = c.kv,
+                                          .num_tokens = TOKENS, .num_heads = HEADS};
             qf_cpu_rope_kv_write(machine.contexts[isa][1], &args);
             if (isa == 0) {
                 memcpy(scalar, q, (size_t)(TOKENS * HEADS * hd) * sizeof *q);
@@ -282,8 +285,9 @@ static void attention_init(attention_data *d, const attention_case *shape)
         }
         cache_init(&d->caches[c], shape->dtype, d->num_blocks + 1, shape->block_size, shape->kv_heads,
                    shape->head_dim);
-        qf_rope_kv_write_args args = {scratch, d->k, d->v, cos_sin, slots, d->caches[c].kv, shape->length,
-                                      shape->heads};
+        qf_rope_kv_write_args args = {.q = scratch, .k = d->k, .v = d->v, .cos_sin = cos_sin, .slot_mapping = slots,
+                                      .cache = d->caches[c].kv, .num_tokens = shape->length,
+                                      .num_heads = shape->heads};
         qf_cpu_rope_kv_write(machine.contexts[0][0], &args);
     }
     free(cos_sin);

@@ -230,7 +230,9 @@ static void test_refusals(void)
     drop(&f);
 
     qf_scheduler *scheduler;
-    const qf_scheduler_config bad[] = {{0, 1, 1, 1}, {1, 0, 1, 1}, {1, 1, 0, 1}, {1, 1, 1, 0}, {1, 1, 1, 3}};
+    const qf_scheduler_config bad[] = {
+        {0, 1, 1, 1, 0, 0, 0}, {1, 0, 1, 1, 0, 0, 0}, {1, 1, 0, 1, 0, 0, 0}, {1, 1, 1, 0, 0, 0, 0},
+        {1, 1, 1, 3, 0, 0, 0}, {1, 1, 9, 1, -1, 9, 0}, {1, 1, 9, 1, 3, 9, -1}, {1, 1, 9, 1, 3, 1, 0}};
     qf_block_pool *pool;
     CHECK_OK(qf_block_pool_create(1, 1, false, 0, &pool, &err));
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -273,7 +275,7 @@ static void test_ten_thousand_waiting(void)
 #ifdef CHECK_ALLOC_FAULTS
 static qf_status create_all(qf_error *err)
 {
-    const qf_scheduler_config config = {3, 8, MAX_LEN, 2};
+    const qf_scheduler_config config = {3, 8, MAX_LEN, 2, 7, 3 * MAX_LEN, 12};
     qf_block_pool *pool;
     qf_scheduler *scheduler = NULL;
     qf_step_plan plan = {0};

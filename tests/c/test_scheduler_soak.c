@@ -1,6 +1,10 @@
 /* The scheduler over long random schedules with a fake device. The device keeps, for every position of every block, a
  * hash of all tokens up to there; a step checks the whole context that it reads against what the sequence's tokens
- * give, and samples from the last hash. So each sequence must end with exactly the tokens that it would get alone. */
+ * give, and samples from the last hash. So each sequence must end with exactly the tokens that it would get alone.
+ *
+ * Half of the worlds have a 16-bit window over LAYERS layers. The device then keeps for each copy how many layers of it are
+ * exact: the first always, layer m + 1 at a position where layer m is in all positions of its window. Every position
+ * that is not recomputed for its copies alone must find all layers exact. */
 /* sources: base/status.c base/alloc.c base/hash.c kv/block_pool.c sched/queue.c sched/scheduler.c sched/plan.c
  *          sched/check.c */
 /* sanitizers: address */
@@ -9,18 +13,21 @@
 #include <stdlib.h>
 
 #include "kv/block_pool.h"
+#include "kv/window.h"
 #include "sched/scheduler.h"
 
 #define MAX_JOBS 24
 #define MAX_LEN 48
 #define MAX_BLOCKS 64
 #define MAX_SLOTS 8
+#define LAYERS 2
+#define MAX_WINDOW_BLOCKS (MAX_SLOTS * MAX_LEN)
 #define VOCAB 3 /* few tokens: many shared prefixes */
 
 typedef struct job {
     qf_seq seq;
     int32_t token_ids[MAX_LEN];
-    int32_t block_table[MAX_LEN];
+    int32_t block_table[MAX_LEN], window_table[MAX_LEN];
     int32_t expected[MAX_LEN]; /* the prompt and what it gives alone */
     uint64_t chain[MAX_LEN];   /* the device's hash at each position */
     int32_t stop_at;           /* finished when it has this many tokens */
@@ -33,6 +40,7 @@ typedef struct step {
     qf_step_plan plan;
     int32_t tables[MAX_SLOTS][MAX_LEN]; /* as they were when the step was submitted */
     int32_t known[MAX_SLOTS];           /* num_tokens then */
+    int32_t windows[MAX_SLOTS][MAX_LEN], window_first[MAX_SLOTS], shared[MAX_SLOTS]; /* the same of the window */
 } step;
 
 typedef struct world {
@@ -44,6 +52,9 @@ typedef struct world {
     step steps[2];
     int32_t first_step, num_steps; /* a ring of the steps in flight */
     uint64_t kv[MAX_BLOCKS][MAX_LEN];
+    int32_t window;
+    uint64_t copies[MAX_WINDOW_BLOCKS][MAX_LEN]; /* the hash of the position whose copy is there */
+    int32_t exact[MAX_WINDOW_BLOCKS][MAX_LEN];   /* layers of it that are exact */
     int32_t slot_token[MAX_SLOTS];
     uint64_t next_id;
     int64_t num_finished, num_cancelled, num_hits;
@@ -90,6 +101,7 @@ static void add_job(world *w, int32_t max_len)
     seq->guided = below(w, 4) == 0;
     seq->token_ids = j->token_ids;
     seq->block_table = j->block_table;
+    seq->window_table = w->window > 0 ? j->window_table : NULL;
     j->mask_for = -1;
     j->group = (uint64_t)below(w, 3);
     int32_t leader = below(w, MAX_JOBS);
@@ -160,6 +172,11 @@ static void check_entry(world *w, const qf_step_plan *plan, int32_t index)
     step *s = &w->steps[(w->first_step + w->num_steps) % 2];
     memcpy(s->tables[index], seq->block_table, (size_t)seq->num_blocks * sizeof(int32_t));
     s->known[index] = seq->num_tokens;
+    s->shared[index] = seq->num_shared_tokens;
+    s->window_first[index] = seq->window_first;
+    if (w->window > 0) {
+        memcpy(s->windows[index], seq->window_table, (size_t)seq->window_end * sizeof(int32_t));
+    }
 }
 
 static bool leader_was_ready(const job *leader)
@@ -199,6 +216,27 @@ static int32_t schedule(world *w)
     return plan->num_entries;
 }
 
+/* Writes the copy of position i, whose hash is given, and checks those that it reads. */
+static void run_window(world *w, const step *s, int32_t index, int32_t i, uint64_t hash)
+{
+    const int32_t *table = s->windows[index];
+    const job *j = s->plan.entries[index].seq->owner;
+    const int32_t b = w->block_size;
+    int32_t least = LAYERS;
+    for (int32_t k = i - w->window + 1 > 0 ? i - w->window + 1 : 0; k < i; k++) {
+        if (k / b < s->window_first[index]) {
+            least = 0;
+            continue;
+        }
+        CHECK(w->copies[table[k / b]][k % b] == j->chain[k]);
+        const int32_t exact = w->exact[table[k / b]][k % b];
+        least = exact < least ? exact : least;
+    }
+    CHECK(i < s->shared[index] || least == LAYERS);
+    w->copies[table[i / b]][i % b] = hash;
+    w->exact[table[i / b]][i % b] = least < LAYERS ? least + 1 : LAYERS;
+}
+
 /* Runs the oldest step on the fake device, all at once and as late as can be. */
 static void run_entry(world *w, const step *s, int32_t index, int32_t *sampled)
 {
@@ -213,7 +251,14 @@ static void run_entry(world *w, const step *s, int32_t index, int32_t *sampled)
     }
     for (int32_t i = entry->start; i < entry->start + entry->num_tokens; i++) {
         int32_t token_id = i < s->known[index] ? j->token_ids[i] : w->slot_token[entry->slot];
-        hash = w->kv[table[i / b]][i % b] = chain_next(hash, token_id);
+        hash = chain_next(hash, token_id);
+        if (i >= s->shared[index]) {
+            w->kv[table[i / b]][i % b] = hash;
+        }
+        CHECK(w->kv[table[i / b]][i % b] == hash);
+        if (w->window > 0) {
+            run_window(w, s, index, i, hash);
+        }
     }
     sampled[index] = (int32_t)(hash % VOCAB);
 }
@@ -342,6 +387,11 @@ static void soak(uint64_t seed, int32_t depth, int32_t num_events, uint64_t *num
         .max_model_len = max_len,
         .max_steps_in_flight = depth,
     };
+    w->window = seed % 2 == 0 ? 1 + below(w, 9) : 0;
+    config.window_tokens = w->window;
+    config.prefix_margin_tokens = LAYERS * (w->window > 0 ? w->window - 1 : 0);
+    config.num_window_blocks = (int32_t)qf_kv_window_blocks(w->window, w->block_size, max_len, config.max_num_seqs,
+                                                            w->budget);
     qf_error err;
     CHECK_OK(qf_block_pool_create(num_blocks, w->block_size, below(w, 4) > 0, seed, &w->pool, &err));
     CHECK_OK(qf_scheduler_create(&config, w->pool, &w->scheduler, &err));

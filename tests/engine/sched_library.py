@@ -32,6 +32,7 @@ class Seq(ctypes.Structure):
         ("num_prompt_tokens", c_int32),
         ("max_total_tokens", c_int32),
         ("block_table", POINTER(c_int32)),
+        ("window_table", POINTER(c_int32)),
         ("max_prefix_hit", c_int32),
         ("cache_salt", c_uint64),
         ("leader", c_void_p),
@@ -50,6 +51,9 @@ class Seq(ctypes.Structure):
         ("num_cached_tokens", c_int32),
         ("num_published_blocks", c_int32),
         ("num_blocks", c_int32),
+        ("num_shared_tokens", c_int32),
+        ("window_first", c_int32),
+        ("window_end", c_int32),
         ("num_steps_in_flight", c_int32),
         ("num_preemptions", c_int32),
         ("release_when_idle", c_bool),
@@ -91,6 +95,9 @@ class SchedulerConfig(ctypes.Structure):
         ("max_num_batched_tokens", c_int32),
         ("max_model_len", c_int32),
         ("max_steps_in_flight", c_int32),
+        ("window_tokens", c_int32),
+        ("num_window_blocks", c_int32),
+        ("prefix_margin_tokens", c_int32),
     ]
 
 

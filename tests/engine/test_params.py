@@ -150,9 +150,13 @@ def test_seeds():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"tensor_parallel_size": 2}, NotImplementedError, "tensor_parallel_size=2 is not built yet"),
-        ({"kv_cache_dtype": "fp8"}, NotImplementedError, "kv_cache_dtype='fp8' is not built yet"),
-        ({"kv_cache_dtype": "nf4"}, NotImplementedError, "kv_cache_dtype='nf4' is not built yet"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, NotImplementedError, "kv_cache_dtype='fp8_e5m2' is not built yet"),
+        ({"kv_cache_16bit_window": -1}, ValueError, "kv_cache_16bit_window must be from 0"),
+        ({"kv_cache_16bit_window": "64"}, TypeError, "kv_cache_16bit_window must be an integer"),
+        ({"kv_cache_16bit_layers": 3}, TypeError, "kv_cache_16bit_layers must be a sequence of layer indices, got 3"),
+        ({"kv_cache_16bit_layers": "0,3"}, TypeError, "kv_cache_16bit_layers must be a sequence of layer indices"),
+        ({"kv_cache_16bit_layers": [0, -2]}, ValueError, r"kv_cache_16bit_layers\[1\] must be from 0"),
+        ({"kv_cache_16bit_layers": [0.5]}, TypeError, r"kv_cache_16bit_layers\[0\] must be an integer"),
         ({"max_model_len": 0}, ValueError, "max_model_len must be from 1"),
         ({"max_model_len": "4096"}, TypeError, "max_model_len must be an integer"),
         ({"num_threads": -1}, ValueError, "num_threads must be from 0"),

@@ -27,10 +27,15 @@ FORMATS = {
         "lm_head_dtype": "int4",
         "kv_cache_dtype": "auto",
     },
+    "fp8-cache": {"kv_cache_dtype": "fp8_e4m3", "kv_cache_16bit_layers": [1]},
+    "int4-cache": {"dtype": "bfloat16", "kv_cache_dtype": "int4"},
+    "int4-window": {"dtype": "bfloat16", "kv_cache_dtype": "int4", "kv_cache_16bit_window": 17},
+    "int8-window": {"kv_cache_dtype": "int8", "kv_cache_16bit_window": 70},
 }
 
 QUICK = ("float32", "w4a8")
-CPU_ONLY = ("w4a8",)
+LONG = ("fp8-cache", "int8-window")
+CPU_ONLY = ("w4a8", "fp8-cache", "int4-cache", "int4-window", "int8-window")
 
 VOCAB = 320
 
@@ -84,7 +89,7 @@ def pytest_generate_tests(metafunc):
     if "start" in metafunc.fixturenames:
         pairs = place_pairs(
             FORMATS,
-            long=lambda place, name: place == "scalar" and name not in QUICK,
+            long=lambda place, name: name in LONG or (place == "scalar" and name not in QUICK),
             left_out=lambda place, name: place == "cuda" and name in CPU_ONLY,
         )
         metafunc.parametrize("on, number_format", pairs, indirect=["number_format"], scope="module")
@@ -133,7 +138,9 @@ def test_prefix_hit(start, reference):
         assert run_together(engine) == reference
         cold = engine.stats()["prefix_hit_tokens"]
         assert run_together(engine) == reference
-        assert engine.stats()["prefix_hit_tokens"] > cold + 400
+        # A hit is shortened by 17 - 1 or 70 - 1 tokens for each of the two layers.
+        hits = 0 if engine.info()["kv_cache_16bit_window"] == 70 else 400
+        assert engine.stats()["prefix_hit_tokens"] > cold + hits
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [1, 7, 64])

@@ -64,6 +64,14 @@ static void load_rows(const attention_task *task, const attention_item *item, qf
     rows->num_rows = item->num_rows;
     rows->kv_head = item->kv_head;
     rows->block_table = a->block_tables + (size_t)item->seq * (size_t)a->block_table_stride;
+    rows->first_block = 0;
+    rows->window_table = NULL;
+    rows->window_first_block = 0;
+    if (a->window.k != NULL) {
+        rows->window_table = a->window_tables + (size_t)item->seq * (size_t)a->window_table_stride;
+        rows->window_first_block = a->window_first_block[item->seq];
+    }
+    const int32_t window_start = rows->window_first_block * a->cache.block_size;
     for (int32_t r = 0; r < item->num_rows; r++) {
         const float *q = a->q + row_offset(task, item, r);
         for (int32_t d = 0; d < a->cache.head_dim; d++) {
@@ -72,6 +80,11 @@ static void load_rows(const attention_task *task, const attention_item *item, qf
         rows->end[r] = a->seq_lens[item->seq] - tokens + (item->row + r) / task->group + 1;
         const int32_t window = a->sliding_window;
         rows->first[r] = window > 0 && rows->end[r] > window ? rows->end[r] - window : 0;
+        rows->recent[r] = rows->end[r];
+        if (rows->window_table != NULL) {
+            const int32_t recent = rows->end[r] - a->window_tokens;
+            rows->recent[r] = recent > window_start ? recent : window_start;
+        }
     }
 }
 
@@ -112,7 +125,7 @@ static void whole_items(void *arg, int64_t begin, int64_t end, int32_t worker)
         bool started[QF_ATTENTION_ROWS] = {false};
         positions_seen(&rows, &first, &last);
         for (int32_t split = first / QF_SPLIT_TOKENS * QF_SPLIT_TOKENS; split < last; split += QF_SPLIT_TOKENS) {
-            kernels->attention_split(&a->cache, &rows, scratch, split, split + QF_SPLIT_TOKENS);
+            kernels->attention_split(a, &rows, scratch, split, split + QF_SPLIT_TOKENS);
             for (int32_t r = 0; r < rows.num_rows; r++) {
                 if (!row_sees(&rows, r, split, split + QF_SPLIT_TOKENS)) {
                     continue;
@@ -150,7 +163,7 @@ static void split_items(void *arg, int64_t begin, int64_t end, int32_t worker)
         const int32_t from = split * QF_SPLIT_TOKENS;
         const attention_item item = find_item(task, item_index);
         load_rows(task, &item, &rows, scratch);
-        task->ctx->kernels->attention_split(&a->cache, &rows, scratch, from, from + QF_SPLIT_TOKENS);
+        task->ctx->kernels->attention_split(a, &rows, scratch, from, from + QF_SPLIT_TOKENS);
         for (int32_t r = 0; r < rows.num_rows; r++) {
             if (row_sees(&rows, r, from, from + QF_SPLIT_TOKENS)) {
                 copy_partial(partial_at(task, item_index, split) + r, &scratch->part[r], a->cache.head_dim);

@@ -154,15 +154,35 @@ static const weigh_fn weigh_table[4][2] = {
     {weigh_f32_1, weigh_bf16_1}, {weigh_f32_2, weigh_bf16_2}, {weigh_f32_3, weigh_bf16_3}, {weigh_f32_4, weigh_bf16_4},
 };
 
+/* Positions [begin, end) of the unpacked ones, which are from `unpacked` on. */
+static void weigh_unpacked(int32_t head_dim, qf_attention_scratch *scratch, int row, int count, int32_t split_begin,
+                           int32_t unpacked, int32_t begin, int32_t end)
+{
+    const float *p[4];
+    float *acc[4];
+    for (int r = 0; r < count; r++) {
+        p[r] = scratch->scores[row + r] + (begin - split_begin);
+        acc[r] = scratch->part[row + r].acc;
+    }
+    if (begin < end) {
+        weigh_table[count - 1][0](scratch->values + (size_t)(begin - unpacked) * (size_t)head_dim, head_dim, end - begin,
+                                  p, acc);
+    }
+}
+
 /* Positions [begin, end) for rows [row, row + count), at most 4, all of which see all of them. */
 static void weigh_range(const qf_kv_cache *cache, const qf_attention_rows *rows, qf_attention_scratch *scratch, int row,
-                        int count, int32_t split_begin, int32_t begin, int32_t end)
+                        int count, int32_t split_begin, int32_t unpacked, int32_t begin, int32_t end)
 {
+    if (qf_kv_is_low_bit(cache->format)) {
+        weigh_unpacked(cache->head_dim, scratch, row, count, split_begin, unpacked, begin, end);
+        return;
+    }
     const size_t size = cache->dtype == QF_DTYPE_F32 ? 4 : 2;
     while (begin < end) {
         const int32_t offset = begin % cache->block_size;
         const int32_t run = cache->block_size - offset < end - begin ? cache->block_size - offset : end - begin;
-        const size_t block = (size_t)rows->block_table[begin / cache->block_size];
+        const size_t block = (size_t)rows->block_table[begin / cache->block_size - rows->first_block];
         const size_t first = (block * (size_t)cache->num_kv_heads + (size_t)rows->kv_head) * (size_t)cache->block_size +
                              (size_t)offset;
         const void *values = (const char *)cache->v + first * (size_t)cache->head_dim * size;
@@ -177,38 +197,74 @@ static void weigh_range(const qf_kv_cache *cache, const qf_attention_rows *rows,
     }
 }
 
-/* Rows share the positions that all of them see; what only some see at either end is done row by row, in the same
- * ascending order. */
-static void weigh_split(const qf_kv_cache *cache, const qf_attention_rows *rows, qf_attention_scratch *scratch,
-                        int32_t split_begin, int32_t split_end)
+/* Positions [part_begin, part_end) of the split. Rows share the positions that all of them see; what only some see at
+ * either end is done row by row, in the same ascending order. */
+static void weigh_part(const qf_kv_cache *cache, const qf_attention_rows *rows, qf_attention_scratch *scratch,
+                       int32_t split_begin, int32_t part_begin, int32_t part_end)
 {
     for (int row = 0; row < rows->num_rows;) {
         const int count = rows->num_rows - row >= 4 ? 4 : rows->num_rows - row;
-        int32_t common_first = split_begin, common_end = split_end;
+        int32_t common_first = part_begin, common_end = part_end;
         for (int r = row; r < row + count; r++) {
             common_first = rows->first[r] > common_first ? rows->first[r] : common_first;
             common_end = rows->end[r] < common_end ? rows->end[r] : common_end;
         }
         const bool shared = common_first < common_end;
         for (int r = row; r < row + count; r++) {
-            const int32_t first = rows->first[r] > split_begin ? rows->first[r] : split_begin;
-            const int32_t end = rows->end[r] < split_end ? rows->end[r] : split_end;
-            weigh_range(cache, rows, scratch, r, 1, split_begin, first, shared ? common_first : end);
+            const int32_t first = rows->first[r] > part_begin ? rows->first[r] : part_begin;
+            const int32_t end = rows->end[r] < part_end ? rows->end[r] : part_end;
+            weigh_range(cache, rows, scratch, r, 1, split_begin, part_begin, first, shared ? common_first : end);
         }
         if (shared) {
-            weigh_range(cache, rows, scratch, row, count, split_begin, common_first, common_end);
+            weigh_range(cache, rows, scratch, row, count, split_begin, part_begin, common_first, common_end);
             for (int r = row; r < row + count; r++) {
-                const int32_t end = rows->end[r] < split_end ? rows->end[r] : split_end;
-                weigh_range(cache, rows, scratch, r, 1, split_begin, common_end, end);
+                const int32_t end = rows->end[r] < part_end ? rows->end[r] : part_end;
+                weigh_range(cache, rows, scratch, r, 1, split_begin, part_begin, common_end, end);
             }
         }
         row += count;
     }
 }
 
-/* Scores of the rows at the positions of the tiles that any of them sees: scratch->scores[row][position - begin]. */
-static void score_split(const qf_kv_cache *cache, const qf_attention_rows *rows, qf_attention_scratch *scratch,
-                        int32_t split_begin, int32_t first, int32_t end)
+/* The record of a low-bit cache that holds position `at`. */
+QF_INLINE const uint8_t *find_record(const qf_kv_cache *cache, const void *store, const qf_attention_rows *rows, int32_t at)
+{
+    const int32_t block = rows->block_table[at / cache->block_size];
+    return (const uint8_t *)store + qf_cpu_kv_record(cache, block, rows->kv_head, at % cache->block_size);
+}
+
+/* Records are short and blocks anywhere, so the processor does not foresee them. */
+QF_INLINE void prefetch_record(const uint8_t *record, size_t size_bytes)
+{
+    for (size_t at = 0; at < size_bytes; at += 64) {
+        v_prefetch(record + at);
+    }
+}
+
+/* The same of a low-bit cache: some sixteens of positions at a time are unpacked for all rows. first, end: what any of
+ * them sees. */
+static void weigh_packed(const qf_kv_cache *cache, const qf_attention_rows *rows, qf_attention_scratch *scratch,
+                         int32_t split_begin, int32_t first, int32_t end)
+{
+    const size_t record_bytes = 16 * qf_kv_row_bytes(cache->format, cache->head_dim);
+    const int32_t most = QF_UNPACKED_VALUES / cache->head_dim / 16 * 16;
+    const unpack_values_fn unpack = unpack_values_table[cache->format - QF_KV_FP8_E4M3];
+    for (int32_t begin = first / 16 * 16; begin < end; begin += most) {
+        const int32_t part_end = begin + most < end ? begin + most : end;
+        for (int32_t at = begin; at < part_end; at += 16) {
+            if (at + 32 < end) {
+                prefetch_record(find_record(cache, cache->v, rows, at + 32), record_bytes);
+            }
+            unpack(find_record(cache, cache->v, rows, at), cache->head_dim,
+                   scratch->values + (size_t)(at - begin) * (size_t)cache->head_dim, &scratch->unpack);
+        }
+        weigh_part(cache, rows, scratch, split_begin, begin, part_end);
+    }
+}
+
+/* Scores of the rows at the positions of the tiles that any of them sees: scores[row][position - begin]. */
+static void score_split(const qf_kv_cache *cache, const qf_attention_rows *rows, const float *q,
+                        float (*scores)[QF_SPLIT_TOKENS], int32_t split_begin, int32_t first, int32_t end)
 {
     const size_t tile_bytes = (size_t)cache->head_dim * 16 * (cache->dtype == QF_DTYPE_F32 ? 4u : 2u);
     const int32_t tiles_per_block = cache->block_size / 16;
@@ -217,13 +273,43 @@ static void score_split(const qf_kv_cache *cache, const qf_attention_rows *rows,
         const int count = num_tiles - tile >= 2 ? 2 : 1;
         const void *keys[2] = {NULL, NULL};
         for (int t = 0; t < count; t++) {
-            const size_t block = (size_t)rows->block_table[(tile + t) / tiles_per_block];
+            const size_t block = (size_t)rows->block_table[(tile + t) / tiles_per_block - rows->first_block];
             const size_t index = (block * (size_t)cache->num_kv_heads + (size_t)rows->kv_head) *
                                      (size_t)tiles_per_block + (size_t)((tile + t) % tiles_per_block);
             keys[t] = (const char *)cache->k + index * tile_bytes;
         }
         score_table[rows->num_rows - 1][cache->dtype == QF_DTYPE_BF16][count - 1](
-            keys, scratch->q, cache->head_dim, scratch->scores[0] + (tile * 16 - split_begin));
+            keys, q, cache->head_dim, scores[0] + (tile * 16 - split_begin));
+        tile += count;
+    }
+}
+
+/* The same of a low-bit cache: tiles are unpacked for all rows. */
+static void score_packed(const qf_kv_cache *cache, const qf_key_bias *key_bias, const qf_attention_rows *rows,
+                         qf_attention_scratch *scratch, int32_t split_begin, int32_t first, int32_t end)
+{
+    const int32_t head_dim = cache->head_dim, num_tiles = (end + 15) / 16;
+    const size_t record_bytes = 16 * qf_kv_row_bytes(cache->format, head_dim);
+    const float *bias = key_bias->bias + (size_t)rows->kv_head * (size_t)head_dim;
+    const unpack_keys_fn unpack = unpack_keys_table[cache->format - QF_KV_FP8_E4M3];
+    const void *const keys[2] = {scratch->keys[0], scratch->keys[1]};
+    int32_t turned = -1;
+    for (int32_t tile = first / 16; tile < num_tiles;) {
+        const int count = num_tiles - tile >= 2 ? 2 : 1;
+        for (int t = 0; t < count; t++) {
+            const int32_t at = (tile + t) * 16, bias_tile = at / QF_BIAS_TILE;
+            if (bias_tile != turned) {
+                rope_head(bias, key_bias->tile_turn + (size_t)bias_tile * (size_t)head_dim, scratch->turned_bias, head_dim);
+                turned = bias_tile;
+            }
+            if (at + 32 < end) {
+                prefetch_record(find_record(cache, cache->k, rows, at + 32), record_bytes);
+            }
+            unpack(find_record(cache, cache->k, rows, at), head_dim, scratch->turned_bias,
+                   key_bias->step_turn + at % QF_BIAS_TILE, scratch->keys[t], &scratch->unpack);
+        }
+        score_table[rows->num_rows - 1][0][count - 1](keys, scratch->q, head_dim,
+                                                      scratch->scores[0] + (tile * 16 - split_begin));
         tile += count;
     }
 }
@@ -254,20 +340,73 @@ static void softmax_row(float *scores, int32_t split_begin, int32_t first, int32
     part->sum = vf_reduce_add(sum);
 }
 
-static void attention_split(const qf_kv_cache *cache, const qf_attention_rows *rows, qf_attention_scratch *scratch,
-                            int32_t begin, int32_t end)
+/* The positions of [begin, end) that any row sees; false: none. */
+static bool seen_by_any(const qf_attention_rows *rows, int32_t begin, int32_t end, int32_t *first, int32_t *last)
 {
-    int32_t first_any = end, end_any = begin;
+    *first = end;
+    *last = begin;
     for (int r = 0; r < rows->num_rows; r++) {
-        first_any = rows->first[r] < first_any ? rows->first[r] : first_any;
-        end_any = rows->end[r] > end_any ? rows->end[r] : end_any;
+        if (rows->first[r] < rows->end[r]) {
+            *first = rows->first[r] < *first ? rows->first[r] : *first;
+            *last = rows->end[r] > *last ? rows->end[r] : *last;
+        }
     }
-    first_any = first_any < begin ? begin : first_any;
-    end_any = end_any > end ? end : end_any;
-    if (first_any >= end_any) {
+    *first = *first < begin ? begin : *first;
+    *last = *last > end ? end : *last;
+    return *first < *last;
+}
+
+/* The rows with the positions that they read in 16 bits, and with the others. */
+static void part_rows(const qf_attention_rows *rows, qf_attention_rows *old, qf_attention_rows *recent)
+{
+    *old = *rows;
+    *recent = *rows;
+    recent->block_table = rows->window_table;
+    recent->first_block = rows->window_first_block;
+    for (int r = 0; r < rows->num_rows; r++) {
+        old->end[r] = rows->recent[r] < rows->end[r] ? rows->recent[r] : rows->end[r];
+        recent->first[r] = rows->recent[r] > rows->first[r] ? rows->recent[r] : rows->first[r];
+    }
+}
+
+/* scratch->scores of all positions of [begin, end) that a row sees. */
+static void score_both(const qf_attention_args *args, const qf_attention_rows *old, const qf_attention_rows *recent,
+                       qf_attention_scratch *scratch, int32_t begin, int32_t end)
+{
+    int32_t first, last;
+    if (seen_by_any(old, begin, end, &first, &last)) {
+        score_packed(&args->cache, &args->key_bias, old, scratch, begin, first, last);
+    }
+    if (!seen_by_any(recent, begin, end, &first, &last)) {
         return;
     }
-    score_split(cache, rows, scratch, begin, first_any, end_any);
+    score_split(&args->window, recent, scratch->q, scratch->window_scores, begin, first, last);
+    for (int r = 0; r < recent->num_rows; r++) {
+        const int32_t from = recent->first[r] > begin ? recent->first[r] : begin;
+        const int32_t to = recent->end[r] < end ? recent->end[r] : end;
+        if (from < to) {
+            memcpy(scratch->scores[r] + (from - begin), scratch->window_scores[r] + (from - begin),
+                   (size_t)(to - from) * sizeof(float));
+        }
+    }
+}
+
+static void attention_split(const qf_attention_args *args, const qf_attention_rows *rows, qf_attention_scratch *scratch,
+                            int32_t begin, int32_t end)
+{
+    const qf_kv_cache *cache = &args->cache;
+    const bool packed = qf_kv_is_low_bit(cache->format);
+    int32_t first, last;
+    qf_attention_rows old, recent;
+    if (!seen_by_any(rows, begin, end, &first, &last)) {
+        return;
+    }
+    if (packed) {
+        part_rows(rows, &old, &recent);
+        score_both(args, &old, &recent, scratch, begin, end);
+    } else {
+        score_split(cache, rows, scratch->q, scratch->scores, begin, first, last);
+    }
     for (int r = 0; r < rows->num_rows; r++) {
         const int32_t row_first = rows->first[r] > begin ? rows->first[r] : begin;
         const int32_t row_end = rows->end[r] < end ? rows->end[r] : end;
@@ -276,7 +415,16 @@ static void attention_split(const qf_kv_cache *cache, const qf_attention_rows *r
             memset(scratch->part[r].acc, 0, (size_t)cache->head_dim * sizeof(float));
         }
     }
-    weigh_split(cache, rows, scratch, begin, end);
+    if (!packed) {
+        weigh_part(cache, rows, scratch, begin, begin, end);
+        return;
+    }
+    if (seen_by_any(&old, begin, end, &first, &last)) {
+        weigh_packed(cache, &old, scratch, begin, first, last);
+    }
+    if (seen_by_any(&recent, begin, end, &first, &last)) {
+        weigh_part(&args->window, &recent, scratch, begin, begin, end);
+    }
 }
 
 /* total = total merged with part, which comes later. A NaN maximum cannot arise: the maximum skips NaN scores, and

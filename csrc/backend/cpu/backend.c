@@ -14,11 +14,6 @@ static int32_t min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
 
 static int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
 
-static qf_dtype kv_dtype(const qf_backend_options *options)
-{
-    return options->float32 ? QF_DTYPE_F32 : QF_DTYPE_BF16;
-}
-
 /* Reserves count floats at *offset (64-byte aligned) and returns where they are. */
 static float *carve(void *storage, size_t *offset, int64_t rows, int64_t columns)
 {
@@ -27,8 +22,8 @@ static float *carve(void *storage, size_t *offset, int64_t rows, int64_t columns
     return at;
 }
 
-size_t qf_cpu_workspace_layout(const qf_model_config *config, const qf_backend_options *options, void *storage,
-                               qf_cpu_workspace *ws)
+size_t qf_cpu_workspace_layout(const qf_model_config *config, const qf_shard *shard,
+                               const qf_backend_options *options, void *storage, qf_cpu_workspace *ws)
 {
     int64_t tokens = options->max_num_batched_tokens;
     int64_t q_size = (int64_t)config->num_heads * config->head_dim;
@@ -48,6 +43,10 @@ size_t qf_cpu_workspace_layout(const qf_model_config *config, const qf_backend_o
     ws->cos_sin = carve(storage, &offset, tokens, config->head_dim);
     ws->rows = carve(storage, &offset, ws->logit_rows, config->hidden_size);
     ws->logits = carve(storage, &offset, ws->logit_rows, config->vocab_size);
+    ws->all_logits = ws->logits;
+    if (shard->size > 1 && shard->rank == 0) {
+        ws->all_logits = carve(storage, &offset, ws->logit_rows, shard->vocab_size);
+    }
     return offset;
 }
 
@@ -74,11 +73,23 @@ static int32_t context_features(const qf_model_config *config)
     return max_i32(config->intermediate_size, max_i32(config->hidden_size, config->num_heads * config->head_dim));
 }
 
+/* A layer's linear as it is packed: the bias of k_proj is kept apart where its cache is a low-bit one. */
+static qf_linear_source packed_source(const qf_checkpoint *checkpoint, const qf_backend_options *options, int32_t layer,
+                                      qf_linear_id id)
+{
+    qf_linear_source source = *qf_checkpoint_linear(checkpoint, layer, id);
+    if (id == QF_K_PROJ && qf_cpu_layer_is_low_bit(options, layer)) {
+        source.bias = NULL;
+    }
+    return source;
+}
+
 static qf_status cpu_plan_memory(const qf_checkpoint *checkpoint, const qf_backend_options *options,
                                  qf_memory_plan *out, qf_error *err)
 {
     (void)err;
     const qf_model_config *config = qf_checkpoint_config(checkpoint);
+    const qf_shard *shard = qf_checkpoint_get_shard(checkpoint);
     qf_cpu_linear_options layer = layer_options(options);
     qf_cpu_linear_options head = head_options(options);
     *out = (qf_memory_plan){0};
@@ -86,19 +97,18 @@ static qf_status cpu_plan_memory(const qf_checkpoint *checkpoint, const qf_backe
                            qf_dtype_size(qf_checkpoint_embedding_dtype(checkpoint));
     for (int32_t i = 0; i < config->num_layers; i++) {
         for (int32_t id = 0; id < QF_LINEARS_PER_LAYER; id++) {
-            out->layers_bytes += qf_cpu_linear_bytes(qf_checkpoint_linear(checkpoint, i, (qf_linear_id)id), &layer);
+            const qf_linear_source source = packed_source(checkpoint, options, i, (qf_linear_id)id);
+            out->layers_bytes += qf_cpu_linear_bytes(&source, &layer);
         }
     }
     out->layers_bytes += (size_t)(2 * config->num_layers + 1) * (size_t)config->hidden_size * sizeof(float);
     out->head_bytes = qf_cpu_linear_bytes(qf_checkpoint_linear(checkpoint, 0, QF_LM_HEAD), &head);
     qf_cpu_workspace ws;
-    out->workspace_bytes = qf_cpu_workspace_layout(config, options, NULL, &ws) +
+    out->workspace_bytes = qf_cpu_workspace_layout(config, shard, options, NULL, &ws) +
                            qf_cpu_context_bytes(options->num_threads, context_tokens(options),
                                                 context_features(config)) +
-                           (size_t)options->num_threads * qf_sampler_bytes(config->vocab_size);
-    out->kv_block_bytes = 2 * (size_t)config->num_layers *
-                          qf_cpu_kv_cache_bytes(1, options->block_size, config->num_kv_heads, config->head_dim,
-                                                kv_dtype(options));
+                           (shard->rank == 0 ? (size_t)options->num_threads : 0) * qf_sampler_bytes(shard->vocab_size);
+    qf_cpu_plan_kv(config, options, out);
     return QF_OK;
 }
 
@@ -114,17 +124,18 @@ static void cpu_destroy(qf_backend *base)
         }
     }
     qf_cpu_linear_destroy(self->lm_head);
-    for (int32_t i = 0; self->samplers != NULL && i < self->options.num_threads; i++) {
+    for (int32_t i = 0; self->samplers != NULL && i < self->num_samplers; i++) {
         qf_sampler_destroy(self->samplers[i]);
     }
     qf_free(self->samplers);
+    qf_free(self->sampled);
     qf_free(self->layers);
     qf_free(self->norms);
     qf_free(self->inv_freq);
     qf_free(self->last_token);
     qf_free(self->token_ids);
     qf_pages_free(self->embedding, self->embedding_bytes);
-    qf_pages_free(self->kv, self->kv_bytes);
+    qf_cpu_free_kv(self);
     qf_pages_free(self->workspace, self->workspace_bytes);
     qf_cpu_context_destroy(self->ctx);
     qf_thread_pool_destroy(self->pool);
@@ -180,9 +191,9 @@ static qf_status load_weights(qf_cpu_backend *self, const qf_checkpoint *checkpo
         qf_checkpoint_read_norm(checkpoint, i, QF_POST_ATTENTION_NORM, layer->post_attention_norm);
         norm += 2 * hidden_size;
         for (int32_t id = 0; id < QF_LINEARS_PER_LAYER; id++) {
-            const qf_linear_source *source = qf_checkpoint_linear(checkpoint, i, (qf_linear_id)id);
-            QF_TRY(qf_cpu_linear_create(source, &options, self->pool, &layer->linears[id], err));
-            done_bytes += qf_cpu_linear_bytes(source, &options);
+            const qf_linear_source source = packed_source(checkpoint, &self->options, i, (qf_linear_id)id);
+            QF_TRY(qf_cpu_linear_create(&source, &options, self->pool, &layer->linears[id], err));
+            done_bytes += qf_cpu_linear_bytes(&source, &options);
         }
         if (progress != NULL && !progress(progress_arg, done_bytes, total_bytes)) {
             return QF_FAIL(err, QF_ERROR_STATE, "loading was stopped at %zu of %zu bytes", done_bytes, total_bytes);
@@ -198,43 +209,25 @@ static qf_status load_weights(qf_cpu_backend *self, const qf_checkpoint *checkpo
     return QF_OK;
 }
 
-static qf_status alloc_kv_cache(qf_cpu_backend *self, int32_t num_blocks, qf_error *err)
-{
-    const qf_model_config *config = &self->config;
-    size_t bytes = qf_cpu_kv_cache_bytes(num_blocks, self->options.block_size, config->num_kv_heads, config->head_dim,
-                                         kv_dtype(&self->options));
-    self->kv_bytes = 2 * (size_t)config->num_layers * bytes;
-    QF_TRY(qf_pages_alloc(&self->kv, self->kv_bytes, "the KV cache", err));
-    for (int32_t i = 0; i < config->num_layers; i++) {
-        char *k = (char *)self->kv + 2 * (size_t)i * bytes;
-        self->layers[i].cache = (qf_kv_cache){.k = k,
-                                              .v = k + bytes,
-                                              .dtype = kv_dtype(&self->options),
-                                              .num_blocks = num_blocks,
-                                              .block_size = self->options.block_size,
-                                              .num_kv_heads = config->num_kv_heads,
-                                              .head_dim = config->head_dim};
-    }
-    return QF_OK;
-}
-
 static qf_status alloc_step_state(qf_cpu_backend *self, qf_isa isa, qf_error *err)
 {
     const qf_model_config *config = &self->config;
     const qf_backend_options *options = &self->options;
     QF_TRY(qf_cpu_context_create(isa, self->pool, context_tokens(options), context_features(config), &self->ctx,
                                  err));
-    self->workspace_bytes = qf_cpu_workspace_layout(config, options, NULL, &self->ws);
+    self->workspace_bytes = qf_cpu_workspace_layout(config, &self->shard, options, NULL, &self->ws);
     QF_TRY(qf_pages_alloc(&self->workspace, self->workspace_bytes, "the workspace", err));
-    (void)qf_cpu_workspace_layout(config, options, self->workspace, &self->ws);
+    (void)qf_cpu_workspace_layout(config, &self->shard, options, self->workspace, &self->ws);
     QF_TRY(qf_alloc((void **)&self->inv_freq, (size_t)config->head_dim / 2, sizeof(float), "rope frequencies", err));
     qf_rope_inv_freq(&config->rope, config->head_dim, self->inv_freq);
     QF_TRY(qf_alloc((void **)&self->last_token, (size_t)options->max_num_seqs, sizeof(int32_t), "token slots", err));
     QF_TRY(qf_alloc((void **)&self->token_ids, (size_t)options->max_num_batched_tokens, sizeof(int32_t), "token ids",
                     err));
-    QF_TRY(qf_alloc((void **)&self->samplers, (size_t)options->num_threads, sizeof *self->samplers, "samplers", err));
-    for (int32_t i = 0; i < options->num_threads; i++) {
-        QF_TRY(qf_sampler_create(config->vocab_size, &self->samplers[i], err));
+    QF_TRY(qf_alloc((void **)&self->sampled, (size_t)self->ws.logit_rows, sizeof(int32_t), "sampled tokens", err));
+    self->num_samplers = self->shard.rank == 0 ? options->num_threads : 0;
+    QF_TRY(qf_alloc((void **)&self->samplers, (size_t)self->num_samplers, sizeof *self->samplers, "samplers", err));
+    for (int32_t i = 0; i < self->num_samplers; i++) {
+        QF_TRY(qf_sampler_create(self->shard.vocab_size, &self->samplers[i], err));
     }
     return QF_OK;
 }
@@ -247,6 +240,10 @@ static qf_status cpu_init(qf_cpu_backend *self, const qf_checkpoint *checkpoint,
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
                        "isa must be auto, scalar, avx2, avx512 or avx512_vnni; got \"%.40s\"", self->options.isa);
     }
+    if (self->shard.size > 1 && self->options.comm == NULL) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "rank %d of %d needs a communicator", self->shard.rank,
+                       self->shard.size);
+    }
     self->options.isa = qf_isa_name(isa);
     self->base.isa = self->options.isa;
     qf_memory_plan plan;
@@ -256,7 +253,8 @@ static qf_status cpu_init(qf_cpu_backend *self, const qf_checkpoint *checkpoint,
     self->layers_bytes = plan.layers_bytes;
     self->head_bytes = plan.head_bytes;
     QF_TRY(load_weights(self, checkpoint, &plan, progress, progress_arg, err));
-    QF_TRY(alloc_kv_cache(self, num_blocks, err));
+    QF_TRY(qf_cpu_alloc_kv(self, checkpoint, &plan, num_blocks, err));
+    self->options.kv_16bit_layers = NULL; /* was the caller's */
     (void)snprintf(self->description, sizeof self->description, "CPU, %s, %d thread%s", qf_isa_name(isa),
                    self->options.num_threads, self->options.num_threads == 1 ? "" : "s");
     return QF_OK;
@@ -270,6 +268,7 @@ static qf_status cpu_create(const qf_checkpoint *checkpoint, const qf_backend_op
     QF_TRY(qf_alloc((void **)&self, 1, sizeof *self, "the CPU backend", err));
     self->base.vtable = qf_cpu_backend_vtable();
     self->config = *qf_checkpoint_config(checkpoint);
+    self->shard = *qf_checkpoint_get_shard(checkpoint);
     self->options = *options;
     self->activation = options->int8_activations ? QF_ACTIVATION_I8 : QF_ACTIVATION_F32;
     qf_status status = cpu_init(self, checkpoint, num_blocks, progress, progress_arg, err);
@@ -295,7 +294,7 @@ static qf_status cpu_submit(qf_backend *base, const qf_batch *batch, qf_error *e
         return QF_FAIL(err, QF_ERROR_INTERNAL, "two steps are already in flight");
     }
     uint64_t start_ns = now_ns();
-    qf_cpu_forward(self, batch);
+    QF_TRY(qf_cpu_forward(self, batch, err));
     self->step_ns[self->num_uncollected++] = now_ns() - start_ns;
     return QF_OK;
 }
@@ -326,8 +325,7 @@ static qf_status cpu_forward_layers(qf_backend *base, int32_t first, int32_t las
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "%d tokens exceed max_num_batched_tokens %d",
                        batch->num_tokens, self->options.max_num_batched_tokens);
     }
-    qf_cpu_forward_layers(self, first, last, batch, hidden, tap, tap_arg);
-    return QF_OK;
+    return qf_cpu_forward_layers(self, first, last, batch, hidden, tap, tap_arg, err);
 }
 
 static const char *cpu_describe(const qf_backend *base) { return ((const qf_cpu_backend *)base)->description; }

@@ -35,9 +35,14 @@ void qf_cpu_rmsnorm(qf_cpu_context *ctx, const qf_rmsnorm_args *args);
 void qf_cpu_silu_mul(qf_cpu_context *ctx, const qf_silu_mul_args *args);
 void qf_cpu_rope_kv_write(qf_cpu_context *ctx, const qf_rope_kv_write_args *args);
 void qf_cpu_attention(qf_cpu_context *ctx, const qf_attention_args *args);
-/* Bytes of one of k and v for one layer. */
+/* Bytes of one of k and v for one layer. Not for QF_KV_AUTO. */
 size_t qf_cpu_kv_cache_bytes(int32_t num_blocks, int32_t block_size, int32_t num_kv_heads, int32_t head_dim,
-                             qf_dtype dtype);
+                             qf_kv_format format);
+/* The tables of qf_key_bias: floats, and their content. Sequences may have max_model_len positions. */
+size_t qf_cpu_tile_turn_floats(int32_t head_dim, int32_t max_model_len);
+size_t qf_cpu_step_turn_floats(int32_t head_dim);
+void qf_cpu_fill_turns(const float *inv_freq, float attention_factor, int32_t head_dim, int32_t max_model_len,
+                       float *tile_turn, float *step_turn);
 
 /* --- linear layers ------------------------------------------------------------------------------------- */
 

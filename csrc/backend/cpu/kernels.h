@@ -59,9 +59,13 @@ typedef struct qf_linear_operands {
 typedef struct qf_attention_rows {
     int32_t num_rows;
     int32_t kv_head;
-    const int32_t *block_table;            /* (max_blocks) of this sequence */
+    const int32_t *block_table;            /* (max_blocks) of this sequence; entry 0 is its block first_block */
+    int32_t first_block;
+    const int32_t *window_table;           /* the same of the 16-bit window; NULL: none */
+    int32_t window_first_block;
     int32_t first[QF_ATTENTION_ROWS];      /* visible positions of each row: first .. end - 1 */
     int32_t end[QF_ATTENTION_ROWS];
+    int32_t recent[QF_ATTENTION_ROWS];     /* those from here on are read from the window; end: none */
 } qf_attention_rows;
 
 /* Softmax numerators of some positions: maximum, sum of exponentials, weighted sum of V. */
@@ -70,11 +74,26 @@ typedef struct qf_attention_partial {
     float acc[QF_MAX_HEAD_DIM]; /* (head_dim) */
 } qf_attention_partial;
 
+/* A record's scales while it is unpacked. Not on the stack, where gcc 12 with the address sanitizer takes arrays to be
+ * 64-byte aligned that are not. */
+typedef struct qf_unpack_scratch {
+    float scales[QF_MAX_HEAD_DIM / QF_KV_GROUP][16];
+    int32_t zeros[QF_MAX_HEAD_DIM / QF_KV_GROUP][16]; /* of int4 */
+} qf_unpack_scratch;
+
+#define QF_UNPACKED_VALUES 4096 /* floats of values that are unpacked at a time: at least sixteen rows */
+
 typedef struct qf_attention_scratch {
     float q[QF_MAX_HEAD_DIM * QF_ATTENTION_ROWS];         /* (head_dim, num_rows) scaled */
     float scores[QF_ATTENTION_ROWS][QF_SPLIT_TOKENS];
     qf_attention_partial part[QF_ATTENTION_ROWS];         /* of one split */
     qf_attention_partial total[QF_ATTENTION_ROWS];
+    /* Of low-bit caches: */
+    float window_scores[QF_ATTENTION_ROWS][QF_SPLIT_TOKENS];
+    float keys[2][QF_MAX_HEAD_DIM * 16];                  /* two tiles, unpacked, with their bias */
+    float values[QF_UNPACKED_VALUES];                     /* (positions, head_dim) unpacked */
+    qf_unpack_scratch unpack;
+    float turned_bias[QF_MAX_HEAD_DIM];                   /* at the first position of its tile */
 } qf_attention_scratch;
 
 typedef struct qf_cpu_kernels {
@@ -85,8 +104,8 @@ typedef struct qf_cpu_kernels {
     void (*linear_i8)(const qf_linear_operands *operands, int32_t tile_begin, int32_t tile_end);
     void (*linear_f32)(const qf_linear_operands *operands, int32_t tile_begin, int32_t tile_end);
     /* Positions [begin, end) of one split: fills scratch->part[row] for rows that see any of them. */
-    void (*attention_split)(const qf_kv_cache *cache, const qf_attention_rows *rows, qf_attention_scratch *scratch,
-                            int32_t begin, int32_t end);
+    void (*attention_split)(const qf_attention_args *args, const qf_attention_rows *rows,
+                            qf_attention_scratch *scratch, int32_t begin, int32_t end);
     void (*attention_merge)(qf_attention_partial *total, const qf_attention_partial *part, int32_t head_dim);
     void (*attention_finish)(const qf_attention_partial *total, float *out, int32_t head_dim);
     void (*rmsnorm_row)(float *residual, const float *delta, const float *weight, float *out, int32_t n, float eps);
@@ -125,8 +144,22 @@ static inline const uint8_t *qf_cpu_pair(const qf_cpu_linear *w, int32_t tile)
     return w->weights + (size_t)(tile / 2) * 2 * w->tile_bytes;
 }
 
+/* A low-bit cache's record of sixteen positions of a KV head: their codes, then their scale words (scales, 16). Keys:
+ * (head_dim, 16) bytes, or with 4 bits (head_dim / 2, 16), component j in the low nibble and j + head_dim / 2, its
+ * partner in the rotation, in the high one. Values: (16, head_dim) bytes, or (16, head_dim / 32, 16) with components
+ * i and i + 16 of a group of 32 in one byte. */
+static inline size_t qf_cpu_kv_record(const qf_kv_cache *cache, int32_t block, int32_t kv_head, int32_t offset)
+{
+    const size_t tiles = (size_t)cache->block_size / 16;
+    const size_t tile = ((size_t)block * (size_t)cache->num_kv_heads + (size_t)kv_head) * tiles + (size_t)offset / 16;
+    return tile * 16 * qf_kv_row_bytes(cache->format, cache->head_dim);
+}
+
 /* Below this many elements an op runs on the calling thread: a dispatch costs more. Results do not depend on it. */
 #define QF_INLINE_ELEMENTS 16384
+
+/* Runs fn over rows, inline when there is little to do. */
+void qf_cpu_for_rows(qf_cpu_context *ctx, qf_task_fn fn, void *arg, int32_t num_rows, int32_t row_elements);
 
 /* The group size that a source's groups are packed with: a power of two from 8 to 128; 0: none fits. */
 int32_t qf_cpu_packed_group(int32_t group_size, int32_t num_groups);

@@ -25,6 +25,7 @@
 #include "backend/cpu/linear_body.h"
 #include "backend/cpu/math_body.h"
 #include "backend/cpu/elementwise_body.h"
+#include "backend/cpu/unpack_body.h"
 #include "backend/cpu/attention_body.h"
 #include "backend/cpu/kernels_table.h"
 

@@ -11,5 +11,6 @@
 #include "backend/cpu/linear_body.h"
 #include "backend/cpu/math_body.h"
 #include "backend/cpu/elementwise_body.h"
+#include "backend/cpu/unpack_body.h"
 #include "backend/cpu/attention_body.h"
 #include "backend/cpu/kernels_table.h"

@@ -51,6 +51,7 @@ typedef struct pack_plan {
     bool wide_scales;
     int32_t group_size, num_groups;               /* packed */
     int32_t source_group_size, source_num_groups; /* of the rows as read or as rounded */
+    int32_t read_k, skip; /* columns read, to round whole groups of the layer; those before the first that is packed */
     int32_t num_tiles;
     size_t header_bytes, record_bytes, tile_bytes, weights_bytes, bias_bytes, perm_bytes;
 } pack_plan;
@@ -89,22 +90,40 @@ static qf_weight_kind dense_kind(const qf_linear_source *source)
                                                   : QF_WEIGHT_F32;
 }
 
+static int32_t gcd(int32_t a, int32_t b) { return b == 0 ? a : gcd(b, a % b); }
+
+/* A rank's columns may begin and end inside a group: it is rounded whole, as on one device. Returns the largest group
+ * that never lies in two. */
+static int32_t widen(const qf_linear_source *source, int32_t group_size, pack_plan *plan)
+{
+    plan->read_k = source->k;
+    if (source->whole != NULL) {
+        const int32_t left = source->whole->k - source->first_column;
+        plan->skip = source->first_column % group_size;
+        const int32_t end = (plan->skip + source->k + group_size - 1) / group_size * group_size - plan->skip;
+        plan->read_k = plan->skip + (end < left ? end : left);
+    }
+    plan->source_group_size = group_size;
+    plan->source_num_groups = (plan->read_k + group_size - 1) / group_size;
+    return gcd(group_size, plan->skip);
+}
+
 static pack_plan make_plan(const qf_linear_source *source, const qf_cpu_linear_options *options)
 {
-    pack_plan plan = {.num_tiles = (source->n + QF_TILE - 1) / QF_TILE};
+    pack_plan plan = {.num_tiles = (source->n + QF_TILE - 1) / QF_TILE, .read_k = source->k};
     const bool dense = source->bits > 8;
     plan.quantize = dense && options != NULL && options->quantize_bits != 0;
-    int32_t bits = 0;
+    int32_t bits = 0, group_size = 0;
     if (plan.quantize) {
         bits = options->quantize_bits;
-        plan.source_group_size = options->group_size;
-        plan.source_num_groups = (source->k + options->group_size - 1) / options->group_size;
+        group_size = widen(source, options->group_size, &plan);
     } else if (!dense) {
         bits = source->bits;
         plan.source_group_size = source->group_size;
         plan.source_num_groups = source->num_groups;
+        group_size = source->group_size;
     }
-    plan.group_size = bits != 0 ? qf_cpu_packed_group(plan.source_group_size, plan.source_num_groups) : 0;
+    plan.group_size = bits != 0 ? qf_cpu_packed_group(group_size, plan.source_num_groups) : 0;
     if (plan.group_size != 0) {
         plan.kind = bits == 4 ? QF_WEIGHT_W4 : QF_WEIGHT_W8;
         plan.wide_scales = !plan.quantize && !scales_fit_f16(&source->scales);
@@ -187,7 +206,8 @@ static void pack_quantized_row(const pack_task *task, const pack_scratch *s, int
     for (int32_t g = 0; g < plan->num_groups; g++, record += plan->record_bytes) {
         const int32_t begin = g * plan->group_size;
         const int32_t count = k - begin < plan->group_size ? k - begin : plan->group_size;
-        const int32_t source_group = plan->source_num_groups <= 1 ? 0 : begin / plan->source_group_size;
+        const int32_t source_begin = plan->skip + begin;
+        const int32_t source_group = plan->source_num_groups <= 1 ? 0 : source_begin / plan->source_group_size;
         const size_t at = (size_t)row * (size_t)plan->source_num_groups + (size_t)source_group;
         uint8_t *header = record + odd * plan->header_bytes;
         if (plan->wide_scales) {
@@ -197,7 +217,7 @@ static void pack_quantized_row(const pack_task *task, const pack_scratch *s, int
             memcpy(header + 2 * lane, &half, 2);
         }
         header[plan->header_bytes / 2 + (size_t)lane] = s->zeros[at];
-        pack_lines(s->q + (size_t)row * (size_t)k + begin, count, plan->kind == QF_WEIGHT_W4, lane,
+        pack_lines(s->q + (size_t)row * (size_t)plan->read_k + source_begin, count, plan->kind == QF_WEIGHT_W4, lane,
                    record + 2 * plan->header_bytes + 64 * odd);
     }
 }
@@ -223,17 +243,20 @@ static void pack_units(void *arg, int64_t begin, int64_t end, int32_t worker)
     const pack_task *task = arg;
     const pack_plan *plan = task->plan;
     const qf_linear_source *source = task->source;
+    qf_linear_source wide = *source;
     pack_scratch s = {0};
-    carve_scratch(plan, source->k, task->rows_at_once, task->scratch + (size_t)worker * task->scratch_bytes, &s);
+    wide.first_column -= plan->skip;
+    wide.k = plan->read_k;
+    carve_scratch(plan, plan->read_k, task->rows_at_once, task->scratch + (size_t)worker * task->scratch_bytes, &s);
     for (int64_t unit = begin; unit < end; unit++) {
         const int32_t n0 = (int32_t)unit * task->rows_at_once;
         const int32_t count = source->n - n0 < task->rows_at_once ? source->n - n0 : task->rows_at_once;
         if (plan->group_size == 0) {
             qf_linear_source_read_f32(source, n0, count, s.rows);
         } else if (plan->quantize) {
-            qf_linear_source_read_f32(source, n0, count, s.rows);
-            qf_quantize_rows(s.rows, count, source->k, plan->kind == QF_WEIGHT_W4 ? 4 : 8, plan->source_group_size, s.q,
-                             s.scales, s.zeros);
+            qf_linear_source_read_f32(plan->read_k == source->k ? source : &wide, n0, count, s.rows);
+            qf_quantize_rows(s.rows, count, plan->read_k, plan->kind == QF_WEIGHT_W4 ? 4 : 8, plan->source_group_size,
+                             s.q, s.scales, s.zeros);
         } else {
             qf_linear_source_read_quantized(source, n0, count, s.q, s.scales, s.zeros);
         }
@@ -289,7 +312,7 @@ qf_status qf_cpu_linear_create(const qf_linear_source *source, const qf_cpu_line
     }
     self->pages_bytes = plan.weights_bytes + plan.bias_bytes + plan.perm_bytes;
     QF_TRY_GOTO(qf_pages_alloc(&self->pages, self->pages_bytes, source->name, err), fail);
-    task.scratch_bytes = carve_scratch(&plan, source->k, task.rows_at_once, NULL, NULL);
+    task.scratch_bytes = carve_scratch(&plan, plan.read_k, task.rows_at_once, NULL, NULL);
     QF_TRY_GOTO(qf_alloc(&scratch, (size_t)qf_thread_pool_size(pool), task.scratch_bytes, "packing scratch", err), fail);
     task.scratch = scratch;
     task.weights = self->pages;

@@ -79,6 +79,17 @@ QF_INLINE vi vi_load_u8(const uint8_t *p)
 {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
 }
+QF_INLINE void vi_store(int32_t *p, vi a) { _mm512_storeu_si512(p, a); }
+QF_INLINE vi vi_load_s8(const int8_t *p)
+{
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+QF_INLINE vf vf_load_e4m3(const uint8_t *p)
+{
+    __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)p));
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16((int16_t)0xbf80)));
+}
+QF_INLINE vf vf_lookup(vf table, vi index) { return _mm512_permutexvar_ps(index, table); }
 QF_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 QF_INLINE vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 QF_INLINE vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }

@@ -66,6 +66,17 @@ QF_INLINE vi vi_set1(int32_t x) { vi r; QF_LANES r.v[i] = x; return r; }
 QF_INLINE vi vi_load(const void *p) { vi r; memcpy(r.v, p, sizeof r.v); return r; }
 QF_INLINE vi vi_set1_4u8(const void *p) { int32_t x; memcpy(&x, p, sizeof x); return vi_set1(x); }
 QF_INLINE vi vi_load_u8(const uint8_t *p) { vi r; QF_LANES r.v[i] = p[i]; return r; }
+QF_INLINE void vi_store(int32_t *p, vi a) { memcpy(p, a.v, sizeof a.v); }
+QF_INLINE vi vi_load_s8(const int8_t *p) { vi r; QF_LANES r.v[i] = p[i]; return r; }
+/* e4m3 numbers times 2^-8, as float16 holds them; the code of NaN is not among them. */
+QF_INLINE vf vf_load_e4m3(const uint8_t *p)
+{
+    vf r;
+    QF_LANES r.v[i] = qf_f16_to_f32((uint16_t)((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7));
+    return r;
+}
+/* table[index], index 0 .. 15 */
+QF_INLINE vf vf_lookup(vf table, vi index) { vf r; QF_LANES r.v[i] = table.v[index.v[i]]; return r; }
 QF_INLINE vi vi_add(vi a, vi b) { QF_LANES a.v[i] += b.v[i]; return a; }
 QF_INLINE vi vi_sub(vi a, vi b) { QF_LANES a.v[i] -= b.v[i]; return a; }
 QF_INLINE vi vi_mul(vi a, vi b) { QF_LANES a.v[i] *= b.v[i]; return a; }

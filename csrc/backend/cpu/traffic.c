@@ -33,12 +33,17 @@ void qf_cpu_traffic(const qf_backend *base, int32_t num_tokens, int32_t num_rows
     bool int8 = self->activation == QF_ACTIVATION_I8;
     uint64_t tokens = (uint64_t)num_tokens, rows = (uint64_t)num_rows, layers = (uint64_t)config->num_layers;
     uint64_t hidden = (uint64_t)config->hidden_size;
+    bool shared = self->shard.size > 1;
+    uint64_t vocab = (uint64_t)config->vocab_size, all_vocab = (uint64_t)self->shard.vocab_size;
     uint64_t words = layers * layer_words(config) + hidden /* the embedding's result */
+                     + (shared ? (2 * layers + 1) * 2 * hidden : 0) /* sums over the ranks: this rank's share of each */
                      + hidden                              /* what the last norm moves beyond the first, without a delta */
                      + (uint64_t)config->head_dim;         /* cosines and sines: out */
     uint64_t row_words = 2 * hidden                        /* gathered */
                          + 2 * hidden                      /* the last norm */
-                         + hidden + 2 * (uint64_t)config->vocab_size; /* the head: in, out; and the sampler's reading */
+                         + hidden + vocab                  /* the head: in, out */
+                         + (shared ? 2 * vocab : 0)        /* to rank 0 */
+                         + (self->shard.rank == 0 ? all_vocab : 0); /* the sampler's reading */
     *out = (qf_step_traffic){
         .layers_bytes = self->layers_bytes,
         .head_bytes = (rows + (uint64_t)self->ws.logit_rows - 1) / (uint64_t)self->ws.logit_rows * self->head_bytes,
