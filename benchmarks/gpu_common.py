@@ -225,8 +225,11 @@ def submit_together(engine: Any, prompts: list[list[int]], **options: Any) -> li
     return requests
 
 
-def decode_run(engine: Any, batch: int, prompt_tokens: int, new_tokens: int) -> tuple[float, list[list[int]]]:
-    """Seconds per step while all sequences decode, and the tokens.
+def decode_run(
+    engine: Any, batch: int, prompt_tokens: int, new_tokens: int, fresh: bool = True
+) -> tuple[float, list[list[int]]]:
+    """Seconds per step while all sequences decode, and the tokens. fresh: prompts are computed anew, not found in the
+    prefix cache.
 
     The window begins with the first token of the last sequence to start and ends with the last token of the first one to
     end. Every step before the window starts some sequences, so the number of moments at which first tokens came says how
@@ -234,7 +237,8 @@ def decode_run(engine: Any, batch: int, prompt_tokens: int, new_tokens: int) -> 
     """
     vocab_size = engine.info()["vocab_size"]
     prompts = [prompt_ids(prompt_tokens, vocab_size, i) for i in range(batch)]
-    engine.reset_prefix_cache()
+    if fresh:
+        engine.reset_prefix_cache()
     options = {"max_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
     outputs = [finish(one) for one in submit_together(engine, prompts, **options)]
     for output in outputs:

@@ -15,7 +15,8 @@
  *
  *     decode item:   1 row, a run of positions     -> attention_decode.cuh: warps take turns at tiles of 16 positions
  *     prefill item:  128 (64) rows of the group,   -> attention_prefill.cuh: warps own 32 (16) rows and walk over tiles
- *                    all or a run of positions        of 64 positions in shared memory
+ *                    all or a run of positions        of 64 positions in shared memory; low-bit caches:
+ *                                                     attention_prefill_lowbit.cuh
  *
  *     positions  | split 0 | split 1 | split 2 |..    items of one row tile: partial results (maximum, sum, values) in
  *                    |         |         |            the workspace; the CTA that arrives last at the tile's counter
@@ -114,9 +115,38 @@ static qf_status check_args(const qf_cuda_attention_args *a, qf_error *err)
     return QF_OK;
 }
 
+/* What only a low-bit cache has. */
+static qf_status check_low_bit(const qf_cuda_attention_args *a, qf_error *err)
+{
+    if (a->kv.format < QF_CUDA_KV_16 || a->kv.format > QF_CUDA_KV_NF4) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: cache format %d is not known (0 to %d)",
+                       (int)a->kv.format, (int)QF_CUDA_KV_NF4);
+    }
+    const uintptr_t tables = (uintptr_t)a->bias_coarse | (uintptr_t)a->bias_fine | (uintptr_t)a->bias_rotation;
+    if (a->kv.format != QF_CUDA_KV_16 && a->kv.k_bias != NULL &&
+        (a->bias_coarse == NULL || a->bias_fine == NULL || a->bias_rotation == NULL || tables % 16 != 0)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "attention: a bias of keys needs its three tables, aligned to 16 bytes");
+    }
+    if (a->window_tokens < 0 || (a->window_tokens > 0 && a->kv.format == QF_CUDA_KV_16)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: a 16-bit window of %d needs a low-bit cache",
+                       a->window_tokens);
+    }
+    const uintptr_t window = (uintptr_t)a->window_kv.k | (uintptr_t)a->window_kv.v;
+    if (a->window_tokens > 0 && (a->window_kv.k == NULL || a->window_kv.v == NULL || window % 16 != 0 ||
+                                 a->window_table_start == NULL || a->window_first == NULL)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "attention: the 16-bit window's cache or tables are null or not aligned to 16 bytes");
+    }
+    return QF_OK;
+}
+
 static qf_status launch_decode(const attention_params *p, const qf_cuda_device *device, cudaStream_t stream,
                                qf_error *err)
 {
+    if (p->a.kv.format != QF_CUDA_KV_16) {
+        return qf_attention_decode_lowbit(p, device, stream, err);
+    }
     const int64_t units = (int64_t)p->a.max_decode_items * p->a.shape.num_kv_heads;
     const int64_t resident = (int64_t)device->sm_count * (p->group > 8 ? 2 : 3);
     return qf_launch("attention (decode)", decode_kernel(p), dim3((unsigned)(units < resident ? units : resident)),
@@ -131,6 +161,9 @@ static qf_status launch_prefill(const attention_params *p, const qf_cuda_device 
     const int64_t most = (int64_t)device->sm_count * INVARIANT_CTAS_PER_SM;
     if (p->a.batch_invariant && units > most) {
         units = most;
+    }
+    if (p->a.kv.format != QF_CUDA_KV_16) {
+        return qf_attention_prefill_lowbit(p, (uint32_t)units, device, stream, err);
     }
     qf_status status = qf_allow_shared("attention (prefill)", prefill_kernel(p), bytes, err);
     if (status != QF_OK) {
@@ -165,6 +198,9 @@ extern "C" qf_status qf_cuda_attention(const qf_cuda_attention_args *args, const
     qf_status status = check_args(args, err);
     if (status == QF_OK) {
         status = check_shape(args, err);
+    }
+    if (status == QF_OK) {
+        status = check_low_bit(args, err);
     }
     if (status != QF_OK) {
         return status;

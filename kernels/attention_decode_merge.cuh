@@ -19,21 +19,21 @@ static __device__ __forceinline__ void add_weighted(float4 &acc, float &sum, con
 
 /* Merges `count` partial results of a row, of splits first, first + step, .., in order: to the output, or in place of
  * split first's. All loads of MERGE_FAN of them, for two vectors a thread, are in flight at once. */
-template <int head_dim>
+template <int head_dim, int threads>
 static __device__ __forceinline__ void merge_partials(const attention_params &p, const qf_cuda_attention_item &item,
                                                       int32_t kv_head, int32_t first, int32_t step, int32_t count,
                                                       bool to_output)
 {
     constexpr int vectors = head_dim / 4;
     __shared__ float2 merged[QF_ATTENTION_MAX_GROUP], sums[MERGE_FAN][QF_ATTENTION_MAX_GROUP];
-    static_assert(MERGE_FAN * QF_ATTENTION_MAX_GROUP == ATTENTION_THREADS, "a thread loads one maximum and sum");
+    static_assert(MERGE_FAN * QF_ATTENTION_MAX_GROUP <= threads, "a thread loads one maximum and sum");
     const int32_t columns = p.group * vectors, stride = step * p.unit_words;
     const int32_t my_split = threadIdx.x / QF_ATTENTION_MAX_GROUP, my_head = threadIdx.x % QF_ATTENTION_MAX_GROUP;
     float *unit = unit_of(p, item, first, 0), *values = unit_values(p, unit, kv_head * p.group);
 #pragma unroll 1
-    for (int32_t begin = 0; begin < columns; begin += 2 * ATTENTION_THREADS) {
+    for (int32_t begin = 0; begin < columns; begin += 2 * threads) {
         const int32_t i = begin + threadIdx.x;
-        const int32_t at[2] = {min(i, columns - 1), min(i + ATTENTION_THREADS, columns - 1)};
+        const int32_t at[2] = {min(i, columns - 1), min(i + threads, columns - 1)};
         float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
         float4 acc[2] = {make_float4(0.0f, 0.0f, 0.0f, 0.0f), make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
 #pragma unroll 1
@@ -45,7 +45,7 @@ static __device__ __forceinline__ void merge_partials(const attention_params &p,
                 x[b][0] = __ldcg(reinterpret_cast<const float4 *>(split) + at[0]);
                 x[b][1] = __ldcg(reinterpret_cast<const float4 *>(split) + at[1]);
             }
-            if (my_head < p.group) {
+            if (my_split < MERGE_FAN && my_head < p.group) {
                 sums[my_split][my_head] = __ldcg(reinterpret_cast<const float2 *>(
                     unit + (int64_t)min(from + my_split, count - 1) * stride + 2 * (kv_head * p.group + my_head)));
             }
@@ -74,7 +74,7 @@ static __device__ __forceinline__ void merge_partials(const attention_params &p,
         }
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-            if (i + c * ATTENTION_THREADS >= columns) {
+            if (i + c * threads >= columns) {
                 continue;
             }
             if (to_output) {
@@ -98,7 +98,7 @@ static __device__ __forceinline__ void merge_partials(const attention_params &p,
 /* What follows an item's partial results: where there are more than MERGE_FAN splits, neighbours are merged first, each
  * MERGE_FAN by the last of them (their counter: the second one's), then those results by the last of these. Cut like
  * this, no CTA reads much, and the order of a merge still depends on the number of splits alone. */
-template <int head_dim>
+template <int head_dim, int threads = ATTENTION_THREADS>
 static __device__ __forceinline__ void merge_item(const attention_params &p, const qf_cuda_attention_item &item,
                                                   int32_t kv_head)
 {
@@ -112,7 +112,7 @@ static __device__ __forceinline__ void merge_item(const attention_params &p, con
             if (!last_to_arrive(p, counter, kv_head, count)) {
                 return;
             }
-            merge_partials<head_dim>(p, item, kv_head, first, step, count, last);
+            merge_partials<head_dim, threads>(p, item, kv_head, first, step, count, last);
         }
         if (last) {
             break;

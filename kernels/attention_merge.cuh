@@ -19,6 +19,14 @@ struct attention_params {
     int32_t unit_words, unit_sums, unit_counters; /* of a unit of the workspace: all, and where parts start */
 };
 
+/* attention_prefill_lowbit.cu: num_blocks CTAs, and bounds as qf_cuda_attention has checked them. */
+extern "C" qf_status qf_attention_prefill_lowbit(const attention_params *p, uint32_t num_blocks,
+                                                 const qf_cuda_device *device, cudaStream_t stream, qf_error *err);
+
+/* attention_decode_lowbit.cu: bounds as qf_cuda_attention has checked them. */
+extern "C" qf_status qf_attention_decode_lowbit(const attention_params *p, const qf_cuda_device *device,
+                                                cudaStream_t stream, qf_error *err);
+
 static __device__ __forceinline__ float power_of_two(float x)
 {
     float y;

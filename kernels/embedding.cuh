@@ -72,6 +72,24 @@ static __device__ __forceinline__ void qf_copy_piece(const qf_cuda_embedding_arg
     }
 }
 
+/* Zeros in the place of piece i. */
+template <qf_table_form form>
+static __device__ __forceinline__ void qf_clear_piece(const qf_cuda_embedding_args &a, int32_t i, float *out)
+{
+    if (form == QF_FRAGMENTS) {
+        const int32_t k = i / 4 * 16 + i % 4 * 2;
+        for (int32_t j = k; j < a.hidden_size && j <= k + 8; j += 8) {
+            *reinterpret_cast<float2 *>(out + j) = make_float2(0.0f, 0.0f);
+        }
+        return;
+    }
+    constexpr int32_t width = form == QF_ROWS_F32 ? 4 : form == QF_ROWS_BF16 ? 8 : 1;
+#pragma unroll
+    for (int32_t j = 0; j < width; j++) {
+        out[i * width + j] = 0.0f;
+    }
+}
+
 /* Host: how a table is read, and how many pieces a row has. */
 static inline qf_table_form qf_embedding_form(const qf_cuda_embedding_args *a, int32_t *num_pieces)
 {

@@ -37,6 +37,7 @@ extern "C" {
 #endif
 
 #include "base/status.h"
+#include "qf_kv_cache.h"
 
 typedef struct qf_cuda_device {
     int32_t ordinal;
@@ -112,6 +113,7 @@ typedef struct qf_cuda_embedding_args {
     const int32_t *last_token; /* (max_num_seqs) */
     float *out;                /* (num_tokens, hidden_size) */
     int32_t num_tokens, hidden_size;
+    int32_t first_id, num_ids; /* num_ids > 0: the table's rows are those of ids first_id .. ; all others are zeros */
 } qf_cuda_embedding_args;
 
 /* ---- norms and small things ------------------------------------------------------------------------------ */
@@ -182,27 +184,6 @@ int32_t qf_cuda_linear_splits(const qf_cuda_device *device, int32_t n, int32_t k
 
 /* ---- attention ------------------------------------------------------------------------------------------- */
 
-/* How a cache stores its values. Low-bit keys are rotated without the bias of k_proj (csrc/kv/format.h says what codes
- * and scale words mean). */
-typedef enum qf_cuda_kv_format {
-    QF_CUDA_KV_16 = 0, /* bf16; float32 if qf_cuda_kv.float32 */
-    QF_CUDA_KV_FP8,
-    QF_CUDA_KV_INT8,
-    QF_CUDA_KV_INT4,
-    QF_CUDA_KV_NF4
-} qf_cuda_kv_format;
-
-/* One layer's keys or values: (num_blocks, num_kv_heads, block_size, head_dim), bf16 (or float32 for the reference).
- * Low-bit: a block is its codes, (num_kv_heads, block_size, head_dim bytes or half of that), then its scale words,
- * (num_kv_heads, block_size, 1 or head_dim / 32) of 16 bits. The order of the codes within a row is the kernels' own. */
-typedef struct qf_cuda_kv {
-    void *k, *v;
-    int32_t block_size, num_kv_heads, head_dim;
-    bool float32;
-    qf_cuda_kv_format format;
-    const float *k_bias; /* low-bit: (num_kv_heads, head_dim), not rotated; NULL: no bias */
-} qf_cuda_kv;
-
 /* Sums the splits of q | k | v, rotates q and k (pairs j, j + head_dim / 2), stores q and writes k, v to the cache. */
 typedef struct qf_cuda_rope_kv_write_args {
     const float *qkv;      /* (num_splits, num_tokens, qkv_stride) */
@@ -212,6 +193,9 @@ typedef struct qf_cuda_rope_kv_write_args {
     void *q;               /* (num_tokens, num_heads, head_dim) bf16, or float32 if kv.float32 */
     qf_cuda_kv kv;
     int32_t num_tokens, num_heads;
+    /* With a low-bit cache: k with the rotated kv.k_bias and v once more, in bf16, whatever slot_mapping says. */
+    qf_cuda_kv window;
+    const int32_t *window_slot_mapping; /* (num_tokens) a negative one: not written; NULL: no window */
 } qf_cuda_rope_kv_write_args;
 qf_status qf_cuda_rope_kv_write(const qf_cuda_rope_kv_write_args *args, const qf_cuda_device *device,
                                 cudaStream_t stream, qf_error *err);
@@ -231,17 +215,29 @@ typedef struct qf_cuda_attention_item {
 typedef struct qf_cuda_attention_shape {
     int32_t num_heads, num_kv_heads, head_dim, block_size;
     int32_t sliding_window; /* 0: all */
+    int32_t kv_window;      /* of a low-bit cache: the newest positions, which are read from a 16-bit one; 0: none */
+    int32_t decode_ctas;    /* that the decode kernel has on the device at once: 3 a multiprocessor for 16 bits, 2 for low-bit
+                               caches. 0: two on each of 132, whatever the device */
 } qf_cuda_attention_shape;
 
 typedef struct qf_cuda_attention_plan {
     int32_t num_decode_items, num_prefill_items; /* decode items come first */
     int32_t num_partials, num_counters;
+    int32_t num_window_items;
 } qf_cuda_attention_plan;
 
-/* Host, pure. query_start_loc (num_seqs + 1), seq_lens (num_seqs): host. items: room for qf_cuda_attention_max_items. */
+/* Host, pure. query_start_loc (num_seqs + 1), seq_lens (num_seqs): host. items: room for qf_cuda_attention_max_items.
+ * With shape.kv_window single rows are prefill items, as with batch_invariant. */
 void qf_cuda_attention_plan_make(const qf_cuda_attention_shape *shape, int32_t num_seqs,
                                  const int32_t *query_start_loc, const int32_t *seq_lens, bool batch_invariant,
                                  qf_cuda_attention_item *items, qf_cuda_attention_plan *plan);
+/* The same with shape.kv_window and not batch_invariant: decode items end before the positions that their row reads in 16
+ * bits (window_first as in qf_cuda_attention_args, host); those are one more split each, in window_items (num_seqs), for
+ * a launch of their own with the 16-bit cache as kv and these as decode items. */
+void qf_cuda_attention_plan_make_window(const qf_cuda_attention_shape *shape, int32_t num_seqs,
+                                        const int32_t *query_start_loc, const int32_t *seq_lens,
+                                        const int32_t *window_first, qf_cuda_attention_item *items,
+                                        qf_cuda_attention_item *window_items, qf_cuda_attention_plan *plan);
 int32_t qf_cuda_attention_max_items(const qf_cuda_attention_shape *shape, int32_t max_num_seqs,
                                     int32_t max_num_batched_tokens, int32_t max_model_len);
 /* Workspace: zeroed once by the caller; the kernels leave its counters zero. */
@@ -265,6 +261,15 @@ typedef struct qf_cuda_attention_args {
     int32_t num_tokens;
     float scale;
     bool batch_invariant;                /* a row's result is the same from both kernels */
+    const float *bias_coarse;            /* low-bit caches with k_bias: qf_cuda_kv_bias_tables; else NULL */
+    const uint16_t *bias_fine;
+    const float *bias_rotation;
+    /* With a low-bit cache: the row at position p reads positions k > p - window_tokens, k >= window_first[seq], from a
+     * bf16 cache with tables of its own, the others from kv. window_tokens 0: none. Decode items have it in their ends. */
+    qf_cuda_kv window_kv;
+    int32_t window_tokens;
+    const int32_t *window_table_start;   /* (num_seqs) into block_tables: where block 0 of the sequence would stand */
+    const int32_t *window_first;         /* (num_seqs) the first position of each sequence that is there */
 } qf_cuda_attention_args;
 qf_status qf_cuda_attention(const qf_cuda_attention_args *args, const qf_cuda_device *device, cudaStream_t stream,
                             qf_error *err);

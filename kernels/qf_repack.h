@@ -22,8 +22,9 @@ typedef enum qf_repack_format {
 
 #define QF_REPACK_MAX_PARTS 3
 
-/* One linear of a fused one. Rows first_row .. first_row + num_rows - 1 of it are in device memory, as the file has
- * them, without the others; first_row is a multiple of 8. */
+/* One linear of a fused one, or a part of it. Rows first_row .. first_row + num_rows - 1 of it are in device memory, as the
+ * file has them, without the others; the first one's number in the file is a multiple of 8, so a part's first_row may be
+ * as little as -7. */
 typedef struct qf_repack_part {
     const void *weight;     /* aligned to 4 bytes, like all of these */
     const void *scales;
@@ -31,6 +32,7 @@ typedef struct qf_repack_part {
     const int32_t *columns; /* (k) or NULL. To 4 or 8 bits: column i of the output is column columns[i] of the file.
                                Else: the group of each column, which is otherwise column / group_size */
     uint64_t dummy_seed;
+    int32_t dummy_row, dummy_column; /* where the part begins in what is made up */
     qf_repack_format format;
     int32_t bits;                  /* 4 or 8; DUMMY also 16; 16 or 32 for dense formats */
     qf_repack_format scale_format; /* F32, BF16 or F16 */

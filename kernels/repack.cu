@@ -254,7 +254,7 @@ static qf_status qf_repack_check_part(const qf_repack_args *args, int32_t index,
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "repack: part %d has %d groups of %d: at least 1", index,
                        part->num_groups, part->group_size);
     }
-    if (part->n < 1 || part->first_row < 0 || part->first_row % 8 != 0 || part->num_rows < 0) {
+    if (part->n < 1 || part->first_row < -7 || part->num_rows < 0) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "repack: part %d has rows %d + %d of %d: from a multiple of 8",
                        index, part->first_row, part->num_rows, part->n);
     }

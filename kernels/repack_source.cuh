@@ -12,6 +12,7 @@ struct qf_repack_row {
     const uint32_t *zeros;
     const int32_t *columns;
     uint64_t seed; /* DUMMY: of this row */
+    uint32_t dummy_column;
     qf_repack_format format, scale_format;
     uint32_t k, row, num_rows; /* row: among those in memory */
     uint32_t log2_per_word, bits, group_size, num_groups, zero_bias;
@@ -33,6 +34,7 @@ __device__ __forceinline__ uint64_t qf_repack_mix(uint64_t x)
 /* 16 nibbles a draw; a zero becomes 8. */
 __device__ __forceinline__ uint32_t qf_repack_dummy_nibble(const qf_repack_row &r, uint32_t column)
 {
+    column += r.dummy_column;
     uint64_t bits = qf_repack_mix(r.seed + (uint64_t)(column / 16) * QF_REPACK_STEP);
     uint32_t nibble = (uint32_t)(bits >> (4 * (column % 16))) & 15u;
     return nibble == 0 ? 8u : nibble;
@@ -41,6 +43,7 @@ __device__ __forceinline__ uint32_t qf_repack_dummy_nibble(const qf_repack_row &
 /* Eight values a draw: an odd number of at most 8 bits, times 2^-13. */
 __device__ __forceinline__ float qf_repack_dummy_value(const qf_repack_row &r, uint32_t column)
 {
+    column += r.dummy_column;
     uint64_t bits = qf_repack_mix(r.seed + (uint64_t)(column / 8) * QF_REPACK_STEP);
     int32_t byte = (int8_t)(uint8_t)(bits >> (8 * (column % 8)));
     return (float)(2 * byte + 1) * 0x1p-13f;
@@ -68,7 +71,8 @@ __device__ __forceinline__ qf_repack_row qf_repack_find_row(const qf_repack_args
     r.scales = part.scales;
     r.zeros = part.zeros;
     r.columns = part.columns;
-    r.seed = qf_repack_mix(part.dummy_seed + (uint64_t)(uint32_t)row * QF_REPACK_STEP);
+    r.seed = qf_repack_mix(part.dummy_seed + (uint64_t)(uint32_t)(row + part.dummy_row) * QF_REPACK_STEP);
+    r.dummy_column = (uint32_t)part.dummy_column;
     r.format = part.format;
     r.scale_format = part.scale_format;
     r.k = (uint32_t)args.k;

@@ -117,8 +117,13 @@ static __global__ void __launch_bounds__(THREADS) qf_step_begin_kernel(const __g
         if (id < 0) {
             id = __ldcg(a.embedding.last_token - 1 - id);
         }
-        qf_copy_piece<form>(a.embedding, id < 0 ? 0 : id, piece,
-                            a.embedding.out + (int64_t)token * a.embedding.hidden_size);
+        id = max(id, 0) - a.embedding.first_id;
+        float *out = a.embedding.out + (int64_t)token * a.embedding.hidden_size;
+        if (a.embedding.num_ids > 0 && (id < 0 || id >= a.embedding.num_ids)) {
+            qf_clear_piece<form>(a.embedding, piece, out);
+        } else {
+            qf_copy_piece<form>(a.embedding, id, piece, out);
+        }
     }
 }
 

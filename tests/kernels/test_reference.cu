@@ -344,7 +344,7 @@ static std::vector<double> host_attention(const Batch &b, size_t seq, int row_of
 
 static std::vector<float> cpu_attention(const Cpu &cpu, const Batch &b)
 {
-    size_t bytes = qf_cpu_kv_cache_bytes(b.num_blocks, b.block_size, b.num_kv_heads, b.head_dim, QF_DTYPE_F32);
+    size_t bytes = qf_cpu_kv_cache_bytes(b.num_blocks, b.block_size, b.num_kv_heads, b.head_dim, QF_KV_F32);
     std::vector<float> k(bytes / 4), v(bytes / 4), out(b.q.size());
     qf_kv_cache cache = {k.data(), v.data(), QF_DTYPE_F32, b.num_blocks, b.block_size, b.num_kv_heads, b.head_dim};
     std::vector<int32_t> tables;

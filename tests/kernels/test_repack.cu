@@ -8,6 +8,10 @@
 #include "qf_repack.h"
 #include "repack_decode.cuh"
 
+extern "C" {
+#include "model/parallel.h"
+}
+
 static double now_s()
 {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -255,6 +259,42 @@ static void check_formats(const qf_cuda_device &gpu, qf_thread_pool *pool)
     }
 }
 
+/* Ranks' parts of models (model/parallel.h). */
+static void check_parts(const qf_cuda_device &gpu, qf_thread_pool *pool)
+{
+    int loaded = 0;
+    for (const Model &m : models) {
+        Model plain = m;
+        plain.read_as_group = 0;
+        Checkpoint checkpoint(m), dummy(plain, m.bits == 4 ? 4 : 16);
+        for (int size = check_brief ? 3 : 2; size <= 5; size += check_brief ? 9 : size - 1) { /* 2, 3, 5; or 3 */
+            for (int rank = 0; rank < size && size <= m.heads; rank++) {
+                for (const qf_checkpoint *whole : {checkpoint.self, dummy.self}) {
+                    if (whole == dummy.self && size != 3) {
+                        continue;
+                    }
+                    qf_checkpoint *part = nullptr;
+                    CHECK_OK(qf_checkpoint_shard(whole, rank, size, &part, &check_error));
+                    qf_backend_options options = options_of(m.format == DENSE && rank % 2 == 1 ? 4 : 0, 64, 8);
+                    qf_cuda_weights_layout layout;
+                    qf_error error;
+                    qf_status status = qf_cuda_weights_plan(part, &options, &layout, &error);
+                    qf_cuda_weights_layout_deinit(&layout);
+                    CHECK(status == QF_OK || (status == QF_ERROR_NOT_IMPLEMENTED && m.head_dim % 8 != 0));
+                    for (int float32 = 0; status == QF_OK && float32 < 2; float32++) {
+                        options.float32 = float32 == 1;
+                        Loaded l(part, options, gpu, pool);
+                        CHECK(l.status == QF_OK && compare_model(m.name, part, options.float32, l) == 0);
+                        loaded++;
+                    }
+                    qf_checkpoint_close(part);
+                }
+            }
+        }
+    }
+    CHECK(loaded > 90);
+}
+
 static void check_dummy(const qf_cuda_device &gpu, qf_thread_pool *pool)
 {
     for (int bits : {4, 16}) {
@@ -444,6 +484,7 @@ int main(int argc, char **argv)
     CHECK_OK(qf_thread_pool_create(qf_cpu_count(), &all, &check_error));
     check_formats(o.device, all);
     check_dummy(o.device, one);
+    check_parts(o.device, all);
     check_offload(o.device, all);
     check_refusals(o.device, one);
     if (o.bench && check_failures == 0) {

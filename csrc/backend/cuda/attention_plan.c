@@ -11,17 +11,21 @@
  *
  * Bounds, with n sequences (d of them decode rows), t tokens, S = ceil(max_model_len / QF_ATTENTION_DECODE_TOKENS):
  *   tiles        <= min(t, t / tile + n):  ceil(r / tile) <= r, and < r / tile + 1, summed over sequences
- *   decode items <= 2 d + WORK_ITEMS / num_kv_heads + 1:  the chunk grows until that holds; d is always reached
+ *   decode items <= 2 d + wave / num_kv_heads + 1:  the chunk grows until that holds; d is always reached
  *   prefill items <= tiles + MAX_SPLIT_ITEMS:  tiles left whole, and the items of cut ones, counted down
  *   items        <= tiles * S as well
- *   units        <= units_bound(n), counted down: decode items are at most 2 d + WORK_ITEMS + 1 of them, and what is
- *                   left is given to prefill tiles as long as it suffices; and <= t * S. */
+ *   units        <= units_bound(n), counted down: decode items are at most 2 d + MAX_WAVE + 1 of them, and what is
+ *                   left is given to prefill tiles as long as it suffices; and <= t * S.
+ *
+ * With a 16-bit window over a low-bit cache the positions that a decode row reads in 16 bits are one split more, the last,
+ * in a list of its own; d more units. */
 #include <stddef.h>
 
 #include "attention_limits.h"
 #include "qf_kernels.h"
 
 #define WORK_ITEMS 264      /* CTAs that keep a large device busy: two on each of 132 multiprocessors */
+#define MAX_WAVE 768        /* bound of decode_ctas: SPARE_UNITS holds that many items and more */
 #define SPARE_UNITS 1024    /* of the workspace, besides two for each sequence */
 #define MAX_SPLIT_ITEMS 512 /* of prefill tiles */
 #define MIN_BUSY_CHUNK (4 * QF_CUDA_SPLIT_TOKENS)    /* decode, where the rows alone are enough work */
@@ -31,14 +35,24 @@
 static int32_t min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
 static int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 static int32_t ceil_div(int32_t a, int32_t b) { return (int32_t)(((int64_t)a + b - 1) / b); }
 static int32_t round_up(int32_t a, int32_t unit) { return ceil_div(a, unit) * unit; }
 
-static int64_t units_bound(int32_t num_seqs) { return SPARE_UNITS + 2 * (int64_t)num_seqs; }
+static int64_t units_bound(const qf_cuda_attention_shape *shape, int32_t num_seqs)
+{
+    return SPARE_UNITS + (shape->kv_window > 0 ? 3 : 2) * (int64_t)num_seqs;
+}
+
+/* CTAs of decode items that make one wave. */
+static int32_t decode_wave(const qf_cuda_attention_shape *shape)
+{
+    return shape->decode_ctas > 0 ? min_i32(shape->decode_ctas, MAX_WAVE) : WORK_ITEMS;
+}
 
 static int64_t decode_items_bound(const qf_cuda_attention_shape *shape, int32_t num_rows)
 {
-    return 2 * (int64_t)num_rows + WORK_ITEMS / shape->num_kv_heads + 1;
+    return 2 * (int64_t)num_rows + decode_wave(shape) / shape->num_kv_heads + 1;
 }
 
 typedef struct planner {
@@ -53,11 +67,15 @@ typedef struct planner {
     qf_cuda_attention_item *items; /* NULL: count */
     int32_t decode_at[NUM_BUCKETS], prefill_at[NUM_BUCKETS];
     int32_t partials, counters, split_items;
+    const int32_t *window_first;          /* (num_seqs), or NULL: no items of a window */
+    qf_cuda_attention_item *window_items; /* (num_seqs) */
+    int32_t num_window_items;
 } planner;
 
 static bool is_decode(const planner *p, int32_t seq)
 {
-    return !p->batch_invariant && p->query_start_loc[seq + 1] - p->query_start_loc[seq] == 1;
+    return !p->batch_invariant && (p->shape->kv_window == 0 || p->window_first != NULL) &&
+           p->query_start_loc[seq + 1] - p->query_start_loc[seq] == 1;
 }
 
 /* Rows first .. first + num - 1 of the sequence, counted within the batch's rows of it. */
@@ -73,6 +91,17 @@ static qf_cuda_attention_item tile_of(const planner *p, int32_t seq, int32_t fir
                                     .kv_begin = window > 0 ? max_i32(position - window + 1, 0) : 0,
                                     .kv_end = position + num,
                                     .num_splits = 1};
+}
+
+/* The tile of a decode row; of a row with a window, what it reads in 16 bits is left out: perhaps nothing remains. */
+static qf_cuda_attention_item decode_tile(const planner *p, int32_t seq)
+{
+    qf_cuda_attention_item tile = tile_of(p, seq, 0, 1);
+    if (p->window_first != NULL) {
+        int32_t border = max_i32(tile.kv_end - p->shape->kv_window, p->window_first[seq]);
+        tile.kv_end = max_i32(tile.kv_begin, min_i32(border, tile.kv_end - 1));
+    }
+    return tile;
 }
 
 static int32_t num_chunks(const qf_cuda_attention_item *tile, int32_t chunk)
@@ -95,7 +124,7 @@ static void emit(planner *p, const qf_cuda_attention_item *item, bool decode)
 static void emit_tile(planner *p, const qf_cuda_attention_item *tile, int32_t chunk, bool decode)
 {
     int32_t count = chunk > 0 ? num_chunks(tile, chunk) : 1;
-    int64_t left = units_bound(p->num_seqs) - p->partials;
+    int64_t left = units_bound(p->shape, p->num_seqs) - p->partials;
     bool cut = count > 1 && (int64_t)count * tile->num_rows <= left &&
                (decode || p->split_items + count <= MAX_SPLIT_ITEMS);
     if (!cut) {
@@ -118,12 +147,42 @@ static void emit_tile(planner *p, const qf_cuda_attention_item *tile, int32_t ch
     p->split_items += decode ? 0 : count;
 }
 
+/* A decode row with a window: its splits of the low-bit cache, and the last one, of the 16-bit one. */
+static void emit_with_window(planner *p, const qf_cuda_attention_item *low, const qf_cuda_attention_item *all)
+{
+    int32_t count = low->kv_begin < low->kv_end ? num_chunks(low, p->decode_chunk) : 0;
+    int32_t first = low->kv_begin / p->decode_chunk;
+    qf_cuda_attention_item item = *all;
+    item.num_splits = count + 1;
+    item.partial = item.counter = p->partials;
+    for (int32_t i = 0; i < count; i++) {
+        item.split = i;
+        item.kv_begin = max_i32(low->kv_begin, (first + i) * p->decode_chunk);
+        item.kv_end = (int32_t)min_i64(low->kv_end, (int64_t)(first + i + 1) * p->decode_chunk);
+        emit(p, &item, true);
+    }
+    item.split = count;
+    item.kv_begin = low->kv_end;
+    item.kv_end = all->kv_end;
+    p->window_items[p->num_window_items++] = item;
+    if (count > 0) {
+        p->partials += count + 1;
+        p->counters++;
+    }
+}
+
 static void emit_all(planner *p)
 {
-    p->partials = p->counters = p->split_items = 0;
+    p->partials = p->counters = p->split_items = p->num_window_items = 0;
     for (int32_t seq = 0; seq < p->num_seqs; seq++) { /* decode first: their units are set aside */
-        if (is_decode(p, seq)) {
-            qf_cuda_attention_item tile = tile_of(p, seq, 0, 1);
+        if (!is_decode(p, seq)) {
+            continue;
+        }
+        qf_cuda_attention_item tile = decode_tile(p, seq);
+        if (p->window_first != NULL) {
+            qf_cuda_attention_item all = tile_of(p, seq, 0, 1);
+            emit_with_window(p, &tile, &all);
+        } else {
             emit_tile(p, &tile, p->decode_chunk, true);
         }
     }
@@ -137,33 +196,37 @@ static void emit_all(planner *p)
 }
 
 /* The smallest chunk that makes no more decode items than the bound; where the rows alone keep less than half of the
- * device busy, no more than two CTAs for each multiprocessor, which all start at once. */
+ * device busy, or nearly all of it, one wave of CTAs, which all start at once. */
 static void choose_decode_chunk(planner *p)
 {
     int64_t positions = 0;
     int32_t rows = 0;
     for (int32_t seq = 0; seq < p->num_seqs; seq++) {
         if (is_decode(p, seq)) {
-            qf_cuda_attention_item tile = tile_of(p, seq, 0, 1);
+            qf_cuda_attention_item tile = decode_tile(p, seq);
             positions += tile.kv_end - tile.kv_begin;
             p->longest_decode = max_i32(p->longest_decode, tile.kv_end - tile.kv_begin);
             rows++;
         }
     }
     int64_t bound = decode_items_bound(p->shape, rows);
-    int64_t ctas = (int64_t)rows * p->shape->num_kv_heads;
-    int32_t chunk = ctas < WORK_ITEMS ? MIN_BUSY_CHUNK / 2 : MIN_BUSY_CHUNK;
-    if (2 * ctas <= WORK_ITEMS) {
+    int64_t ctas = (int64_t)rows * p->shape->num_kv_heads, wave = decode_wave(p->shape);
+    int32_t chunk = ctas < wave ? MIN_BUSY_CHUNK / 2 : MIN_BUSY_CHUNK;
+    if (p->shape->decode_ctas > 0 && (2 * ctas <= wave || (ctas <= wave && 10 * ctas >= 9 * wave))) {
+        /* One wave of nearly equal shares; a little more than equal, so that rows are cut evenly by whole tiles. */
+        int64_t share = positions * p->shape->num_kv_heads * 33 / (32 * wave) + 1;
+        chunk = round_up((int32_t)share, QF_ATTENTION_DECODE_TOKENS);
+    } else if (2 * ctas <= wave) {
         chunk = QF_ATTENTION_DECODE_TOKENS;
-        bound = min_i64(bound, max_i32(WORK_ITEMS / p->shape->num_kv_heads, rows));
+        bound = min_i64(bound, max_i64(wave / p->shape->num_kv_heads, rows));
     }
     chunk = max_i32(chunk, round_up((int32_t)(positions / bound), QF_ATTENTION_DECODE_TOKENS));
     for (;; chunk = round_up(chunk + chunk / 16 + 1, QF_ATTENTION_DECODE_TOKENS)) {
         int64_t items = 0;
         for (int32_t seq = 0; seq < p->num_seqs; seq++) {
             if (is_decode(p, seq)) {
-                qf_cuda_attention_item tile = tile_of(p, seq, 0, 1);
-                items += num_chunks(&tile, chunk);
+                qf_cuda_attention_item tile = decode_tile(p, seq);
+                items += tile.kv_begin < tile.kv_end ? num_chunks(&tile, chunk) : 0;
             }
         }
         if (items <= bound) {
@@ -207,6 +270,22 @@ static int32_t place(int32_t *at, int32_t first)
     return first;
 }
 
+static void make(planner *p, qf_cuda_attention_item *items, qf_cuda_attention_plan *plan)
+{
+    const qf_cuda_attention_shape *shape = p->shape;
+    p->tile_tokens = qf_attention_tile_tokens(shape->num_heads, shape->num_kv_heads, p->batch_invariant);
+    choose_decode_chunk(p);
+    choose_prefill_chunk(p);
+    emit_all(p);
+    plan->num_decode_items = place(p->decode_at, 0);
+    plan->num_prefill_items = place(p->prefill_at, plan->num_decode_items) - plan->num_decode_items;
+    p->items = items;
+    emit_all(p);
+    plan->num_partials = p->partials;
+    plan->num_counters = p->counters;
+    plan->num_window_items = p->num_window_items;
+}
+
 void qf_cuda_attention_plan_make(const qf_cuda_attention_shape *shape, int32_t num_seqs,
                                  const int32_t *query_start_loc, const int32_t *seq_lens, bool batch_invariant,
                                  qf_cuda_attention_item *items, qf_cuda_attention_plan *plan)
@@ -215,17 +294,22 @@ void qf_cuda_attention_plan_make(const qf_cuda_attention_shape *shape, int32_t n
                  .num_seqs = num_seqs,
                  .query_start_loc = query_start_loc,
                  .seq_lens = seq_lens,
-                 .batch_invariant = batch_invariant,
-                 .tile_tokens = qf_attention_tile_tokens(shape->num_heads, shape->num_kv_heads, batch_invariant)};
-    choose_decode_chunk(&p);
-    choose_prefill_chunk(&p);
-    emit_all(&p);
-    plan->num_decode_items = place(p.decode_at, 0);
-    plan->num_prefill_items = place(p.prefill_at, plan->num_decode_items) - plan->num_decode_items;
-    p.items = items;
-    emit_all(&p);
-    plan->num_partials = p.partials;
-    plan->num_counters = p.counters;
+                 .batch_invariant = batch_invariant};
+    make(&p, items, plan);
+}
+
+void qf_cuda_attention_plan_make_window(const qf_cuda_attention_shape *shape, int32_t num_seqs,
+                                        const int32_t *query_start_loc, const int32_t *seq_lens,
+                                        const int32_t *window_first, qf_cuda_attention_item *items,
+                                        qf_cuda_attention_item *window_items, qf_cuda_attention_plan *plan)
+{
+    planner p = {.shape = shape,
+                 .num_seqs = num_seqs,
+                 .query_start_loc = query_start_loc,
+                 .seq_lens = seq_lens,
+                 .window_first = window_first,
+                 .window_items = window_items};
+    make(&p, items, plan);
 }
 
 static int64_t max_tiles(const qf_cuda_attention_shape *shape, int32_t max_num_seqs, int32_t max_num_batched_tokens)
@@ -246,7 +330,8 @@ size_t qf_cuda_attention_workspace_bytes(const qf_cuda_attention_shape *shape, i
                                          int32_t max_num_batched_tokens, int32_t max_model_len)
 {
     int64_t splits = ceil_div(max_model_len, QF_ATTENTION_DECODE_TOKENS);
-    int64_t units = min_i64(units_bound(max_num_seqs), max_num_batched_tokens * splits);
+    int64_t units = min_i64(units_bound(shape, max_num_seqs),
+                            max_num_batched_tokens * (splits + (shape->kv_window > 0 ? 1 : 0)));
     return (size_t)units * sizeof(float) *
            (size_t)qf_attention_unit_words(shape->num_heads, shape->num_kv_heads, shape->head_dim);
 }

@@ -57,9 +57,9 @@ static qf_status submit_graph(qf_cuda_backend *self, qf_cuda_step *step, const q
 
 /* What only the host can do with a row: waits for the device. */
 static qf_status finish_row_on_host(qf_cuda_backend *self, const qf_logit_task *task, const float *logits,
-                                    qf_error *err)
+                                    int32_t *token_id, qf_error *err)
 {
-    size_t bytes = (size_t)self->config.vocab_size * sizeof(float);
+    size_t bytes = (size_t)self->vocab_size * sizeof(float);
     if (task->logits_out != NULL) {
         QF_CUDA_CHECK(cudaMemcpyAsync(task->logits_out, logits, bytes, cudaMemcpyDeviceToHost, self->stream));
     }
@@ -71,6 +71,9 @@ static qf_status finish_row_on_host(qf_cuda_backend *self, const qf_logit_task *
     qf_sample(self->sampler, task->state, self->host_logits, task->bitmask, task->token_id, task->logprobs);
     QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.last_token + task->slot, task->token_id, sizeof(int32_t),
                                   cudaMemcpyHostToDevice, self->stream));
+    if (self->rank.comm != NULL) { /* for the others */
+        QF_CUDA_CHECK(cudaMemcpyAsync(token_id, task->token_id, sizeof(int32_t), cudaMemcpyHostToDevice, self->stream));
+    }
     QF_CUDA_CHECK(cudaStreamSynchronize(self->stream));
     return QF_OK;
 }
@@ -87,10 +90,12 @@ static qf_status logits_and_sampling(qf_cuda_backend *self, const qf_cuda_forwar
             QF_TRY(qf_cuda_logits(self, f, first, count, delta_splits, err));
         }
         QF_TRY(qf_cuda_sample_rows(self, f, first, count, false, err));
-        for (int32_t i = 0; i < count; i++) {
+        for (int32_t i = 0; i < count && qf_cuda_samples(self); i++) {
             QF_TRY(finish_row_on_host(self, &batch->logit_tasks[first + i],
-                                      self->ws.logits + (size_t)i * (size_t)self->logits_stride, err));
+                                      self->ws.all_logits + (size_t)i * (size_t)self->all_logits_stride,
+                                      self->ws.token_ids + first + i, err));
         }
+        QF_TRY(qf_cuda_share_sampled(self, f, first, count, err));
     }
     return QF_OK;
 }
@@ -228,6 +233,9 @@ static qf_status cuda_collect(qf_backend *base, uint64_t *device_time_ns, qf_err
     self->num_collected++;
     QF_CUDA_CHECK(cudaSetDevice(self->device.ordinal));
     QF_TRY(wait_for_step(self, step, (uint32_t)self->num_collected, err));
+    if (self->rank.comm != NULL) {
+        QF_TRY(qf_cuda_comm_check(self->rank.comm, err));
+    }
     uint64_t begin_ns = step->result->begin_ns, end_ns = step->result->end_ns;
     begin_ns = begin_ns < self->last_end_ns ? self->last_end_ns : begin_ns; /* time of two steps counts once */
     self->last_end_ns = end_ns;
@@ -293,6 +301,7 @@ const qf_backend_vtable *qf_cuda_backend_vtable(void)
                                              .forward_layers = cuda_forward_layers,
                                              .describe = cuda_describe,
                                              .traffic = qf_cuda_traffic,
-                                             .energy = qf_cuda_energy_read};
+                                             .energy = qf_cuda_energy_read,
+                                             .create_comms = qf_cuda_create_comms};
     return &vtable;
 }

@@ -1,5 +1,6 @@
 /* A CUDA backend's beginning and end: memory plan, arena, loading. */
 #include <stdio.h>
+#include <string.h>
 
 #include "backend/cuda/cuda.h"
 #include "backend/cuda/cuda_backend.h"
@@ -18,7 +19,8 @@ static bool wants_decode_kernel(const qf_cuda_backend *self)
 {
     const qf_backend_options *options = &self->options;
     const qf_model_config *config = &self->config;
-    if (options->float32 || options->batch_invariant || options->enforce_eager || self->layout.num_host_layers > 0 ||
+    if (self->shard.size > 1 || options->float32 || options->batch_invariant || options->enforce_eager || self->any_low_bit ||
+        self->layout.num_host_layers > 0 ||
         config->hidden_size % 128 != 0 || config->hidden_size < 256 ||
         config->num_heads > 8 * config->num_kv_heads) {
         return false;
@@ -65,17 +67,33 @@ static qf_status plan_decode(qf_cuda_backend *self, qf_error *err)
     return QF_OK;
 }
 
+/* Of all layers, K and V. */
+static size_t kv_block_bytes(const qf_cuda_backend *self)
+{
+    size_t bytes = 0;
+    for (int32_t i = 0; i < self->config.num_layers; i++) {
+        bytes += 2 * qf_cuda_layer_block_bytes(self, i);
+    }
+    return bytes;
+}
+
+/* Device memory that is not of the arena: it belongs to the communicator, which was there before. */
+static size_t comm_bytes(const qf_cuda_backend *self) { return self->shard.size > 1 ? qf_cuda_comm_bytes() : 0; }
+
 /* Everything that follows from checkpoint and options; nothing is allocated on the device. */
 static qf_status plan(qf_cuda_backend *self, const qf_checkpoint *checkpoint, const qf_backend_options *options,
                       qf_memory_plan *out, qf_error *err)
 {
     self->config = *qf_checkpoint_config(checkpoint);
+    self->shard = *qf_checkpoint_get_shard(checkpoint);
+    self->vocab_size = self->shard.vocab_size;
     self->options = *options;
     if (!options->float32 && self->config.head_dim != 64 && self->config.head_dim != 128) {
         return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
                        "head_dim %d: the GPU kernels are made for 64 and 128 (dtype=\"float32\" runs any)",
                        self->config.head_dim);
     }
+    QF_TRY(qf_cuda_kv_check(self, err));
     QF_TRY(qf_cuda_device_get(options->device_ordinal, &self->device, err));
     QF_TRY(qf_cuda_weights_plan(checkpoint, options, &self->layout, err));
     qf_cuda_backend_shape(self);
@@ -85,8 +103,10 @@ static qf_status plan(qf_cuda_backend *self, const qf_checkpoint *checkpoint, co
     *out = (qf_memory_plan){.embedding_bytes = self->layout.embedding_bytes,
                             .layers_bytes = self->layout.layers_bytes,
                             .head_bytes = self->layout.head_bytes,
-                            .workspace_bytes = workspace_bytes,
-                            .kv_block_bytes = 2 * (size_t)self->config.num_layers * qf_cuda_kv_layer_bytes(self, 1),
+                            .workspace_bytes = workspace_bytes + comm_bytes(self),
+                            .kv_block_bytes = kv_block_bytes(self),
+                            .kv_window_bytes = qf_cuda_kv_window_bytes(self),
+                            .num_window_blocks = qf_cuda_kv_window_blocks(self),
                             .host_bytes = self->layout.host_bytes + QF_CUDA_STEPS_IN_FLIGHT * step_pinned_bytes(self)};
     return QF_OK;
 }
@@ -157,12 +177,15 @@ void qf_cuda_destroy(qf_backend *base)
     (void)cudaFree(self->scratch);
     (void)cudaFreeHost(self->host_arena);
     (void)cudaFreeHost(self->pinned);
+    (void)cudaFreeHost(self->tap_rows);
     (void)cudaGetLastError(); /* what a failed device says to all of this is known already */
     qf_sampler_destroy(self->sampler);
     qf_free(self->slots);
     qf_free(self->count_list);
     qf_free(self->host_logits);
     qf_free(self->decode_layers);
+    qf_free(self->caches);
+    qf_free(self->windows);
     qf_cuda_weights_deinit(&self->weights);
     qf_cuda_weights_layout_deinit(&self->layout);
     qf_free(self);
@@ -171,7 +194,7 @@ void qf_cuda_destroy(qf_backend *base)
 static qf_status alloc_host(qf_cuda_backend *self, qf_error *err)
 {
     const qf_backend_options *options = &self->options;
-    size_t vocab_size = (size_t)self->config.vocab_size;
+    size_t vocab_size = (size_t)self->vocab_size;
     size_t step_bytes = step_pinned_bytes(self);
     cudaError_t result = cudaHostAlloc(&self->pinned, QF_CUDA_STEPS_IN_FLIGHT * step_bytes, cudaHostAllocDefault);
     if (result == cudaSuccess && self->layout.host_bytes > 0) {
@@ -203,30 +226,29 @@ static qf_status alloc_host(qf_cuda_backend *self, qf_error *err)
     QF_TRY(qf_alloc((void **)&self->slots, (size_t)options->max_num_seqs, sizeof *self->slots, "slots", err));
     QF_TRY(qf_alloc((void **)&self->count_list, vocab_size, sizeof *self->count_list, "token counts", err));
     QF_TRY(qf_alloc((void **)&self->host_logits, vocab_size, sizeof *self->host_logits, "logits", err));
-    return qf_sampler_create(self->config.vocab_size, &self->sampler, err);
+    return qf_sampler_create(self->vocab_size, &self->sampler, err);
 }
 
 static qf_status alloc_arena(qf_cuda_backend *self, const qf_memory_plan *memory, int32_t num_blocks, qf_error *err)
 {
-    size_t kv_bytes = memory->kv_block_bytes * (size_t)num_blocks;
-    self->arena_bytes = self->layout.device_bytes + memory->workspace_bytes + kv_bytes;
+    size_t kv_bytes = memory->kv_block_bytes * (size_t)num_blocks + memory->kv_window_bytes;
+    self->arena_bytes = self->layout.device_bytes + memory->workspace_bytes - comm_bytes(self) + kv_bytes;
     cudaError_t result = cudaMalloc((void **)&self->arena, self->arena_bytes);
     if (result != cudaSuccess) {
         size_t available = 0, total = 0;
         (void)cudaGetLastError();
         (void)cudaMemGetInfo(&available, &total);
         return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY,
-                       "%zu bytes of device memory (weights %zu, workspace %zu, KV cache %zu: %d blocks of %zu) are not "
-                       "to be had: %zu of %zu bytes are free",
+                       "%zu bytes of device memory (weights %zu, workspace %zu, KV cache %zu: %d blocks of %zu, 16-bit "
+                       "window %zu) are not to be had: %zu of %zu bytes are free",
                        self->arena_bytes, self->layout.device_bytes, memory->workspace_bytes, kv_bytes, num_blocks,
-                       memory->kv_block_bytes, available, total);
+                       memory->kv_block_bytes, memory->kv_window_bytes, available, total);
     }
     char *workspace = self->arena + self->layout.device_bytes;
     size_t bytes;
     QF_TRY(qf_cuda_workspace_layout(self, workspace, &bytes, err));
     self->kv = workspace + bytes;
-    self->kv_layer_bytes = qf_cuda_kv_layer_bytes(self, num_blocks);
-    return QF_OK;
+    return qf_cuda_kv_layout(self, self->kv, num_blocks, err);
 }
 
 /* Loading needs scratch memory: the parts of the arena that nothing uses yet, if they are large enough. */
@@ -264,7 +286,6 @@ static qf_status prepare_decode(qf_cuda_backend *self, qf_error *err)
     size_t count = (size_t)self->config.num_layers;
     for (int32_t i = 0; i < self->config.num_layers; i++) {
         const qf_cuda_layer *layer = &self->weights.layers[i];
-        char *k = self->kv + 2 * (size_t)i * self->kv_layer_bytes;
         self->decode_layers[i] = (qf_cuda_decode_layer){
             .qkv = layer->qkv,
             .o = layer->o,
@@ -272,8 +293,8 @@ static qf_status prepare_decode(qf_cuda_backend *self, qf_error *err)
             .down = layer->down,
             .input_norm = layer->input_norm,
             .post_attention_norm = layer->post_attention_norm,
-            .k = k,
-            .v = k + self->kv_layer_bytes,
+            .k = self->caches[i].k,
+            .v = self->caches[i].v,
             .sliding_window = qf_model_config_layer_slides(&self->config, i) ? self->config.sliding_window : 0};
     }
     QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.decode_layers, self->decode_layers, count * sizeof *self->decode_layers,
@@ -302,7 +323,25 @@ static qf_status prepare_workspace(qf_cuda_backend *self, qf_error *err)
     QF_CUDA_CHECK(cudaMemsetAsync(self->ws.zero_begin, 0, (size_t)(self->ws.zero_end - self->ws.zero_begin),
                                   self->stream));
     QF_TRY(prepare_decode(self, err));
+    QF_TRY(qf_cuda_kv_tables(self, err));
     QF_CUDA_CHECK(cudaStreamSynchronize(self->stream));
+    return QF_OK;
+}
+
+static qf_status connect_ranks(qf_cuda_backend *self, qf_error *err)
+{
+    qf_comm *comm = self->options.comm;
+    if (self->shard.size < 2) {
+        return QF_OK;
+    }
+    if (comm == NULL) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "rank %d of %d needs a communicator", self->shard.rank,
+                       self->shard.size);
+    }
+    QF_CUDA_CHECK(cudaSetDevice(self->device.ordinal));
+    QF_TRY(qf_cuda_comm_connect(comm, self->shard.vocab.begin, self->config.vocab_size, err));
+    self->rank.comm = comm;
+    self->rank.peers = qf_cuda_comm_peers(comm);
     return QF_OK;
 }
 
@@ -311,16 +350,28 @@ static qf_status init(qf_cuda_backend *self, const qf_checkpoint *checkpoint, co
 {
     qf_memory_plan memory = {0};
     QF_TRY(plan(self, checkpoint, options, &memory, err));
+    QF_TRY(connect_ranks(self, err));
     QF_TRY(alloc_host(self, err));
     QF_TRY(alloc_arena(self, &memory, num_blocks, err));
+    if (self->rank.comm != NULL) {
+        QF_TRY(qf_cuda_comm_share_root(self->rank.comm, self->ws.all_logits, &self->rank.root_logits, err));
+    }
     QF_TRY(load(self, checkpoint, progress, progress_arg, err));
     QF_TRY(prepare_workspace(self, err));
     struct cudaDeviceProp properties;
     QF_CUDA_CHECK(cudaGetDeviceProperties(&properties, self->device.ordinal));
     self->l2_bytes = (uint64_t)properties.l2CacheSize;
-    (void)snprintf(self->description, sizeof self->description, "%.96s, compute capability %d.%d, %d SMs",
+    char cache[96];
+    qf_cuda_kv_describe(self, cache, sizeof cache);
+    (void)snprintf(self->description, sizeof self->description, "%.96s, compute capability %d.%d, %d SMs%s",
                    properties.name, self->device.compute_capability / 10, self->device.compute_capability % 10,
-                   self->device.sm_count);
+                   self->device.sm_count, cache);
+    self->options.kv_16bit_layers = NULL; /* the caller's: self->caches has what it said */
+    if (self->rank.comm != NULL) {
+        const size_t used = strlen(self->description);
+        (void)snprintf(self->description + used, sizeof self->description - used, ", ranks over %s",
+                       qf_cuda_comm_describe(self->rank.comm));
+    }
     return QF_OK;
 }
 

@@ -3,8 +3,10 @@
 #define QF_BACKEND_CUDA_CUDA_BACKEND_H
 
 #include "backend/backend.h"
+#include "backend/cuda/comm.h"
 #include "backend/cuda/weights.h"
 #include "base/threads.h"
+#include "model/parallel.h"
 #include "qf_kernels.h"
 
 #define QF_CUDA_STEPS_IN_FLIGHT 2
@@ -34,12 +36,17 @@ typedef struct qf_cuda_workspace {
     uint16_t *permuted;   /* tiled, for act-order linears; NULL if there are none */
     float *normed, *attn_f32, *gate_up_f32; /* the float32 reference's */
     float *cos_sin;       /* (tokens, head_dim) */
-    float *logits;        /* (logit_rows, logits_stride) */
+    float *logits;        /* (logit_rows, logits_stride), this rank's */
+    float *all_logits;    /* (logit_rows, all_logits_stride) of all ranks: rank 0's; the same as logits if it is alone */
     uint16_t *logit_x;    /* tiled (hidden, logit_rows) */
     float *logit_x_f32;   /* (logit_rows, hidden_size) */
     float *inv_freq;      /* (head_dim / 2) */
+    /* Of low-bit layers (qf_cuda_kv_bias_tables_args); NULL without any. */
+    float *bias_coarse;    /* (qf_cuda_kv_bias_tiles, head_dim) */
+    uint16_t *bias_fine;   /* (QF_CUDA_BIAS_TILE, head_dim) */
+    float *bias_rotation;  /* the same */
     int32_t *last_token;  /* (max_num_seqs) */
-    uint16_t *counts;     /* (max_num_seqs, vocab_size) */
+    uint16_t *counts;     /* (max_num_seqs, vocab_size) rank 0's alone, as all that samples */
     qf_cuda_token_count *count_list; /* (vocab_size) */
     int32_t *token_ids;   /* (tokens) sampled, by logit task */
     qf_cuda_logprob *logprobs; /* (logprob_capacity) */
@@ -57,9 +64,12 @@ typedef struct qf_cuda_workspace {
 typedef struct qf_cuda_meta {
     int32_t num_tokens, num_seqs, num_rows; /* capacities of this layout: padded in a graph */
     int32_t *token_ids, *positions, *slot_mapping; /* (num_tokens) */
+    int32_t *window_slot_mapping; /* (num_tokens), or (0) without a 16-bit window */
     int32_t *query_start_loc; /* (num_seqs + 1) */
     int32_t *seq_lens, *block_table_start; /* (num_seqs) */
-    int32_t *num_items;       /* (4): decode, prefill; the same of sliding layers */
+    int32_t *window_table_start, *window_first; /* (num_seqs) or (0): as qf_cuda_attention_args has them */
+    int32_t *num_items;       /* (6): decode, prefill; the same of sliding layers; window items of both */
+    qf_cuda_attention_item *window_items[2]; /* (num_seqs) each, or (0) without a 16-bit window: of full and sliding layers */
     int32_t *logit_rows;      /* (num_rows) */
     qf_cuda_sample_row *sample_rows; /* (num_rows) */
     qf_cuda_attention_item *items, *sliding_items;
@@ -113,9 +123,22 @@ typedef struct qf_cuda_energy {
     char reason[160]; /* why it is not open; "": not tried */
 } qf_cuda_energy;
 
+/* A rank of several. The first three belong to the step that is being enqueued. */
+typedef struct qf_cuda_rank {
+    uint32_t calls;                  /* all-reduces so far */
+    qf_cuda_all_reduce_form form;
+    bool fresh;                      /* the residual is this rank's share of the embedding */
+    qf_comm *comm;                   /* NULL: alone */
+    const qf_cuda_peers *peers;      /* NULL: alone, or through comm's vtable */
+    float *root_logits;              /* rank 0's all_logits */
+} qf_cuda_rank;
+
 typedef struct qf_cuda_backend {
     qf_backend base;
-    qf_model_config config;
+    qf_model_config config; /* of this rank's part of the model, as the checkpoint */
+    qf_shard shard;
+    qf_cuda_rank rank;
+    int32_t vocab_size, all_logits_stride; /* of all ranks */
     qf_backend_options options;
     qf_cuda_device device;
     qf_cuda_weights_layout layout;
@@ -123,15 +146,17 @@ typedef struct qf_cuda_backend {
     int32_t logit_rows, logits_stride, q_width, kv_width, hidden_k, q_k;
     size_t meta_bytes;
     int32_t logprob_capacity;
-    bool any_perm, any_sliding;
+    bool any_perm, any_sliding, any_low_bit; /* layers */
+    int32_t kv_window; /* with low-bit layers: the positions that are read in 16 bits; 0: none */
 
     char *arena;      /* weights, workspace, KV cache */
     size_t arena_bytes;
     char *host_arena; /* pinned: offloaded weights */
     void *pinned;     /* staging of steps */
     char *scratch;    /* only while loading, and only if the rest of the arena is too small for it */
-    size_t kv_layer_bytes;
     char *kv;
+    qf_cuda_kv *caches; /* (num_layers) where each one's keys and values are; without k_bias, which is a weight */
+    qf_cuda_kv *windows; /* (num_layers) the same of the 16-bit window; of 16-bit layers without memory */
     qf_cuda_workspace ws;
     qf_cuda_step_io io;
     cudaStream_t stream, copy_stream, meta_stream; /* all work, host layers, steps' metadata */
@@ -142,6 +167,7 @@ typedef struct qf_cuda_backend {
     qf_sampler *sampler; /* host, for rows that only the host can sample */
     qf_cuda_token_count *count_list; /* host (vocab_size) */
     float *host_logits;  /* (vocab_size) */
+    float *tap_rows;     /* pinned: what a tap sees, (max_num_batched_tokens, the widest input); NULL before the first */
     qf_cuda_graph graphs[QF_CUDA_MAX_GRAPHS];
     qf_cuda_decode_layer *decode_layers; /* (num_layers), as ws.decode_layers */
     bool decode_kernel;  /* a sequence alone decodes in one kernel */
@@ -161,9 +187,26 @@ void qf_cuda_destroy(qf_backend *base);
 
 /* memory.c: lays the workspace out; with `storage` NULL only the size is computed. */
 qf_status qf_cuda_workspace_layout(qf_cuda_backend *self, char *storage, size_t *bytes, qf_error *err);
+/* Of all layers, or of those with a sliding window. */
+qf_cuda_attention_shape qf_cuda_backend_attention_shape(const qf_cuda_backend *self, bool sliding);
 /* The fields that depend on options and layout alone. */
 void qf_cuda_backend_shape(qf_cuda_backend *self);
-size_t qf_cuda_kv_layer_bytes(const qf_cuda_backend *self, int32_t num_blocks); /* of K or V */
+
+/* kv.c: the cache. Bytes of a block of a layer's K, and of its V. */
+size_t qf_cuda_layer_block_bytes(const qf_cuda_backend *self, int32_t layer);
+/* The options that the cache's formats must suit. */
+qf_status qf_cuda_kv_check(const qf_cuda_backend *self, qf_error *err);
+/* Blocks of the 16-bit window, and the bytes of all of them. */
+int32_t qf_cuda_kv_window_blocks(const qf_cuda_backend *self);
+size_t qf_cuda_kv_window_bytes(const qf_cuda_backend *self);
+/* Lays out num_blocks blocks of each layer from `storage` on, in self->caches; then the window's, in self->windows. */
+qf_status qf_cuda_kv_layout(qf_cuda_backend *self, char *storage, int32_t num_blocks, qf_error *err);
+/* Tiles of QF_CUDA_BIAS_TILE positions that a sequence has. */
+int32_t qf_cuda_kv_bias_tiles(const qf_cuda_backend *self);
+/* Fills the tables of keys' biases in the workspace. */
+qf_status qf_cuda_kv_tables(qf_cuda_backend *self, qf_error *err);
+/* "", or what the device's description says of a low-bit cache. */
+void qf_cuda_kv_describe(const qf_cuda_backend *self, char *out, size_t out_bytes);
 
 /* step.c */
 size_t qf_cuda_meta_capacity(const qf_cuda_backend *self);
@@ -204,6 +247,18 @@ qf_status qf_cuda_sample_rows(qf_cuda_backend *self, const qf_cuda_forward *f, i
 qf_status qf_cuda_decode_forward(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err);
 /* All but the step's own pointers. */
 void qf_cuda_decode_fill(const qf_cuda_backend *self, int32_t num_seqs, qf_cuda_decode_args *out);
+/* ranks.c: the collectives of a step; what the single kernel would do where there is one rank.
+ * qf_cuda_rmsnorm, of the sum over ranks: of deltas (of one split if NCCL adds them up), or of a fresh residual. */
+qf_status qf_cuda_reduce_norm(qf_cuda_backend *self, const qf_cuda_rmsnorm_args *args, qf_error *err);
+/* The same for rows that a list chooses out of a sum that an earlier call of the step may have taken. */
+qf_status qf_cuda_reduce_norm_rows(qf_cuda_backend *self, const qf_cuda_rmsnorm_args *args, bool first, qf_error *err);
+/* ws.logits of all ranks to rank 0's ws.all_logits. */
+qf_status qf_cuda_gather_logits(qf_cuda_backend *self, int32_t count, qf_error *err);
+/* Rank 0's token ids of these rows to all: the next step may begin with them. */
+qf_status qf_cuda_share_sampled(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
+                                qf_error *err);
+static inline bool qf_cuda_samples(const qf_cuda_backend *self) { return self->shard.rank == 0; }
+
 /* reference.c: the same in float32, one plain kernel per op */
 qf_status qf_cuda_reference_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t last,
                                    qf_tap_fn tap, void *tap_arg, qf_error *err);

@@ -11,8 +11,9 @@
 
 #include "backend/cuda/cuda_backend.h"
 
+/* across: its sums are to be added over the ranks. */
 static qf_status linear(qf_cuda_backend *self, const qf_cuda_weight *weight, const uint16_t *x, int32_t num_tokens,
-                        float *out, int32_t *num_splits, qf_error *err)
+                        bool across, float *out, int32_t *num_splits, qf_error *err)
 {
     if (weight->perm != NULL) {
         QF_TRY(qf_cuda_permute(x, weight->perm, self->ws.permuted, weight->k, num_tokens, self->stream, err));
@@ -20,6 +21,9 @@ static qf_status linear(qf_cuda_backend *self, const qf_cuda_weight *weight, con
     }
     *num_splits = qf_cuda_linear_splits(&self->device, weight->n, weight->k, weight->bits, num_tokens, QF_CUDA_STORE,
                                         self->options.batch_invariant);
+    if (across && self->rank.comm != NULL && self->rank.peers == NULL) {
+        *num_splits = 1; /* NCCL adds up what it is given */
+    }
     qf_cuda_linear_args args = {.weight = *weight,
                                 .x = x,
                                 .epilogue = QF_CUDA_STORE,
@@ -63,12 +67,18 @@ static qf_status norm(qf_cuda_backend *self, const float *weight, int32_t num_to
                                  .hidden_size = self->config.hidden_size,
                                  .k_padded = self->hidden_k,
                                  .eps = self->config.rms_norm_eps};
-    return qf_cuda_rmsnorm(&args, &self->device, self->stream, err);
+    return qf_cuda_reduce_norm(self, &args, err);
 }
 
 qf_status qf_cuda_begin(qf_cuda_backend *self, const qf_cuda_forward *f, bool embed, qf_error *err)
 {
     const qf_cuda_meta *meta = f->meta;
+    qf_cuda_rank *rank = &self->rank;
+    rank->calls = 0;
+    rank->fresh = embed && rank->comm != NULL;
+    rank->form = rank->fresh && !self->options.float32
+                     ? qf_cuda_all_reduce_choose(self->shard.size, meta->num_tokens, self->config.hidden_size)
+                     : QF_CUDA_ONE_SHOT; /* every rank needs every row of the residual */
     qf_cuda_step_begin_args args = {.io = self->io,
                                     .fixed_bytes = meta->fixed_bytes,
                                     .items_bytes = meta->items_bytes,
@@ -88,26 +98,23 @@ qf_status qf_cuda_begin(qf_cuda_backend *self, const qf_cuda_forward *f, bool em
                                                   .out = self->ws.residual,
                                                   .num_tokens = meta->num_tokens,
                                                   .hidden_size = self->config.hidden_size};
+        if (rank->comm != NULL) {
+            args.embedding.first_id = self->shard.vocab.begin;
+            args.embedding.num_ids = self->shard.vocab.end - self->shard.vocab.begin;
+        }
     }
     return qf_cuda_step_begin(&args, self->stream, err);
 }
 
-static qf_cuda_kv layer_cache(const qf_cuda_backend *self, int32_t layer)
-{
-    char *k = self->kv + 2 * (size_t)layer * self->kv_layer_bytes;
-    return (qf_cuda_kv){.k = k,
-                        .v = k + self->kv_layer_bytes,
-                        .block_size = self->options.block_size,
-                        .num_kv_heads = self->config.num_kv_heads,
-                        .head_dim = self->config.head_dim};
-}
-
-static qf_status attention(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t layer, int32_t num_splits,
-                           qf_error *err)
+static qf_status attention(qf_cuda_backend *self, const qf_cuda_forward *f, const qf_cuda_layer *weights, int32_t layer,
+                           int32_t num_splits, qf_error *err)
 {
     const qf_model_config *config = &self->config;
     const qf_cuda_meta *meta = f->meta;
     bool sliding = qf_model_config_layer_slides(config, layer);
+    qf_cuda_kv kv = self->caches[layer];
+    kv.k_bias = weights->k_bias;
+    bool window = self->kv_window > 0 && kv.format != QF_CUDA_KV_16;
     const qf_cuda_attention_plan *plan = sliding ? &f->plan.sliding : &f->plan.full;
     qf_cuda_rope_kv_write_args rope = {.qkv = self->ws.qkv,
                                        .num_splits = num_splits,
@@ -115,16 +122,21 @@ static qf_status attention(qf_cuda_backend *self, const qf_cuda_forward *f, int3
                                        .cos_sin = self->ws.cos_sin,
                                        .slot_mapping = meta->slot_mapping,
                                        .q = self->ws.q,
-                                       .kv = layer_cache(self, layer),
+                                       .kv = kv,
                                        .num_tokens = meta->num_tokens,
-                                       .num_heads = config->num_heads};
+                                       .num_heads = config->num_heads,
+                                       .window_slot_mapping = window ? meta->window_slot_mapping : NULL};
+    if (window) {
+        rope.window = self->windows[layer];
+    }
     QF_TRY(qf_cuda_rope_kv_write(&rope, &self->device, self->stream, err));
     qf_cuda_attention_args args = {.shape = {.num_heads = config->num_heads,
                                              .num_kv_heads = config->num_kv_heads,
                                              .head_dim = config->head_dim,
                                              .block_size = self->options.block_size,
-                                             .sliding_window = sliding ? config->sliding_window : 0},
-                                   .kv = layer_cache(self, layer),
+                                             .sliding_window = sliding ? config->sliding_window : 0,
+                                             .kv_window = self->kv_window},
+                                   .kv = kv,
                                    .q = self->ws.q,
                                    .out = self->ws.attn,
                                    .out_k = self->q_k,
@@ -138,7 +150,30 @@ static qf_status attention(qf_cuda_backend *self, const qf_cuda_forward *f, int3
                                    .workspace = self->ws.attention,
                                    .num_tokens = meta->num_tokens,
                                    .scale = (float)(1.0 / sqrt((double)config->head_dim)),
-                                   .batch_invariant = self->options.batch_invariant};
+                                   .batch_invariant = self->options.batch_invariant,
+                                   .bias_coarse = self->ws.bias_coarse,
+                                   .bias_fine = self->ws.bias_fine,
+                                   .bias_rotation = self->ws.bias_rotation};
+    if (window) {
+        args.window_kv = self->windows[layer];
+        args.window_tokens = self->kv_window;
+        args.window_table_start = meta->window_table_start;
+        args.window_first = meta->window_first;
+    }
+    QF_TRY(qf_cuda_attention(&args, &self->device, self->stream, err));
+    if (plan->num_window_items == 0) {
+        return QF_OK;
+    }
+    /* The newest positions of decode rows, from the 16-bit cache that the layer has of them. */
+    if (window) {
+        args.kv = self->windows[layer];
+        args.block_table_start = meta->window_table_start;
+        args.window_tokens = 0;
+    }
+    args.items = meta->window_items[sliding];
+    args.num_items = meta->num_items + (sliding ? 5 : 4);
+    args.max_decode_items = plan->num_window_items;
+    args.max_prefill_items = 0;
     return qf_cuda_attention(&args, &self->device, self->stream, err);
 }
 
@@ -187,18 +222,18 @@ static qf_status layer_forward(qf_cuda_backend *self, const qf_cuda_forward *f, 
     QF_TRY(norm(self, layer->input_norm, num_tokens, *splits, self->ws.x, err));
     QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_Q_PROJ, 3, self->ws.x, true, config->hidden_size, self->hidden_k,
                        num_tokens, err));
-    QF_TRY(linear(self, &layer->qkv, self->ws.x, num_tokens, self->ws.qkv, &qkv_splits, err));
-    QF_TRY(attention(self, f, index, qkv_splits, err));
+    QF_TRY(linear(self, &layer->qkv, self->ws.x, num_tokens, false, self->ws.qkv, &qkv_splits, err));
+    QF_TRY(attention(self, f, layer, index, qkv_splits, err));
     QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_O_PROJ, 1, self->ws.attn, true, self->q_width, self->q_k,
                        num_tokens, err));
-    QF_TRY(linear(self, &layer->o, self->ws.attn, num_tokens, self->ws.delta, splits, err));
+    QF_TRY(linear(self, &layer->o, self->ws.attn, num_tokens, true, self->ws.delta, splits, err));
     QF_TRY(norm(self, layer->post_attention_norm, num_tokens, *splits, self->ws.x, err));
     QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_GATE_PROJ, 2, self->ws.x, true, config->hidden_size,
                        self->hidden_k, num_tokens, err));
     QF_TRY(gate_up(self, &layer->gate_up, num_tokens, err));
     QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_DOWN_PROJ, 1, self->ws.act, true, config->intermediate_size,
                        layer->down.k, num_tokens, err));
-    return linear(self, &layer->down, self->ws.act, num_tokens, self->ws.delta, splits, err);
+    return linear(self, &layer->down, self->ws.act, num_tokens, true, self->ws.delta, splits, err);
 }
 
 qf_status qf_cuda_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t last, qf_tap_fn tap,
@@ -252,7 +287,7 @@ qf_status qf_cuda_logits(qf_cuda_backend *self, const qf_cuda_forward *f, int32_
                                  .hidden_size = self->config.hidden_size,
                                  .k_padded = self->hidden_k,
                                  .eps = self->config.rms_norm_eps};
-    QF_TRY(qf_cuda_rmsnorm(&args, &self->device, self->stream, err));
+    QF_TRY(qf_cuda_reduce_norm_rows(self, &args, first == 0, err));
     qf_cuda_linear_args linear_args = {.weight = *head,
                                        .x = self->ws.logit_x,
                                        .epilogue = QF_CUDA_STORE,
@@ -260,15 +295,19 @@ qf_status qf_cuda_logits(qf_cuda_backend *self, const qf_cuda_forward *f, int32_
                                        .num_tokens = count,
                                        .num_splits = 1,
                                        .batch_invariant = self->options.batch_invariant};
-    return qf_cuda_linear(&linear_args, &self->device, self->stream, err);
+    QF_TRY(qf_cuda_linear(&linear_args, &self->device, self->stream, err));
+    return qf_cuda_gather_logits(self, count, err);
 }
 
 qf_status qf_cuda_sample_rows(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t count,
                               bool publish, qf_error *err)
 {
-    qf_cuda_sample_args args = {.logits = self->ws.logits,
-                                .logits_stride = self->logits_stride,
-                                .vocab_size = self->config.vocab_size,
+    if (!qf_cuda_samples(self)) {
+        return publish ? qf_cuda_step_publish(&self->io, 0, 0, &self->device, self->stream, err) : QF_OK;
+    }
+    qf_cuda_sample_args args = {.logits = self->ws.all_logits,
+                                .logits_stride = self->all_logits_stride,
+                                .vocab_size = self->vocab_size,
                                 .num_rows = count,
                                 .rows = f->meta->sample_rows + first,
                                 .bitmasks = (const uint32_t *)f->meta->words,
@@ -330,5 +369,10 @@ qf_status qf_cuda_decode_forward(qf_cuda_backend *self, const qf_cuda_forward *f
         QF_TRY(qf_cuda_layers(self, f, 0, self->config.num_layers, NULL, NULL, &delta_splits, err));
         QF_TRY(qf_cuda_logits(self, f, 0, rows, delta_splits, err));
     }
-    return qf_cuda_sample_rows(self, f, 0, rows, true, err);
+    if (qf_cuda_samples(self)) {
+        QF_TRY(qf_cuda_sample_rows(self, f, 0, rows, true, err));
+        return qf_cuda_share_sampled(self, f, 0, rows, err);
+    }
+    QF_TRY(qf_cuda_share_sampled(self, f, 0, rows, err));
+    return qf_cuda_sample_rows(self, f, 0, rows, true, err); /* publishes alone */
 }

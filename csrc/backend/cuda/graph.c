@@ -1,4 +1,6 @@
-/* Captured decode steps: one graph for each padded batch size and kind of sampling, made when it is first needed. */
+/* Captured decode steps: one graph for each padded batch size and kind of sampling, made when it is first needed. Ranks
+ * make it together, with no step in flight on any of them: making it may wait for memory that another rank's kernel,
+ * waiting for this rank, keeps busy. */
 #include "backend/cuda/cuda_backend.h"
 
 /* 1, 2, 4, 8, then every 8 up to 64 and every 16 up to the limit. */
@@ -16,6 +18,17 @@ int32_t qf_cuda_graph_size(const qf_cuda_backend *self, int32_t num_seqs)
     return size <= limit ? size : num_seqs <= limit ? limit : 0;
 }
 
+/* With the other ranks, each with nothing to do. */
+static qf_status meet(qf_cuda_backend *self, qf_error *err)
+{
+    qf_comm *comm = self->rank.comm;
+    if (comm == NULL) {
+        return QF_OK;
+    }
+    QF_CUDA_CHECK(cudaStreamSynchronize(self->stream));
+    return comm->vtable->barrier(comm, err);
+}
+
 static qf_status capture(qf_cuda_backend *self, int32_t num_seqs, bool greedy, cudaGraphExec_t *out, qf_error *err)
 {
     qf_cuda_meta meta;
@@ -23,7 +36,8 @@ static qf_status capture(qf_cuda_backend *self, int32_t num_seqs, bool greedy, c
     qf_cuda_meta_layout(self, self->ws.meta, num_seqs, num_seqs, num_seqs, max_items, &meta);
     bool invariant = self->options.batch_invariant;
     qf_cuda_attention_plan bound = {.num_decode_items = invariant ? 0 : max_items,
-                                    .num_prefill_items = invariant ? max_items : 0};
+                                    .num_prefill_items = invariant ? max_items : 0,
+                                    .num_window_items = invariant || self->kv_window == 0 ? 0 : num_seqs};
     qf_cuda_forward f = {.meta = &meta,
                          .plan = {.full = bound, .sliding = bound, .all_greedy = greedy},
                          .captured = true};
@@ -45,12 +59,35 @@ static qf_status capture(qf_cuda_backend *self, int32_t num_seqs, bool greedy, c
     return status;
 }
 
+/* A rank of several makes what it will need of this size: how rank 0's rows are sampled is its own affair, so the others
+ * cannot tell when it wants which. */
+static qf_status capture_together(qf_cuda_backend *self, int32_t num_seqs, qf_cuda_graph *graphs, qf_error *err)
+{
+    const int count = qf_cuda_samples(self) ? 2 : 1;
+    QF_TRY(meet(self, err));
+    for (int i = 0; i < count; i++) {
+        if (graphs + i == self->graphs + QF_CUDA_MAX_GRAPHS) {
+            return QF_FAIL(err, QF_ERROR_INTERNAL, "no room for one more of %d graphs", QF_CUDA_MAX_GRAPHS);
+        }
+        QF_TRY(capture(self, num_seqs, i == 0, &graphs[i].exec, err));
+        graphs[i].num_seqs = num_seqs;
+        graphs[i].greedy = i == 0;
+        QF_CUDA_CHECK(cudaGraphUpload(graphs[i].exec, self->stream));
+    }
+    return meet(self, err);
+}
+
 qf_status qf_cuda_graph_get(qf_cuda_backend *self, int32_t num_seqs, bool greedy, cudaGraphExec_t *out, qf_error *err)
 {
     for (int i = 0; i < QF_CUDA_MAX_GRAPHS; i++) {
         qf_cuda_graph *graph = &self->graphs[i];
-        if (graph->num_seqs == num_seqs && graph->greedy == greedy) {
+        if (graph->num_seqs == num_seqs && (graph->greedy == greedy || !qf_cuda_samples(self))) {
             *out = graph->exec;
+            return QF_OK;
+        }
+        if (graph->num_seqs == 0 && self->rank.comm != NULL) {
+            QF_TRY(capture_together(self, num_seqs, graph, err));
+            *out = graph[qf_cuda_samples(self) && !greedy ? 1 : 0].exec;
             return QF_OK;
         }
         if (graph->num_seqs == 0) {

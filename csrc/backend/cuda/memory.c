@@ -20,24 +20,22 @@ void qf_cuda_backend_shape(qf_cuda_backend *self)
     self->q_k = round_up(self->q_width, 128);
     self->logit_rows = min_i32(max_i32(options->max_num_seqs, 16), MAX_LOGIT_ROWS);
     self->logits_stride = options->float32 ? config->vocab_size : self->layout.head.n;
+    self->all_logits_stride = self->shard.size > 1 ? round_up(self->vocab_size, 16) : self->logits_stride;
     self->logprob_capacity =
         (options->max_num_batched_tokens + options->max_num_seqs) * (1 + QF_CUDA_MAX_TOP_LOGPROBS);
     self->any_perm = false;
     self->any_sliding = false;
+    self->any_low_bit = false;
     for (int32_t i = 0; i < config->num_layers; i++) {
         const qf_cuda_layer_layout *layer = &self->layout.layers[i];
         self->any_perm = self->any_perm || layer->qkv.perm != SIZE_MAX || layer->o.perm != SIZE_MAX ||
                          layer->gate_up.perm != SIZE_MAX || layer->down.perm != SIZE_MAX;
         self->any_sliding = self->any_sliding || qf_model_config_layer_slides(config, i);
+        self->any_low_bit = self->any_low_bit || qf_kv_is_low_bit(qf_cuda_layer_kv_format(options, i));
     }
+    self->kv_window = self->any_low_bit ? options->kv_window_tokens : 0;
     self->any_perm = self->any_perm || self->layout.head.perm != SIZE_MAX;
     self->meta_bytes = qf_cuda_meta_capacity(self);
-}
-
-size_t qf_cuda_kv_layer_bytes(const qf_cuda_backend *self, int32_t num_blocks)
-{
-    return (size_t)num_blocks * (size_t)self->options.block_size * (size_t)self->kv_width *
-           (self->options.float32 ? sizeof(float) : sizeof(uint16_t));
 }
 
 /* The most float32 words that the partial sums of a linear take at any number of tokens. */
@@ -120,12 +118,17 @@ static void carve_activations(qf_cuda_backend *self, char *storage, size_t *at)
     }
 }
 
-static qf_cuda_attention_shape attention_shape(const qf_cuda_backend *self)
+qf_cuda_attention_shape qf_cuda_backend_attention_shape(const qf_cuda_backend *self, bool sliding)
 {
-    return (qf_cuda_attention_shape){.num_heads = self->config.num_heads,
-                                     .num_kv_heads = self->config.num_kv_heads,
-                                     .head_dim = self->config.head_dim,
-                                     .block_size = self->options.block_size};
+    const qf_model_config *config = &self->config;
+    bool wide = self->any_low_bit || config->num_heads > 8 * config->num_kv_heads;
+    return (qf_cuda_attention_shape){.num_heads = config->num_heads,
+                                     .num_kv_heads = config->num_kv_heads,
+                                     .head_dim = config->head_dim,
+                                     .block_size = self->options.block_size,
+                                     .sliding_window = sliding ? config->sliding_window : 0,
+                                     .kv_window = self->kv_window,
+                                     .decode_ctas = self->device.sm_count * (wide ? 2 : 3)};
 }
 
 static void decode_shape(const qf_cuda_backend *self, qf_cuda_decode_args *out)
@@ -151,13 +154,24 @@ qf_status qf_cuda_workspace_layout(qf_cuda_backend *self, char *storage, size_t 
     const qf_backend_options *options = &self->options;
     qf_cuda_workspace *ws = &self->ws;
     size_t seqs = (size_t)options->max_num_seqs;
-    size_t vocab_size = (size_t)self->config.vocab_size;
-    qf_cuda_attention_shape shape = attention_shape(self);
+    size_t vocab_size = (size_t)self->vocab_size, sampled = qf_cuda_samples(self) ? vocab_size : 0;
+    qf_cuda_attention_shape shape = qf_cuda_backend_attention_shape(self, false);
     size_t at = 0;
     carve_activations(self, storage, &at);
     ws->logits = carve(storage, &at, (size_t)self->logit_rows * (size_t)self->logits_stride * sizeof(float));
+    ws->all_logits = ws->logits;
+    if (self->shard.size > 1) {
+        size_t rows = qf_cuda_samples(self) ? (size_t)self->logit_rows : 0;
+        ws->all_logits = carve(storage, &at, rows * (size_t)self->all_logits_stride * sizeof(float));
+    }
     ws->inv_freq = carve(storage, &at, (size_t)self->config.head_dim / 2 * sizeof(float));
-    ws->count_list = carve(storage, &at, vocab_size * sizeof *ws->count_list);
+    if (self->any_low_bit) {
+        size_t row = (size_t)self->config.head_dim, tiles = (size_t)qf_cuda_kv_bias_tiles(self);
+        ws->bias_coarse = carve(storage, &at, tiles * row * sizeof(float));
+        ws->bias_fine = carve(storage, &at, QF_CUDA_BIAS_TILE * row * sizeof(uint16_t));
+        ws->bias_rotation = carve(storage, &at, QF_CUDA_BIAS_TILE * row * sizeof(float));
+    }
+    ws->count_list = carve(storage, &at, sampled * sizeof *ws->count_list);
     ws->token_ids = carve(storage, &at, (size_t)options->max_num_batched_tokens * sizeof(int32_t));
     ws->logprobs = carve(storage, &at, (size_t)self->logprob_capacity * sizeof *ws->logprobs);
     ws->meta = carve(storage, &at, self->meta_bytes);
@@ -170,13 +184,14 @@ qf_status qf_cuda_workspace_layout(qf_cuda_backend *self, char *storage, size_t 
     }
     ws->last_token = carve(storage, &at, seqs * sizeof(int32_t));
     ws->step_state = carve(storage, &at, sizeof *ws->step_state);
-    ws->counts = carve(storage, &at, seqs * vocab_size * sizeof(uint16_t));
+    ws->counts = carve(storage, &at, seqs * sampled * sizeof(uint16_t));
     ws->attention = carve(storage, &at,
                           options->float32 ? 0
                                            : qf_cuda_attention_workspace_bytes(&shape, options->max_num_seqs,
                                                                                options->max_num_batched_tokens,
                                                                                options->max_model_len));
-    ws->sample = carve(storage, &at, qf_cuda_sample_workspace_bytes(self->config.vocab_size, self->logit_rows));
+    ws->sample = carve(storage, &at,
+                       sampled > 0 ? qf_cuda_sample_workspace_bytes(self->vocab_size, self->logit_rows) : 0);
     if (self->decode_kernel) {
         qf_cuda_decode_args decode;
         decode_shape(self, &decode);

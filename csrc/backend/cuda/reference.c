@@ -13,6 +13,20 @@ static qf_status linear(qf_cuda_backend *self, const float *w, const float *bias
 static qf_status norm(qf_cuda_backend *self, const float *delta, const float *weight, float *out, const int32_t *rows,
                       int32_t num_rows, qf_error *err)
 {
+    if (self->rank.comm != NULL && rows == NULL && (delta != NULL || self->rank.fresh)) {
+        const qf_cuda_rmsnorm_args sum = {.residual = self->ws.residual,
+                                          .delta = delta,
+                                          .num_splits = delta != NULL ? 1 : 0,
+                                          .delta_stride = self->config.hidden_size,
+                                          .num_tokens = num_rows,
+                                          .num_rows = num_rows,
+                                          .hidden_size = self->config.hidden_size};
+        QF_TRY(qf_cuda_reduce_norm(self, &sum, err));
+        delta = NULL;
+    }
+    if (delta == NULL && out == NULL) {
+        return QF_OK;
+    }
     qf_cuda_rmsnorm_f32_args args = {.residual = self->ws.residual,
                                      .delta = delta,
                                      .weight = weight,
@@ -27,13 +41,7 @@ static qf_status norm(qf_cuda_backend *self, const float *delta, const float *we
 static qf_status attention(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t layer, qf_error *err)
 {
     const qf_model_config *config = &self->config;
-    char *k = self->kv + 2 * (size_t)layer * self->kv_layer_bytes;
-    qf_cuda_kv kv = {.k = k,
-                     .v = k + self->kv_layer_bytes,
-                     .block_size = self->options.block_size,
-                     .num_kv_heads = config->num_kv_heads,
-                     .head_dim = config->head_dim,
-                     .float32 = true};
+    qf_cuda_kv kv = self->caches[layer];
     qf_cuda_rope_kv_write_args rope = {.qkv = self->ws.qkv,
                                        .num_splits = 1,
                                        .qkv_stride = self->q_width + 2 * self->kv_width,
@@ -99,6 +107,7 @@ qf_status qf_cuda_reference_logits(qf_cuda_backend *self, const qf_cuda_forward 
                                    qf_error *err)
 {
     QF_TRY(norm(self, NULL, self->weights.final_norm, self->ws.logit_x_f32, f->meta->logit_rows + first, count, err));
-    return linear(self, self->weights.head.data, NULL, self->ws.logit_x_f32, self->ws.logits, self->config.vocab_size,
-                  self->config.hidden_size, count, err);
+    QF_TRY(linear(self, self->weights.head.data, NULL, self->ws.logit_x_f32, self->ws.logits, self->config.vocab_size,
+                  self->config.hidden_size, count, err));
+    return qf_cuda_gather_logits(self, count, err);
 }

@@ -3,6 +3,8 @@
  *   header | token_ids | positions | slot_mapping | query_start_loc | seq_lens | block_table_start | num_items | logit_rows |
  *   sample_rows | items | sliding items | block tables, bitmasks, biases as long as they are
  *
+ * With a 16-bit window slots, tables and table starts stand there twice.
+ *
  * The host's buffer holds what is in use and no more. On the device the lists of items have room for as many as there
  * can be, so that for given capacities a captured graph finds all parts but the last at constant addresses; the last is
  * reached by indices that count from the start of the device's buffer. */
@@ -18,29 +20,20 @@ static size_t align_up(size_t value, size_t unit) { return (value + unit - 1) / 
 
 static int32_t round_up(int32_t value, int32_t unit) { return (value + unit - 1) / unit * unit; }
 
-static qf_cuda_attention_shape shape_of(const qf_cuda_backend *self, bool sliding)
-{
-    return (qf_cuda_attention_shape){.num_heads = self->config.num_heads,
-                                     .num_kv_heads = self->config.num_kv_heads,
-                                     .head_dim = self->config.head_dim,
-                                     .block_size = self->options.block_size,
-                                     .sliding_window = sliding ? self->config.sliding_window : 0};
-}
-
 static size_t table_stride(const qf_cuda_backend *self)
 {
     return ((size_t)self->options.max_model_len + (size_t)self->options.block_size - 1) /
            (size_t)self->options.block_size;
 }
 
-static size_t mask_words(const qf_cuda_backend *self) { return ((size_t)self->config.vocab_size + 31) / 32; }
+static size_t mask_words(const qf_cuda_backend *self) { return ((size_t)self->vocab_size + 31) / 32; }
 
 static int32_t items_bound(const qf_cuda_backend *self, int32_t num_seqs, int32_t num_tokens)
 {
     if (self->options.float32) {
         return 0;
     }
-    qf_cuda_attention_shape shape = shape_of(self, false);
+    qf_cuda_attention_shape shape = qf_cuda_backend_attention_shape(self, false);
     return qf_cuda_attention_max_items(&shape, num_seqs, num_tokens, self->options.max_model_len);
 }
 
@@ -49,6 +42,7 @@ void qf_cuda_meta_layout(const qf_cuda_backend *self, char *buffer, int32_t num_
 {
     size_t at = 0;
     size_t tokens = (size_t)num_tokens, seqs = (size_t)num_seqs, rows = (size_t)num_rows;
+    bool window = self->kv_window > 0;
     *out = (qf_cuda_meta){.num_tokens = num_tokens, .num_seqs = num_seqs, .num_rows = num_rows,
                           .max_items = max_items, .words = (int32_t *)(void *)buffer};
     struct {
@@ -58,10 +52,16 @@ void qf_cuda_meta_layout(const qf_cuda_backend *self, char *buffer, int32_t num_
                  {(void **)&out->token_ids, tokens * sizeof(int32_t)},
                  {(void **)&out->positions, tokens * sizeof(int32_t)},
                  {(void **)&out->slot_mapping, tokens * sizeof(int32_t)},
+                 {(void **)&out->window_slot_mapping, window ? tokens * sizeof(int32_t) : 0},
                  {(void **)&out->query_start_loc, (seqs + 1) * sizeof(int32_t)},
                  {(void **)&out->seq_lens, seqs * sizeof(int32_t)},
                  {(void **)&out->block_table_start, seqs * sizeof(int32_t)},
-                 {(void **)&out->num_items, 4 * sizeof(int32_t)},
+                 {(void **)&out->window_table_start, window ? seqs * sizeof(int32_t) : 0},
+                 {(void **)&out->window_first, window ? seqs * sizeof(int32_t) : 0},
+                 {(void **)&out->num_items, 6 * sizeof(int32_t)},
+                 {(void **)&out->window_items[0], window ? seqs * sizeof(qf_cuda_attention_item) : 0},
+                 {(void **)&out->window_items[1],
+                  window && self->any_sliding ? seqs * sizeof(qf_cuda_attention_item) : 0},
                  {(void **)&out->logit_rows, rows * sizeof(int32_t)},
                  {(void **)&out->sample_rows, rows * sizeof(qf_cuda_sample_row)}};
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
@@ -83,7 +83,7 @@ size_t qf_cuda_meta_capacity(const qf_cuda_backend *self)
     qf_cuda_meta meta;
     static const char nowhere[1];
     qf_cuda_meta_layout(self, (char *)(uintptr_t)nowhere, tokens, seqs, tokens, items_bound(self, seqs, tokens), &meta);
-    size_t words = (size_t)seqs * (table_stride(self) + mask_words(self) + 2 * MAX_ROW_BIASES + 1);
+    size_t words = (size_t)seqs * ((self->kv_window > 0 ? 2 : 1) * table_stride(self) + mask_words(self) + 2 * MAX_ROW_BIASES + 1);
     return align_up(meta.fixed_bytes + meta.items_bytes + meta.sliding_bytes + words * sizeof(int32_t), 256);
 }
 
@@ -180,7 +180,7 @@ static qf_status reset_counts(qf_cuda_backend *self, int32_t slot, const qf_samp
     QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.count_list, self->count_list,
                                   (size_t)state->num_counts * sizeof *self->count_list, cudaMemcpyHostToDevice,
                                   self->stream));
-    return qf_cuda_reset_counts(self->ws.counts, slot, self->config.vocab_size, self->ws.count_list,
+    return qf_cuda_reset_counts(self->ws.counts, slot, self->vocab_size, self->ws.count_list,
                                 state->num_counts, self->stream, err);
 }
 
@@ -241,7 +241,7 @@ static qf_status build_rows(builder *b, qf_cuda_step *step, const qf_batch *batc
         qf_cuda_sample_row *row = &meta->sample_rows[i];
         *row = (qf_cuda_sample_row){.slot = -1, .bitmask_offset = -1, .num_logprobs = -1, .target_id = -1,
                                     .repetition_penalty = 1.0f, .top_p = 1.0f,
-                                    .real_vocab_size = b->self->config.vocab_size};
+                                    .real_vocab_size = b->self->vocab_size};
         if (i >= batch->num_logit_tasks) { /* a graph's padding */
             meta->logit_rows[i] = 0;
             continue;
@@ -250,6 +250,10 @@ static qf_status build_rows(builder *b, qf_cuda_step *step, const qf_batch *batc
         qf_cuda_result *result = &step->results[i];
         *result = (qf_cuda_result){0};
         meta->logit_rows[i] = task->row;
+        if (!qf_cuda_samples(b->self)) {
+            row->slot = task->state != NULL ? task->slot : -1; /* the token comes from rank 0 */
+            continue;
+        }
         if (task->state != NULL) {
             QF_TRY(add_draw(b, task, result, row, err));
         }
@@ -286,7 +290,33 @@ static void build_tables(builder *b, const qf_batch *batch)
     }
 }
 
-static void build_tokens(const qf_cuda_meta *meta, const qf_batch *batch)
+static void build_window_first(const builder *b, const qf_batch *batch)
+{
+    for (int32_t s = 0; s < b->meta->num_seqs; s++) {
+        int32_t first = s < batch->num_seqs ? batch->window_first_block[s] : 0;
+        b->meta->window_first[s] = first * b->self->options.block_size;
+    }
+}
+
+/* The 16-bit window's: a start is where the sequence's first block would stand, before the table it may be. */
+static void build_window_tables(builder *b, const qf_batch *batch)
+{
+    const qf_cuda_meta *meta = b->meta;
+    int32_t block_size = b->self->options.block_size;
+    for (int32_t s = 0; s < meta->num_seqs; s++) {
+        int32_t first = s < batch->num_seqs ? batch->window_first_block[s] : 0;
+        int32_t end = s < batch->num_seqs ? (batch->seq_lens[s] + block_size - 1) / block_size : 0;
+        meta->window_table_start[s] = (int32_t)(b->used_words + b->shift) - first;
+        if (first < end) {
+            memcpy(meta->words + b->used_words,
+                   batch->window_block_tables + (size_t)s * (size_t)batch->window_table_stride,
+                   (size_t)(end - first) * sizeof(int32_t));
+            b->used_words += (size_t)(end - first);
+        }
+    }
+}
+
+static void build_tokens(const qf_cuda_meta *meta, const qf_batch *batch, bool window)
 {
     size_t tokens = (size_t)batch->num_tokens;
     memcpy(meta->token_ids, batch->token_ids, tokens * sizeof(int32_t));
@@ -296,6 +326,9 @@ static void build_tokens(const qf_cuda_meta *meta, const qf_batch *batch)
         meta->token_ids[t] = 0;
         meta->positions[t] = 0;
         meta->slot_mapping[t] = -1; /* nothing is written to the cache */
+    }
+    for (int32_t t = 0; window && t < meta->num_tokens; t++) {
+        meta->window_slot_mapping[t] = t < batch->num_tokens ? batch->window_slot_mapping[t] : -1;
     }
     for (int32_t s = 0; s <= meta->num_seqs; s++) {
         meta->query_start_loc[s] = batch->query_start_loc[s < batch->num_seqs ? s : batch->num_seqs];
@@ -313,31 +346,39 @@ static size_t items_end(size_t begin, const qf_cuda_attention_plan *plan)
     return align_up(begin + (size_t)num_items(plan) * sizeof(qf_cuda_attention_item), 16);
 }
 
+static void plan_items(const builder *b, const qf_batch *batch, bool sliding, qf_cuda_attention_item *items,
+                       qf_cuda_attention_plan *plan)
+{
+    const qf_cuda_meta *meta = b->meta;
+    qf_cuda_attention_shape shape = qf_cuda_backend_attention_shape(b->self, sliding);
+    bool invariant = b->self->options.batch_invariant;
+    if (shape.kv_window > 0 && !invariant) {
+        qf_cuda_attention_plan_make_window(&shape, batch->num_seqs, batch->query_start_loc, batch->seq_lens,
+                                           meta->window_first, items, meta->window_items[sliding], plan);
+    } else {
+        qf_cuda_attention_plan_make(&shape, batch->num_seqs, batch->query_start_loc, batch->seq_lens, invariant, items,
+                                    plan);
+    }
+    meta->num_items[sliding ? 2 : 0] = plan->num_decode_items;
+    meta->num_items[sliding ? 3 : 1] = plan->num_prefill_items;
+    meta->num_items[sliding ? 5 : 4] = plan->num_window_items;
+}
+
 /* Both lists of items, and where they end. */
 static void build_items(builder *b, const qf_batch *batch, qf_cuda_step_header *header)
 {
     qf_cuda_backend *self = b->self;
     const qf_cuda_meta *meta = b->meta;
     qf_cuda_plan *plan = b->plan;
-    bool invariant = self->options.batch_invariant;
     size_t end = meta->fixed_bytes;
     header->items_end = header->sliding_end = (uint32_t)end;
-    memset(meta->num_items, 0, 4 * sizeof *meta->num_items);
+    memset(meta->num_items, 0, 6 * sizeof *meta->num_items);
     if (!self->options.float32) {
-        qf_cuda_attention_shape shape = shape_of(self, false);
-        qf_cuda_attention_plan_make(&shape, batch->num_seqs, batch->query_start_loc, batch->seq_lens, invariant,
-                                    meta->items, &plan->full);
-        meta->num_items[0] = plan->full.num_decode_items;
-        meta->num_items[1] = plan->full.num_prefill_items;
+        plan_items(b, batch, false, meta->items, &plan->full);
         end = items_end(end, &plan->full);
         header->items_end = header->sliding_end = (uint32_t)end;
         if (self->any_sliding) {
-            shape = shape_of(self, true);
-            qf_cuda_attention_plan_make(&shape, batch->num_seqs, batch->query_start_loc, batch->seq_lens, invariant,
-                                        (qf_cuda_attention_item *)(void *)((char *)meta->words + end),
-                                        &plan->sliding);
-            meta->num_items[2] = plan->sliding.num_decode_items;
-            meta->num_items[3] = plan->sliding.num_prefill_items;
+            plan_items(b, batch, true, (qf_cuda_attention_item *)(void *)((char *)meta->words + end), &plan->sliding);
             end = items_end(end, &plan->sliding);
             header->sliding_end = (uint32_t)end;
         }
@@ -352,20 +393,30 @@ qf_status qf_cuda_step_build(qf_cuda_backend *self, qf_cuda_step *step, const qf
     builder b = {.self = self, .meta = host, .plan = plan};
     qf_cuda_step_header header = {.sequence = (uint32_t)self->num_submitted};
     *plan = (qf_cuda_plan){.all_greedy = true};
-    build_tokens(host, batch);
+    if (self->kv_window > 0 && (batch->window_slot_mapping == NULL || batch->window_block_tables == NULL ||
+                                batch->window_first_block == NULL)) {
+        return QF_FAIL(err, QF_ERROR_INTERNAL, "a step without the tables of its 16-bit window of %d", self->kv_window);
+    }
+    build_tokens(host, batch, self->kv_window > 0);
+    if (self->kv_window > 0) {
+        build_window_first(&b, batch);
+    }
     build_items(&b, batch, &header);
     build_tables(&b, batch);
+    if (self->kv_window > 0) {
+        build_window_tables(&b, batch);
+    }
     QF_TRY(build_rows(&b, step, batch, err));
     plan->meta_bytes = align_up(b.used_words * sizeof(int32_t), 16);
     size_t device_bytes = plan->meta_bytes + b.shift * sizeof(int32_t);
-    step->num_results = batch->num_logit_tasks;
+    step->num_results = qf_cuda_samples(self) ? batch->num_logit_tasks : 0; /* rank 0 alone has any */
     step->num_logprobs = b.num_logprobs;
     if (device_bytes > self->meta_bytes || b.num_logprobs > self->logprob_capacity) {
         return QF_FAIL(err, QF_ERROR_INTERNAL, "a step's metadata of %zu bytes and %d logprobs exceeds %zu and %d",
                        device_bytes, b.num_logprobs, self->meta_bytes, self->logprob_capacity);
     }
     header.meta_bytes = (uint32_t)plan->meta_bytes;
-    header.num_results = (uint32_t)batch->num_logit_tasks;
+    header.num_results = (uint32_t)step->num_results;
     header.num_logprobs = (uint32_t)b.num_logprobs;
     *host->header = header;
     return QF_OK;

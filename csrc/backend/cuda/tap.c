@@ -1,6 +1,26 @@
-/* What a linear layer sees, for calibration: rows of float32 on the host. Slow; never in a serving step. */
+/* What a linear layer sees, for calibration: rows of float32 on the host, in one pinned buffer that stays until the
+ * backend goes. Never in a serving step. */
 #include "backend/cuda/cuda_backend.h"
-#include "base/alloc.h"
+
+static qf_status alloc_rows(qf_cuda_backend *self, qf_error *err)
+{
+    const qf_model_config *config = &self->config;
+    int32_t widest = config->intermediate_size;
+    widest = config->hidden_size > widest ? config->hidden_size : widest;
+    widest = self->q_width > widest ? self->q_width : widest;
+    if (self->tap_rows != NULL) {
+        return QF_OK;
+    }
+    size_t bytes = (size_t)self->options.max_num_batched_tokens * (size_t)widest * sizeof(float);
+    cudaError_t result = cudaHostAlloc((void **)&self->tap_rows, bytes, cudaHostAllocDefault);
+    if (result != cudaSuccess) {
+        (void)cudaGetLastError();
+        self->tap_rows = NULL;
+        return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY, "%zu bytes of pinned memory for tapped rows: %s", bytes,
+                       cudaGetErrorString(result));
+    }
+    return QF_OK;
+}
 
 qf_status qf_cuda_tap(qf_cuda_backend *self, qf_tap_fn tap, void *tap_arg, int32_t layer, qf_linear_id first,
                       int32_t num_ids, const void *x, bool tiled, int32_t width, int32_t k, int32_t num_tokens,
@@ -9,23 +29,21 @@ qf_status qf_cuda_tap(qf_cuda_backend *self, qf_tap_fn tap, void *tap_arg, int32
     if (tap == NULL) {
         return QF_OK;
     }
-    qf_status status;
+    qf_status status = QF_OK;
     size_t bytes = (size_t)width * (size_t)num_tokens * sizeof(float);
-    float *host = NULL;
     void *rows = NULL;
-    QF_TRY_GOTO(qf_alloc((void **)&host, bytes, 1, "tapped rows", err), done);
+    QF_TRY(alloc_rows(self, err));
     if (tiled) {
         cudaError_t result = cudaMalloc(&rows, bytes);
         if (result != cudaSuccess) {
             (void)cudaGetLastError();
-            status = QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY, "%zu bytes of device memory for tapped rows: %s", bytes,
-                             cudaGetErrorString(result));
-            goto done;
+            return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY, "%zu bytes of device memory for tapped rows: %s", bytes,
+                           cudaGetErrorString(result));
         }
         QF_TRY_GOTO(qf_cuda_untile(x, rows, width, k, num_tokens, self->stream, err), done);
         x = rows;
     }
-    cudaError_t result = cudaMemcpyAsync(host, x, bytes, cudaMemcpyDeviceToHost, self->stream);
+    cudaError_t result = cudaMemcpyAsync(self->tap_rows, x, bytes, cudaMemcpyDeviceToHost, self->stream);
     result = result == cudaSuccess ? cudaStreamSynchronize(self->stream) : result;
     if (result != cudaSuccess) {
         (void)cudaGetLastError();
@@ -33,11 +51,9 @@ qf_status qf_cuda_tap(qf_cuda_backend *self, qf_tap_fn tap, void *tap_arg, int32
         goto done;
     }
     for (int32_t i = 0; i < num_ids; i++) {
-        tap(tap_arg, layer, (qf_linear_id)((int)first + i), host, num_tokens, width);
+        tap(tap_arg, layer, (qf_linear_id)((int)first + i), self->tap_rows, num_tokens, width);
     }
-    status = QF_OK;
 done:
     (void)cudaFree(rows);
-    qf_free(host);
     return status;
 }

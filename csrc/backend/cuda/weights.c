@@ -62,6 +62,18 @@ static void fill_small(const qf_cuda_fused *fused, const qf_cuda_linear_layout *
     }
 }
 
+/* The bias of k_proj leaves the fused one for a place of its own. */
+static void set_k_bias_apart(const qf_cuda_fused *qkv, const qf_cuda_layer_layout *layer, char *image)
+{
+    const int32_t part = 1, size = qkv->parts[part]->n; /* q, k, v */
+    if (layer->k_bias == SIZE_MAX) {
+        return;
+    }
+    char *fused = image + layer->qkv.bias + (size_t)qf_cuda_fused_row(qkv, part, 0) * sizeof(float);
+    memcpy(image + layer->k_bias, fused, (size_t)size * sizeof(float));
+    memset(fused, 0, (size_t)size * sizeof(float));
+}
+
 /* Where a part is dequantised in act-order: the group of each of its columns. */
 static void find_groups(loader *self, const qf_cuda_fused *fused, const qf_cuda_linear_layout *linear,
                         const int32_t **out)
@@ -70,7 +82,9 @@ static void find_groups(loader *self, const qf_cuda_fused *fused, const qf_cuda_
         const qf_linear_source *part = fused->parts[i];
         int32_t *groups = self->groups + (size_t)i * self->longest_k;
         out[i] = NULL;
-        if (qf_cuda_needs_groups(part, linear)) {
+        if (part->column_groups != NULL) {
+            out[i] = part->column_groups;
+        } else if (qf_cuda_needs_groups(part, linear)) {
             for (int32_t column = 0; column < part->k; column++) {
                 groups[part->perm[column]] = column / part->group_size;
             }
@@ -139,6 +153,7 @@ static qf_status load_layer(loader *self, int32_t index, char *blob, qf_error *e
         qf_cuda_fused_get(self->checkpoint, index, (qf_cuda_linear_id)id, self->float32, &fused[id]);
         fill_small(&fused[id], qf_cuda_layer_linear(layer, (qf_cuda_linear_id)id), image);
     }
+    set_k_bias_apart(&fused[QF_CUDA_QKV], layer, image);
     QF_TRY(qf_cuda_stager_send_stage(&self->stager, blob, layer->qkv.data, self->stager.compute, err));
     for (int32_t id = 0; id < QF_CUDA_LINEARS_PER_LAYER; id++) {
         QF_TRY(load_linear(self, &fused[id], qf_cuda_layer_linear(layer, (qf_cuda_linear_id)id), blob, err));

@@ -24,6 +24,8 @@ typedef struct qf_cuda_linear_layout {
 typedef struct qf_cuda_layer_layout {
     qf_cuda_linear_layout qkv, o, gate_up, down; /* float32: gate_up is gate's rows, then up's */
     size_t input_norm, post_attention_norm;      /* (hidden_size) float32 each */
+    size_t k_bias; /* (num_kv_heads * head_dim) float32: of a low-bit cache, whose keys are stored without it: the part
+                      of qkv.bias is zero. SIZE_MAX: none */
     size_t size_bytes;                           /* a multiple of 256 */
 } qf_cuda_layer_layout;
 
@@ -45,6 +47,15 @@ typedef struct qf_cuda_weights_layout {
     size_t raw_bytes;             /* while loading: raw tensors on the device, twice, then one blob of slot_bytes */
 } qf_cuda_weights_layout;
 
+/* What the layer's KV cache holds: QF_KV_F32, QF_KV_BF16, or a low-bit format. */
+static inline qf_kv_format qf_cuda_layer_kv_format(const qf_backend_options *options, int32_t layer)
+{
+    if (!qf_kv_is_low_bit(options->kv_format)) {
+        return options->float32 ? QF_KV_F32 : QF_KV_BF16;
+    }
+    return options->kv_16bit_layers != NULL && options->kv_16bit_layers[layer] != 0 ? QF_KV_BF16 : options->kv_format;
+}
+
 qf_status qf_cuda_weights_plan(const qf_checkpoint *checkpoint, const qf_backend_options *options,
                                qf_cuda_weights_layout *out, qf_error *err);
 void qf_cuda_weights_layout_deinit(qf_cuda_weights_layout *self); /* NULL-safe in its parts */
@@ -52,6 +63,7 @@ void qf_cuda_weights_layout_deinit(qf_cuda_weights_layout *self); /* NULL-safe i
 typedef struct qf_cuda_layer {
     qf_cuda_weight qkv, o, gate_up, down; /* float32: bits 32, data (n, k) float32 */
     const float *input_norm, *post_attention_norm;
+    const float *k_bias;   /* (num_kv_heads, head_dim): see qf_cuda_layer_layout; NULL: none */
     const void *host_blob; /* NULL: on the device; else all pointers above are relative to a slot: see rebase */
 } qf_cuda_layer;
 

@@ -57,7 +57,7 @@ int32_t qf_cuda_fused_row(const qf_cuda_fused *fused, int32_t part, int32_t row)
 
 bool qf_cuda_needs_groups(const qf_linear_source *part, const qf_cuda_linear_layout *linear)
 {
-    return part->perm != NULL && linear->bits > 8;
+    return (part->perm != NULL || part->column_groups != NULL) && linear->bits > 8;
 }
 
 /* --- sizes ---------------------------------------------------------------------------------------------- */
@@ -121,9 +121,56 @@ static const void *add(qf_cuda_job *job, char *slot, const void *source, size_t 
                                                            .row_bytes = row_bytes,
                                                            .num_rows = num_rows,
                                                            .stride_bytes = stride_bytes,
+                                                           .piece_bytes = row_bytes,
+                                                           .repeat = 1,
                                                            .offset = offset};
     job->bytes += qf_cuda_align(row_bytes * num_rows);
     return slot != NULL ? slot + offset : NULL;
+}
+
+static const qf_linear_source *whole_of(const qf_linear_source *part) { return part->whole != NULL ? part->whole : part; }
+
+/* Where the groups of a part stand among the whole's: group j is number first + (j + phase) / repeat. */
+typedef struct group_map {
+    size_t first, phase, repeat, count;
+} group_map;
+
+static group_map map_groups(const qf_linear_source *part)
+{
+    const qf_linear_source *whole = whole_of(part);
+    if (part->column_groups != NULL) { /* any of them */
+        return (group_map){.repeat = 1, .count = (size_t)whole->num_groups};
+    }
+    group_map map = {.repeat = 1, .count = (size_t)part->num_groups};
+    if (whole->num_groups > 1) {
+        const size_t column = (size_t)part->first_column, size = (size_t)part->group_size;
+        const size_t whole_size = (size_t)whole->group_size;
+        map.first = column / whole_size;
+        map.phase = column % whole_size / size;
+        map.repeat = whole_size / size;
+    }
+    return map;
+}
+
+/* Appends what a part has of each group: num_rows rows, in each a piece for every group. */
+static const void *add_groups(qf_cuda_job *job, char *slot, const char *source, const group_map *map, size_t piece_bytes,
+                              size_t piece_stride_bytes, size_t num_rows, size_t stride_bytes)
+{
+    source += map->first * piece_stride_bytes;
+    if (map->repeat == 1 && piece_bytes == piece_stride_bytes) {
+        return add(job, slot, source, map->count * piece_bytes, num_rows, stride_bytes);
+    }
+    if (map->repeat == 1 && num_rows == 1) {
+        return add(job, slot, source, piece_bytes, map->count, piece_stride_bytes);
+    }
+    const void *there = add(job, slot, source, map->count * piece_bytes, num_rows, SIZE_MAX);
+    qf_cuda_segment *segment = &job->segments[job->num_segments - 1];
+    segment->stride_bytes = stride_bytes;
+    segment->piece_bytes = piece_bytes;
+    segment->piece_stride_bytes = piece_stride_bytes;
+    segment->repeat = map->repeat;
+    segment->phase = map->phase;
+    return there;
 }
 
 static const char *bytes_of(const qf_tensor *tensor, size_t offset) { return (const char *)tensor->data + offset; }
@@ -131,54 +178,65 @@ static const char *bytes_of(const qf_tensor *tensor, size_t offset) { return (co
 /* Rows are columns of the file: groups and k run down. */
 static void add_transposed(qf_cuda_job *job, const qf_linear_source *part, char *slot, qf_repack_part *out)
 {
-    const size_t n = (size_t)part->n, first = (size_t)out->first_row, rows = (size_t)out->num_rows;
-    const size_t bits = (size_t)part->bits, groups = (size_t)part->num_groups;
+    const size_t n = (size_t)whole_of(part)->n, first = (size_t)(part->first_row + out->first_row);
+    const size_t rows = (size_t)out->num_rows, column = (size_t)part->first_column, bits = (size_t)part->bits;
     const size_t scale_bytes = float_bytes(&part->scales);
+    const group_map map = map_groups(part);
     if (part->format == QF_LINEAR_AWQ) {
-        out->weight = add(job, slot, bytes_of(&part->weight, first / 2), rows / 2, (size_t)part->k, n / 2);
+        out->weight = add(job, slot, bytes_of(&part->weight, (column * n + first) / 2), rows / 2, (size_t)part->k, n / 2);
     } else {
-        out->weight = add(job, slot, bytes_of(&part->weight, 4 * first), 4 * rows, (size_t)part->k * bits / 32, 4 * n);
+        out->weight = add(job, slot, bytes_of(&part->weight, 4 * (column * bits / 32 * n + first)), 4 * rows,
+                          (size_t)part->k * bits / 32, 4 * n);
     }
-    out->scales = add(job, slot, bytes_of(&part->scales, first * scale_bytes), rows * scale_bytes, groups,
-                      n * scale_bytes);
+    out->scales = add_groups(job, slot, bytes_of(&part->scales, first * scale_bytes), &map, rows * scale_bytes,
+                             n * scale_bytes, 1, 0);
     if (part->zeros.data != NULL) {
-        out->zeros = add(job, slot, bytes_of(&part->zeros, first * bits / 8), rows * bits / 8, groups, n * bits / 8);
+        out->zeros = add_groups(job, slot, bytes_of(&part->zeros, first * bits / 8), &map, rows * bits / 8, n * bits / 8,
+                                1, 0);
     }
 }
 
 static void add_row_major(qf_cuda_job *job, const qf_linear_source *part, char *slot, qf_repack_part *out)
 {
-    const size_t first = (size_t)out->first_row, rows = (size_t)out->num_rows;
+    const qf_linear_source *whole = whole_of(part);
+    const size_t first = (size_t)(part->first_row + out->first_row), rows = (size_t)out->num_rows;
+    const size_t column = (size_t)part->first_column;
     if (part->format == QF_LINEAR_DENSE) {
-        const size_t row_bytes = (size_t)part->k * float_bytes(&part->weight);
-        out->weight = add(job, slot, bytes_of(&part->weight, first * row_bytes), rows * row_bytes, 1, rows * row_bytes);
+        const size_t width = float_bytes(&part->weight), stride = (size_t)whole->k * width;
+        out->weight = add(job, slot, bytes_of(&part->weight, first * stride + column * width), (size_t)part->k * width,
+                          rows, stride);
         return;
     }
     const size_t per_word = 32 / (size_t)part->bits;
     const size_t row_bytes = 4 * (((size_t)part->k + per_word - 1) / per_word);
-    const size_t scales_bytes = (size_t)part->num_groups * float_bytes(&part->scales);
-    const size_t zeros_bytes = (size_t)part->num_groups * 4;
+    const size_t stride = 4 * (((size_t)whole->k + per_word - 1) / per_word);
+    const size_t scale_bytes = float_bytes(&part->scales), groups = (size_t)whole->num_groups;
     const size_t zero_rows = (rows + per_word - 1) / per_word;
-    out->weight = add(job, slot, bytes_of(&part->weight, first * row_bytes), row_bytes, rows, row_bytes);
-    out->scales = add(job, slot, bytes_of(&part->scales, first * scales_bytes), scales_bytes, rows, scales_bytes);
+    const group_map map = map_groups(part);
+    out->weight = add(job, slot, bytes_of(&part->weight, first * stride + 4 * (column / per_word)), row_bytes, rows,
+                      stride);
+    out->scales = add_groups(job, slot, bytes_of(&part->scales, first * groups * scale_bytes), &map, scale_bytes,
+                             scale_bytes, rows, groups * scale_bytes);
     if (part->zeros.data != NULL) {
-        out->zeros = add(job, slot, bytes_of(&part->zeros, first / per_word * zeros_bytes), zeros_bytes, zero_rows,
-                         zeros_bytes);
+        out->zeros = add_groups(job, slot, bytes_of(&part->zeros, first / per_word * groups * 4), &map, 4, 4, zero_rows,
+                                groups * 4);
     }
 }
 
-/* Which rows of the part the job needs, from and up to a multiple of 8 as far as there are rows: words of packed zero
- * points are never cut. */
-static void choose_rows(const qf_cuda_fused *fused, int32_t first_row, int32_t num_rows, qf_repack_part *part)
+/* Which rows of the part the job needs, from and up to a multiple of 8 in the file as far as there are rows: words of
+ * packed zero points are never cut. */
+static void choose_rows(const qf_cuda_fused *fused, const qf_linear_source *source, int32_t first_row, int32_t num_rows,
+                        qf_repack_part *part)
 {
+    const int32_t skew = source->first_row % 8, rows_from_first = whole_of(source)->n - source->first_row;
     int32_t begin = first_row - part->row_start, end = first_row + num_rows - part->row_start;
     if (fused->interleave) {
         begin = first_row / 2;
         end = (first_row + num_rows) / 2;
     }
     begin = max_i32(begin, 0);
-    begin -= begin % 8;
-    end = min_i32((max_i32(end, 0) + 7) / 8 * 8, part->n);
+    begin -= (begin + skew) % 8;
+    end = min_i32((max_i32(end, 0) + skew + 7) / 8 * 8 - skew, rows_from_first);
     part->first_row = begin;
     part->num_rows = max_i32(end - begin, 0);
 }
@@ -200,15 +258,17 @@ static void add_part(const qf_cuda_fused *fused, const qf_cuda_linear_layout *li
     const qf_linear_source *part = fused->parts[index];
     qf_repack_part *out = &job->args.parts[index];
     *out = (qf_repack_part){.dummy_seed = part->dummy_seed,
+                            .dummy_row = part->first_row,
+                            .dummy_column = part->first_column,
                             .format = format_of(part),
                             .bits = part->bits,
                             .scale_format = qf_cuda_float_format(part->scales.dtype),
                             .row_start = row_start(fused, index),
                             .n = part->n,
                             .group_size = part->group_size,
-                            .num_groups = part->num_groups,
+                            .num_groups = (int32_t)map_groups(part).count,
                             .zero_bias = part->format == QF_LINEAR_GPTQ && part->gptq_v1 ? 1 : 0};
-    choose_rows(fused, job->args.first_row, job->args.num_rows, out);
+    choose_rows(fused, part, job->args.first_row, job->args.num_rows, out);
     if (out->num_rows == 0 || part->format == QF_LINEAR_DUMMY) {
         return;
     }
@@ -217,7 +277,7 @@ static void add_part(const qf_cuda_fused *fused, const qf_cuda_linear_layout *li
     } else {
         add_row_major(job, part, slot, out);
     }
-    if (part->perm != NULL) {
+    if (part->perm != NULL || part->column_groups != NULL) {
         const bool needs_groups = qf_cuda_needs_groups(part, linear);
         const void *columns = !needs_groups ? part->perm : groups != NULL ? groups[index] : NULL;
         const size_t columns_bytes = (size_t)part->k * sizeof(int32_t);
@@ -258,8 +318,10 @@ void qf_cuda_job_read(const qf_cuda_job *job, size_t begin, size_t end, char *ou
         size_t at = begin > s->offset ? begin : s->offset;
         while (at < stop) {
             const size_t row = (at - s->offset) / s->row_bytes, column = (at - s->offset) % s->row_bytes;
-            const size_t bytes = min_size(s->row_bytes - column, stop - at);
-            memcpy(out + (at - begin), s->source + row * s->stride_bytes + column, bytes);
+            const size_t piece = column / s->piece_bytes, inside = column % s->piece_bytes;
+            const size_t bytes = min_size(s->piece_bytes - inside, stop - at);
+            const size_t from = row * s->stride_bytes + (piece + s->phase) / s->repeat * s->piece_stride_bytes + inside;
+            memcpy(out + (at - begin), s->source + from, bytes);
             at += bytes;
         }
     }

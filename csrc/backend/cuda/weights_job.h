@@ -32,10 +32,13 @@ qf_cuda_weight qf_cuda_weight_at(const qf_cuda_linear_layout *linear, const void
 /* Where row `row` of part `part` stands among the fused rows as packed. */
 int32_t qf_cuda_fused_row(const qf_cuda_fused *fused, int32_t part, int32_t row);
 
-/* Bytes of host memory: num_rows rows of row_bytes, stride_bytes apart; in the slot at `offset`, without gaps. */
+/* Bytes of host memory: num_rows rows of row_bytes, stride_bytes apart; in the slot at `offset`, without gaps. A row is
+ * pieces of piece_bytes (a row of one piece: row_bytes): piece j is number (j + phase) / repeat of those that stand
+ * piece_stride_bytes apart in the file. */
 typedef struct qf_cuda_segment {
     const char *source;
     size_t row_bytes, num_rows, stride_bytes;
+    size_t piece_bytes, piece_stride_bytes, repeat, phase;
     size_t offset; /* a multiple of 256 */
 } qf_cuda_segment;
 

@@ -122,6 +122,17 @@ static void place_packed(qf_cuda_linear_layout *linear, size_t *at)
     linear->scales = linear->bits <= 8 ? take(at, n * k / (size_t)linear->group_size * sizeof(uint32_t)) : SIZE_MAX;
 }
 
+/* Room for the bias of k_proj apart from the others', where the layer's keys are stored without it. */
+static size_t place_k_bias(const qf_checkpoint *checkpoint, int32_t index, const qf_backend_options *options,
+                           size_t *at)
+{
+    const qf_linear_source *k = qf_checkpoint_linear(checkpoint, index, QF_K_PROJ);
+    if (k->bias == NULL || !qf_kv_is_low_bit(qf_cuda_layer_kv_format(options, index))) {
+        return SIZE_MAX;
+    }
+    return take(at, (size_t)k->n * sizeof(float));
+}
+
 static void plan_layer(const qf_checkpoint *checkpoint, int32_t index, const qf_backend_options *options,
                        qf_cuda_layer_layout *out)
 {
@@ -129,6 +140,7 @@ static void plan_layer(const qf_checkpoint *checkpoint, int32_t index, const qf_
     size_t at = 0;
     out->input_norm = take(&at, hidden_bytes);
     out->post_attention_norm = take(&at, hidden_bytes);
+    out->k_bias = place_k_bias(checkpoint, index, options, &at);
     for (int32_t id = 0; id < QF_CUDA_LINEARS_PER_LAYER; id++) {
         qf_cuda_fused fused;
         qf_cuda_linear_layout *linear = qf_cuda_layer_linear(out, (qf_cuda_linear_id)id);
@@ -234,11 +246,27 @@ static qf_status check_options(const qf_backend_options *options, qf_error *err)
     return QF_OK;
 }
 
+/* A rank's columns begin with a word of the file. */
+static qf_status check_cuts(const qf_checkpoint *checkpoint, qf_error *err)
+{
+    for (int32_t i = 0; i < 2 * qf_checkpoint_config(checkpoint)->num_layers; i++) {
+        const qf_linear_source *part = qf_checkpoint_linear(checkpoint, i / 2, i % 2 == 0 ? QF_O_PROJ : QF_DOWN_PROJ);
+        const bool words = part->format == QF_LINEAR_GPTQ || part->format == QF_LINEAR_COMPRESSED_TENSORS;
+        if (words && part->first_column * part->bits % 32 != 0) {
+            return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
+                           "%s would be cut at column %d, inside a word of the file: not on GPUs", part->name,
+                           part->first_column);
+        }
+    }
+    return QF_OK;
+}
+
 qf_status qf_cuda_weights_plan(const qf_checkpoint *checkpoint, const qf_backend_options *options,
                                qf_cuda_weights_layout *out, qf_error *err)
 {
     *out = (qf_cuda_weights_layout){0};
     QF_TRY(check_options(options, err));
+    QF_TRY(check_cuts(checkpoint, err));
     int32_t num_layers = qf_checkpoint_config(checkpoint)->num_layers;
     QF_TRY(qf_alloc((void **)&out->layers, (size_t)num_layers, sizeof *out->layers, "the layers' layout", err));
     out->num_layers = num_layers;
@@ -300,5 +328,6 @@ void qf_cuda_layer_at(const qf_cuda_layer_layout *layout, void *base, qf_cuda_la
                            .gate_up = qf_cuda_weight_at(&layout->gate_up, base),
                            .down = qf_cuda_weight_at(&layout->down, base),
                            .input_norm = at(base, layout->input_norm),
-                           .post_attention_norm = at(base, layout->post_attention_norm)};
+                           .post_attention_norm = at(base, layout->post_attention_norm),
+                           .k_bias = at(base, layout->k_bias)};
 }

@@ -1,0 +1,264 @@
+/* Attention of single rows over a low-bit cache: one new token of a sequence against a run of its positions.
+ *
+ * A CTA of 8 warps takes an item and a kv head, 8 heads of its group at a time; each warp an eighth of the positions in
+ * stages (attention_decode_lowbit_stage.cuh), whose arithmetic is in attention_decode_lowbit_tile.cuh. Warps are merged in
+ * order, splits as in attention_decode_merge.cuh.
+ *
+ *     shared memory:  8 warps x (depth stages)  | 8 x rows of the coarse table | C | D | Q | sums of Q | powers of two
+ *                     afterwards the warps' results stand where the stages were */
+#ifndef QF_ATTENTION_DECODE_LOWBIT_CUH
+#define QF_ATTENTION_DECODE_LOWBIT_CUH
+
+#include "attention_decode_lowbit_tile.cuh"
+
+/* Places in shared memory. */
+template <int format, int head_dim> struct lowbit_shared {
+    uint8_t *stages, *coarse; /* this warp's */
+    float *c, *d;
+    uint4 *q;
+    float *minus_sums, *inverse;
+    float *maximum, *sum, *values; /* (8 warps, 8 heads), the same, and with (result_row) behind */
+};
+
+template <int format, int head_dim>
+static __device__ __forceinline__ lowbit_shared<format, head_dim> lay_out(uint8_t *base, int depth)
+{
+    typedef lowbit_sizes<format, head_dim> sizes;
+    const int warp = threadIdx.x / 32;
+    lowbit_shared<format, head_dim> s;
+    s.stages = base + warp * depth * sizes::stage;
+    uint8_t *at = base + LOWBIT_WARPS * depth * sizes::stage;
+    s.coarse = at + warp * sizes::coarse;
+    at += LOWBIT_WARPS * sizes::coarse;
+    s.c = reinterpret_cast<float *>(at);
+    s.d = reinterpret_cast<float *>(at + sizes::c);
+    s.q = reinterpret_cast<uint4 *>(at + 2 * sizes::c);
+    s.minus_sums = reinterpret_cast<float *>(at + 2 * sizes::c + sizes::q);
+    s.inverse = reinterpret_cast<float *>(at + 2 * sizes::c + sizes::q + sizes::sums);
+    s.values = reinterpret_cast<float *>(base);
+    s.maximum = s.values + LOWBIT_WARPS * LOWBIT_HEADS * sizes::result_row;
+    s.sum = s.maximum + LOWBIT_WARPS * LOWBIT_HEADS;
+    return s;
+}
+
+/* Operands made of up to 8 queries: warp w makes head w's. Rows of heads that there are not are zero. */
+template <int format, int head_dim>
+static __device__ __forceinline__ void prepare_queries(const attention_params &p, const qf_cuda_attention_item &item,
+                                                       int32_t kv_head, int32_t first_head,
+                                                       const lowbit_shared<format, head_dim> &shared)
+{
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num = p.group - first_head;
+    const uint16_t *q = static_cast<const uint16_t *>(p.a.q) +
+                        ((int64_t)item.first_row * p.a.shape.num_heads + kv_head * p.group + first_head) * head_dim;
+    if (warp < head_dim / 32) {
+        const int head = lane / 4;
+        shared.q[threadIdx.x] =
+            head < num ? __ldcg(reinterpret_cast<const uint4 *>(q + head * head_dim + 32 * warp + 8 * (lane % 4)))
+                       : make_uint4(0, 0, 0, 0);
+    }
+    float x[head_dim / 32], b[head_dim / 32], c[head_dim / 64], d[head_dim / 64], largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < head_dim / 32; i++) { /* columns 32 i + lane */
+        x[i] = warp < num ? __uint_as_float((uint32_t)__ldcg(q + warp * head_dim + 32 * i + lane) << 16) : 0.0f;
+        b[i] = p.a.kv.k_bias != NULL ? __ldg(p.a.kv.k_bias + kv_head * head_dim + 32 * i + lane) : 0.0f;
+        float sum = x[i];
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            sum += __shfl_xor_sync(ALL_LANES, sum, offset);
+        }
+        if (lane == 0) {
+            shared.minus_sums[i * LOWBIT_HEADS + warp] = -sum;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < head_dim / 64; i++) {
+        const int j = i + head_dim / 64;
+        c[i] = __fmaf_rn(x[i], b[i], __fmul_rn(x[j], b[j])) * p.scale_log2;
+        d[i] = __fmaf_rn(x[j], b[i], -__fmul_rn(x[i], b[j])) * p.scale_log2;
+        largest = fmaxf(largest, fabsf(c[i]) + fabsf(d[i]));
+    }
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, offset));
+    }
+    /* The power of two that brings the largest to 2^12 .. 2^13: with a factor of attention below 8, within fp16. */
+    const uint32_t exponent = min(max(266 - (int32_t)(__float_as_uint(largest) >> 23), 30), 224);
+    const float power = __uint_as_float(exponent << 23);
+#pragma unroll
+    for (int i = 0; i < head_dim / 64; i++) {
+        const int at = warp * (head_dim / 2) + ((32 * i + lane) ^ warp % 2 * 16);
+        shared.c[at] = c[i] * power;
+        shared.d[at] = d[i] * power;
+    }
+    if (lane == 0) {
+        shared.inverse[warp] = __uint_as_float((254 - exponent) << 23);
+    }
+}
+
+/* The first `depth` stages are sent for: before the wait for the kernel before, as decode_warp() in attention_decode.cuh says,
+ * if none of their positions is the row's own. */
+template <int format, int head_dim>
+static __device__ __forceinline__ void begin_walk(lowbit_walk &w, bool first_unit, int depth,
+                                                  const lowbit_shared<format, head_dim> &shared)
+{
+    typedef lowbit_sizes<format, head_dim> sizes;
+    bool waited = !first_unit;
+#pragma unroll 1
+    for (int s = 0; s < depth; s++) {
+        if (!waited && (int32_t)((w.first + s + 1) * sizes::positions) > w.own_position) {
+            qf_grid_dependency_wait();
+            waited = true;
+        }
+        copy_stage<format, head_dim>(w, w.first + s, shared.stages + s * sizes::stage, shared.coarse);
+    }
+    if (!waited) {
+        qf_grid_dependency_wait();
+    }
+}
+
+template <int format, int head_dim>
+static __device__ __forceinline__ void walk(const attention_params &p, lowbit_walk &w, uint32_t depth,
+                                            const lowbit_shared<format, head_dim> &shared,
+                                            lowbit_state<head_dim> &state)
+{
+    typedef lowbit_sizes<format, head_dim> sizes;
+    const lowbit_queries<head_dim> queries = {shared.q, shared.c, shared.d, shared.minus_sums, shared.inverse};
+    lowbit_bias bias = {}; /* without one: zeros */
+    uint32_t slot = 0; /* the stage's place, in bytes */
+#pragma unroll
+    for (int i = 0; i < head_dim / 16; i++) {
+        state.o[i][0] = state.o[i][1] = state.o[i][2] = state.o[i][3] = 0.0f;
+    }
+    state.maximum[0] = state.maximum[1] = -INFINITY;
+    state.sum[0] = state.sum[1] = 0.0f;
+#pragma unroll 1
+    for (uint32_t s = w.first; s < w.end; s++) {
+        uint8_t *stage = shared.stages + slot;
+        if (depth == sizes::depth) {
+            qf_cp_async_wait<sizes::depth - 1>();
+        } else {
+            qf_cp_async_wait<sizes::least_depth - 1>();
+        }
+        __syncwarp();
+        if (w.coarse != NULL && (s % sizes::stages == 0 || s == w.first)) {
+            start_unit<head_dim>(bias, queries,
+                                 shared.coarse + s / sizes::stages % sizes::coarse_slots * head_dim * 4,
+                                 p.a.bias_fine, w.lane);
+            for (uint32_t i = s % sizes::stages; i > 0; i--) { /* stages before the first */
+                next_bias<format, head_dim>(bias);
+            }
+        }
+        compute_stage<format, head_dim>(p, w, (int32_t)(s * sizes::positions), stage, queries, bias, state);
+        next_bias<format, head_dim>(bias);
+        __syncwarp(); /* all have read what is written anew */
+        copy_stage<format, head_dim>(w, s + depth, stage, shared.coarse);
+        slot = slot + sizes::stage == depth * sizes::stage ? 0 : slot + sizes::stage;
+    }
+    qf_cp_async_wait<0>();
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) {
+            state.sum[e] += __shfl_xor_sync(ALL_LANES, state.sum[e], offset);
+        }
+    }
+}
+
+template <int format, int head_dim>
+static __device__ __forceinline__ void put_results(const lowbit_state<head_dim> &s,
+                                                   const lowbit_shared<format, head_dim> &shared)
+{
+    typedef lowbit_sizes<format, head_dim> sizes;
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        const int row = warp * LOWBIT_HEADS + 2 * t + e;
+        if (g == 0) {
+            shared.maximum[row] = s.maximum[e];
+            shared.sum[row] = s.sum[e];
+        }
+#pragma unroll
+        for (int i = 0; i < head_dim / 16; i += 2) {
+            *reinterpret_cast<float4 *>(shared.values + row * sizes::result_row + 16 * i + 4 * g) =
+                make_float4(s.o[i][e], s.o[i][e + 2], s.o[i + 1][e], s.o[i + 1][e + 2]);
+        }
+    }
+}
+
+/* Merges the warps in order; the results of these heads go out, or to the workspace. */
+template <int format, int head_dim>
+static __device__ __forceinline__ void merge_results(const attention_params &p, const qf_cuda_attention_item &item,
+                                                     int32_t kv_head, int32_t first_head,
+                                                     const lowbit_shared<format, head_dim> &shared)
+{
+    typedef lowbit_sizes<format, head_dim> sizes;
+    const int32_t num = min(p.group - first_head, LOWBIT_HEADS);
+    for (int32_t i = threadIdx.x; i < num * (head_dim / 4); i += LOWBIT_THREADS) {
+        const int32_t local = i / (head_dim / 4), d = i % (head_dim / 4) * 4;
+        const int32_t head = kv_head * p.group + first_head + local;
+        float maximum = -INFINITY, sum = 0.0f; /* of a warp that had nothing to do: -inf */
+        float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int w = 0; w < LOWBIT_WARPS; w++) {
+            maximum = fmaxf(maximum, shared.maximum[w * LOWBIT_HEADS + local]);
+        }
+#pragma unroll
+        for (int w = 0; w < LOWBIT_WARPS; w++) {
+            const int32_t row = w * LOWBIT_HEADS + local;
+            add_weighted(acc, sum, *reinterpret_cast<const float4 *>(shared.values + row * sizes::result_row + d),
+                         shared.sum[row], power_of_two(shared.maximum[row] - maximum));
+        }
+        if (item.num_splits == 1) {
+            store_out(p, head * head_dim + d, item.first_row, acc, sum);
+        } else {
+            float *unit = unit_of(p, item, item.split, 0);
+            *reinterpret_cast<float4 *>(unit_values(p, unit, head) + d) = acc;
+            if (d == 0) {
+                *reinterpret_cast<float2 *>(unit + 2 * head) = make_float2(maximum, sum);
+            }
+        }
+    }
+}
+
+template <int format, int head_dim>
+static __global__ void __launch_bounds__(LOWBIT_THREADS, 2)
+    attention_decode_lowbit_kernel(const __grid_constant__ attention_params p, int32_t depth)
+{
+    extern __shared__ __align__(16) uint8_t dynamic[];
+    __shared__ qf_cuda_attention_item item; /* registers are scarce */
+    qf_grid_launch_dependents();
+    /* Items were copied before the step's first kernel. The grid is no larger than the array, so that the first item is
+     * loaded before it is known to be there. */
+    const int32_t num_kv_heads = p.a.shape.num_kv_heads, num_items = __ldcg(p.a.num_items);
+    const lowbit_shared<format, head_dim> shared = lay_out<format, head_dim>(dynamic, depth);
+    for (int32_t unit = blockIdx.x; unit < num_items * num_kv_heads; unit += gridDim.x) {
+        const int32_t kv_head = unit % num_kv_heads;
+        if (threadIdx.x == 0) {
+            item = load_item(p.a.items + unit / num_kv_heads);
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (int32_t first_head = 0; first_head < p.group; first_head += LOWBIT_HEADS) {
+            lowbit_state<head_dim> state;
+            lowbit_walk w = start_walk<format, head_dim>(p, item, kv_head, threadIdx.x % 32);
+            begin_walk<format, head_dim>(w, unit == (int32_t)blockIdx.x && first_head == 0, depth, shared);
+            prepare_queries<format, head_dim>(p, item, kv_head, first_head, shared);
+            __syncthreads();
+            walk<format, head_dim>(p, w, depth, shared, state);
+            __syncthreads(); /* results stand where stages were */
+            put_results<format, head_dim>(state, shared);
+            __syncthreads();
+            merge_results<format, head_dim>(p, item, kv_head, first_head, shared);
+            __syncthreads(); /* shared memory is written anew */
+        }
+        if (item.num_splits == 1) {
+            zero_padding(p, item, kv_head);
+        } else {
+            merge_item<head_dim, LOWBIT_THREADS>(p, item, kv_head);
+        }
+        __syncthreads(); /* item is written anew */
+    }
+    qf_grid_dependency_wait(); /* a kernel's end implies its predecessor's, whether it had work or not */
+}
+
+#endif

@@ -1,0 +1,166 @@
+/* Low-bit decode attention: the walk of a warp over its positions, and what it has on its way from memory.
+ *
+ * An item's positions are cut into stages of 16 or 32, at multiples of that, and each warp takes an eighth of them, one
+ * after the other. A stage is keys' codes | values' codes | keys' words | values' words in shared memory, copied
+ * asynchronously `depth` stages ahead. The bias is made for units of QF_CUDA_BIAS_TILE = 64 positions: with the first stage
+ * of a unit that a warp sees comes the unit's row of the coarse table.
+ *
+ * Rows of values are read by lane (g, t) at columns of g, rows 2t and 2t + 1: 16-byte pieces and rows change places so
+ * that no bank is asked twice; so do pieces of keys of 128 bytes. */
+#ifndef QF_ATTENTION_DECODE_LOWBIT_STAGE_CUH
+#define QF_ATTENTION_DECODE_LOWBIT_STAGE_CUH
+
+#include "attention_decode_merge.cuh"
+#include "common/kv_codec.cuh"
+
+#define LOWBIT_THREADS 256
+#define LOWBIT_WARPS (LOWBIT_THREADS / 32)
+#define LOWBIT_HEADS 8 /* at a time: columns of the products, and a warp each for what is made of the queries */
+#define ALL_LANES 0xffffffffu
+
+/* Sizes of one format and head_dim; all in bytes unless named otherwise. */
+template <int format, int head_dim> struct lowbit_sizes {
+    static constexpr int words = qf_kv_words(format, head_dim), row = qf_kv_row_bytes(format, head_dim);
+    static constexpr int tiles = row == 128 ? 1 : 2, positions = 16 * tiles; /* of a stage */
+    static constexpr int stages = QF_CUDA_BIAS_TILE / positions;             /* of a unit */
+    static constexpr int depth = row == 128 ? 3 : row == 64 ? 2 : 4, least_depth = 2;
+    static constexpr int coarse_slots = (depth - 1) / stages + 2, coarse = coarse_slots * head_dim * 4; /* on their way */
+    static constexpr int codes = positions * row, scales = positions * 2 * words;
+    static constexpr int stage = 2 * (codes + scales);
+    static constexpr int c = LOWBIT_HEADS * head_dim / 2 * 4, q = head_dim / 32 * 32 * 16;
+    static constexpr int sums = LOWBIT_HEADS * (head_dim / 32) * 4;
+    static constexpr int fixed = LOWBIT_WARPS * coarse + 2 * c + q + sums + LOWBIT_HEADS * 4;
+    static constexpr int result_row = head_dim + 4; /* floats */
+    static constexpr int results = LOWBIT_WARPS * LOWBIT_HEADS * (result_row + 2) * 4;
+    static_assert(results <= LOWBIT_WARPS * least_depth * stage, "results stand where stages were");
+    static constexpr int total(int with_depth) { return LOWBIT_WARPS * with_depth * stage + fixed; }
+};
+
+/* A warp's walk over an item's positions: stages first .. end - 1. */
+struct lowbit_walk {
+    int32_t begin, end_position; /* positions that are seen */
+    uint32_t first, end;
+    int32_t own_position;        /* and later ones: written by the kernel before */
+    uint32_t lane;
+    const uint8_t *k, *v, *words; /* in block 0: this lane's first piece of the kv head's codes; of its side's words */
+    const float *coarse;          /* this lane's piece of row 0; NULL: no bias */
+    const int32_t *table;
+    int32_t block_shift, block_pieces; /* a block in pieces of 16 bytes */
+    /* Lane i: of the i-th tile of the 32 that are copied now, pieces from block 0's start to the tile's. */
+    uint32_t code_pieces, word_pieces;
+};
+
+/* The 32 tiles from `first` on; those that are not seen become ones that are, and are masked. */
+template <int format, int head_dim>
+static __device__ __forceinline__ void load_blocks(lowbit_walk &w, uint32_t first)
+{
+    typedef lowbit_sizes<format, head_dim> sizes;
+    const int32_t tile = min(max((int32_t)(first + w.lane), w.begin >> 4), (w.end_position - 1) >> 4);
+    const int32_t shift = w.block_shift - 4, row = tile & ((1 << shift) - 1);
+    const uint32_t block = (uint32_t)__ldcg(w.table + (tile >> shift)) * (uint32_t)w.block_pieces;
+    w.code_pieces = block + row * sizes::row;
+    w.word_pieces = block + row * (2 * sizes::words);
+}
+
+template <int format, int head_dim>
+static __device__ __forceinline__ lowbit_walk start_walk(const attention_params &p, const qf_cuda_attention_item &item,
+                                                         int32_t kv_head, uint32_t lane)
+{
+    typedef lowbit_sizes<format, head_dim> sizes;
+    lowbit_walk w;
+    const uint32_t warp = threadIdx.x / 32, first = (uint32_t)item.kv_begin / sizes::positions;
+    const uint32_t num = (uint32_t)(item.kv_end - 1) / sizes::positions + 1 - first;
+    w.lane = lane;
+    w.begin = item.kv_begin;
+    w.end_position = item.kv_end;
+    w.own_position = item.first_position;
+    w.block_shift = p.block_shift;
+    w.first = first + num * warp / LOWBIT_WARPS;
+    w.end = first + num * (warp + 1) / LOWBIT_WARPS;
+    const int64_t rows = (int64_t)p.a.shape.num_kv_heads << p.block_shift, row = (int64_t)kv_head << p.block_shift;
+    w.block_pieces = (int32_t)(rows * (sizes::row + 2 * sizes::words) / 16);
+    w.k = static_cast<const uint8_t *>(p.a.kv.k) + row * sizes::row + lane * 16;
+    w.v = static_cast<const uint8_t *>(p.a.kv.v) + row * sizes::row + lane * 16;
+    constexpr uint32_t pieces = 2 * sizes::words; /* of a tile's words; a lane has one, of keys or values */
+    w.words = static_cast<const uint8_t *>(lane / pieces % 2 == 0 ? p.a.kv.k : p.a.kv.v) + rows * sizes::row +
+              row * (2 * sizes::words) + lane % pieces * 16;
+    w.coarse = p.a.kv.k_bias != NULL ? p.a.bias_coarse + lane * 4 : NULL;
+    w.table = p.a.block_tables + __ldcg(p.a.block_table_start + item.seq);
+    w.code_pieces = w.word_pieces = 0;
+    return w;
+}
+
+/* Where 16-byte piece `piece` of 16 rows of values, or keys, stands in shared memory. */
+template <int row_bytes> static __device__ __forceinline__ uint32_t value_piece(uint32_t piece)
+{
+    const uint32_t per_row = row_bytes / 16, r = piece / per_row, c = piece % per_row;
+    if (row_bytes == 128) {
+        return r * 128 + ((c ^ (r >> 1 & 3) * 2) * 16);
+    }
+    return (r ^ (r >> 2 & 1)) * row_bytes + (row_bytes == 64 ? (c ^ (r >> 1 & 1) * 2) * 16 : c * 16);
+}
+
+template <int row_bytes> static __device__ __forceinline__ uint32_t key_piece(uint32_t piece)
+{
+    return row_bytes == 128 ? piece / 8 * 128 + ((piece % 8 ^ (piece / 8 & 1) * 4) * 16) : piece * 16;
+}
+
+/* Sends for stage s and commits, even if there is nothing to send. `stage` and `coarse` are the warp's places. Stages
+ * are copied in order, each once. */
+template <int format, int head_dim>
+static __device__ __forceinline__ void copy_stage(lowbit_walk &w, uint32_t s, uint8_t *stage, uint8_t *coarse)
+{
+    typedef lowbit_sizes<format, head_dim> sizes;
+    if (s < w.end) {
+        const uint32_t n = s * sizes::tiles;
+        if (n % 32 == 0 || s == w.first) {
+            load_blocks<format, head_dim>(w, n & ~31u);
+        }
+#pragma unroll
+        for (int m = 0; m < sizes::tiles; m++) {
+            const uint32_t pieces = __shfl_sync(ALL_LANES, w.code_pieces, (n + m) % 32);
+            const uint8_t *k = w.k + (uint64_t)pieces * 16, *v = w.v + (uint64_t)pieces * 16;
+            uint8_t *to = stage + m * 16 * sizes::row;
+#pragma unroll
+            for (int i = 0; i < sizes::row / 32; i++) {
+                /* Pieces 32 further on are 4, 8 or 16 rows further on: only rows of 128 bytes change places otherwise. */
+                const uint32_t key = key_piece<sizes::row>(w.lane) + 512 * i;
+                const uint32_t value = (value_piece<sizes::row>(w.lane) ^ (sizes::row == 128 && i % 2 ? 64 : 0)) + 512 * i;
+                qf_cp_async_16(to + key, k + 512 * i);
+                qf_cp_async_16(to + sizes::codes + value, v + 512 * i);
+            }
+        }
+        constexpr uint32_t pieces = 2 * sizes::words;
+        const uint32_t side = w.lane / pieces % 2, m = w.lane / (2 * pieces), c = w.lane % pieces;
+        const uint32_t at = __shfl_sync(ALL_LANES, w.word_pieces, (n + m) % 32);
+        if (m < sizes::tiles) {
+            qf_cp_async_16(stage + 2 * sizes::codes + side * sizes::scales + (m * pieces + c) * 16,
+                           w.words + (uint64_t)at * 16);
+        }
+        if ((s % sizes::stages == 0 || s == w.first) && w.coarse != NULL && w.lane < head_dim / 4) {
+            const uint32_t unit = s / sizes::stages;
+            qf_cp_async_16(coarse + unit % sizes::coarse_slots * head_dim * 4 + w.lane * 16,
+                           w.coarse + (uint64_t)unit * head_dim);
+        }
+    }
+    qf_cp_async_commit();
+}
+
+/* Words of positions that are not seen become zero: what stands there may be no number. */
+template <int format, int head_dim>
+static __device__ __forceinline__ void clear_unseen(const lowbit_walk &w, int32_t position, uint8_t *stage)
+{
+    typedef lowbit_sizes<format, head_dim> sizes;
+    const int32_t i = (int32_t)w.lane;
+    if (i < sizes::positions && (position + i < w.begin || position + i >= w.end_position)) {
+        uint16_t *words = reinterpret_cast<uint16_t *>(stage + 2 * sizes::codes) + i * sizes::words;
+#pragma unroll
+        for (int j = 0; j < sizes::words; j++) {
+            words[j] = 0;
+            words[sizes::scales / 2 + j] = 0;
+        }
+    }
+    __syncwarp();
+}
+
+#endif

@@ -1,0 +1,180 @@
+/* The low-bit KV cache as the kernels see it: where a code stands in its row, and codes to bf16. What codes and words
+ * mean: csrc/kv/format.h; the layout of a block: qf_kernels.h.
+ *
+ * A row's place is counted in codes: bytes, or nibbles (nibble n in bits 4 n of the little-endian words). Both orders
+ * are made for the A operand of mma.m16n8k16, whose lane is (g, t) = (lane / 4, lane % 4):
+ *
+ *   keys    d = 32 G + 8 t + 2 i + e: lane t's eight columns of group G are one word (4 bits) or two (8 bits), the pair
+ *           (e = 0, 1) being the k pair of a register. Pair i of int4 stands in bits 4 i and 16 + 4 i; of 8 bits in bytes
+ *           i % 2 and i % 2 + 2 of word i / 2; of nf4 in nibbles 2 i and 2 i + 1.
+ *   values  d = 32 G + 4 g + n: lane g's four rows of group G's two tiles are four neighbouring codes. */
+#ifndef QF_COMMON_KV_CODEC_CUH
+#define QF_COMMON_KV_CODEC_CUH
+
+#include "common/dequant.cuh"
+#include "qf_kernels.h"
+
+#define QF_KV_INT4_NAN_WORD 0xfff0u
+#define QF_KV_BF16_NAN_WORD 0x7fc0u
+
+/* As qf_cuda_kv_words and qf_cuda_kv_row_bytes, on the device. */
+static __host__ __device__ constexpr int32_t qf_kv_words(int format, int32_t head_dim)
+{
+    return format == QF_CUDA_KV_FP8 || format == QF_CUDA_KV_INT8 ? 1 : head_dim / 32;
+}
+static __host__ __device__ constexpr int32_t qf_kv_row_bytes(int format, int32_t head_dim)
+{
+    return format == QF_CUDA_KV_FP8 || format == QF_CUDA_KV_INT8 ? head_dim : head_dim / 2;
+}
+
+/* --- where codes stand -------------------------------------------------------------------------------------- */
+
+static __host__ __device__ __forceinline__ int32_t qf_kv_key_place(int format, int32_t head_dim, int32_t d)
+{
+    const int32_t group = d / 32, t = d % 32 / 8, i = d % 8 / 2, e = d % 2;
+    if (format == QF_CUDA_KV_INT4) {
+        return t * (head_dim / 4) + 8 * group + i + 4 * e;
+    }
+    if (format == QF_CUDA_KV_NF4) {
+        return t * (head_dim / 4) + 8 * group + 2 * i + e;
+    }
+    return (group / 2 * 4 + t) * 16 + group % 2 * 8 + i / 2 * 4 + i % 2 + 2 * e;
+}
+
+static __host__ __device__ __forceinline__ int32_t qf_kv_value_place(int32_t head_dim, int32_t d)
+{
+    return d % 32 / 4 * (head_dim / 8) + 4 * (d / 32) + d % 4;
+}
+
+/* --- scale words -------------------------------------------------------------------------------------------- */
+
+/* (v & mask) | bits */
+static __device__ __forceinline__ uint32_t qf_kv_and_or(uint32_t v, uint32_t mask, uint32_t bits)
+{
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(v), "r"(mask), "r"(bits));
+    return r;
+}
+
+/* A pair of int4's words: steps as bf16 (exact), and 128 + zero, or its negative, as bf16. */
+static __device__ __forceinline__ uint32_t qf_kv_int4_steps(uint32_t words) { return (words & 0xfff0fff0u) >> 1; }
+
+static __device__ __forceinline__ uint32_t qf_kv_int4_zeros(uint32_t words)
+{
+    return qf_kv_and_or(words, 0x000f000fu, 0x43004300u);
+}
+static __device__ __forceinline__ uint32_t qf_kv_int4_minus_zeros(uint32_t words)
+{
+    return qf_kv_and_or(words, 0x000f000fu, 0xc300c300u);
+}
+
+/* The low or high word of a pair: its step, and 128 + zero, in float32. */
+static __device__ __forceinline__ float qf_kv_int4_step_low(uint32_t words)
+{
+    return __uint_as_float((words << 15) & 0x7ff80000u);
+}
+static __device__ __forceinline__ float qf_kv_int4_step_high(uint32_t words)
+{
+    return __uint_as_float((words & 0xfff00000u) >> 1);
+}
+static __device__ __forceinline__ float qf_kv_int4_zero_low(uint32_t words)
+{
+    return __uint_as_float(qf_kv_and_or(words << 16, 0x000f0000u, 0x43000000u));
+}
+static __device__ __forceinline__ float qf_kv_int4_zero_high(uint32_t words)
+{
+    return __uint_as_float(qf_kv_and_or(words, 0x000f0000u, 0x43000000u));
+}
+
+/* --- codes to bf16 ------------------------------------------------------------------------------------------ */
+
+/* The nibbles in bits 0 and 16: 128 + code, exact. */
+static __device__ __forceinline__ uint32_t qf_kv_nibble_pair(uint32_t v)
+{
+    return qf_kv_and_or(v, 0x000f000fu, 0x43004300u);
+}
+
+/* The signed bytes in bits 0 and 16: with sign s and the other seven bits l, (128 + l) - (128 + 128 s), exact. */
+static __device__ __forceinline__ uint32_t qf_kv_int8_pair(uint32_t v)
+{
+    return qf_sub_bf16(qf_kv_and_or(v, 0x007f007fu, 0x43004300u), qf_kv_and_or(v, 0x00800080u, 0x43004300u));
+}
+
+/* The e4m3 bytes in bits 8 and 24: exponent and mantissa in bf16's places, times 2^(127 - 7): exact, subnormal codes
+ * too. */
+static __device__ __forceinline__ uint32_t qf_kv_e4m3_pair(uint32_t v)
+{
+    return qf_mul_bf16(qf_kv_and_or(v, 0x80008000u, (v >> 4) & 0x07f007f0u), 0x7b807b80u);
+}
+
+/* nf4: four nibbles (bits 0 .. 15 of `low_bits`, the low three bits of each, and of `high_bits`, the fourth one) to two
+ * pairs of neighbours, by bytes of the 16 levels. */
+static __device__ __forceinline__ void qf_kv_nf4_pairs(uint32_t low_bits, uint32_t high_bits, uint32_t &first,
+                                                       uint32_t &second)
+{
+    const uint32_t mask = __byte_perm(0x0000ff00u, 0, high_bits);
+    const uint32_t high_negative = __byte_perm(0xbebfbfbfu, 0x00bdbebeu, low_bits);
+    const uint32_t high_positive = __byte_perm(0x3e3e3e3du, 0x3f3f3f3eu, low_bits);
+    const uint32_t low_negative = __byte_perm(0xca063280u, 0x00ba3d92u, low_bits);
+    const uint32_t low_positive = __byte_perm(0xad7c25a3u, 0x803910e2u, low_bits);
+    const uint32_t high = (high_positive & mask) | (high_negative & ~mask);
+    const uint32_t low = (low_positive & mask) | (low_negative & ~mask);
+    first = __byte_perm(low, high, 0x5140);
+    second = __byte_perm(low, high, 0x7362);
+}
+
+/* Eight neighbouring columns of a key (words: one for 4 bits, two for 8) to four pairs, without their scale; int4:
+ * 128 + code. */
+template <int format> static __device__ __forceinline__ void qf_kv_key_pairs(const uint32_t *words, uint32_t (&x)[4])
+{
+    if constexpr (format == QF_CUDA_KV_INT4) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            x[i] = qf_kv_nibble_pair(words[0] >> (4 * i));
+        }
+    } else if constexpr (format == QF_CUDA_KV_NF4) {
+        const uint32_t low_bits = words[0] & 0x77777777u, high_bits = (words[0] >> 3) & 0x11111111u;
+        qf_kv_nf4_pairs(low_bits, high_bits, x[0], x[1]);
+        qf_kv_nf4_pairs(low_bits >> 16, high_bits >> 16, x[2], x[3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t word = words[i / 2];
+            x[i] = format == QF_CUDA_KV_INT8 ? qf_kv_int8_pair(i % 2 == 0 ? word : word >> 8)
+                                             : qf_kv_e4m3_pair(i % 2 == 0 ? word << 8 : word);
+        }
+    }
+}
+
+/* The four columns of one group (8 bits: a word of each row; 4 bits: one half of a word) of two rows a and b of values:
+ * x[n] is column n of a, then of b, without their scale; int4: 128 + code. */
+template <int format>
+static __device__ __forceinline__ void qf_kv_value_pairs(uint32_t a, uint32_t b, int half, uint32_t (&x)[4])
+{
+    if constexpr (format == QF_CUDA_KV_INT4) {
+        const uint32_t v = __byte_perm(a, b, half == 0 ? 0x5410 : 0x7632);
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            x[n] = qf_kv_nibble_pair(v >> (4 * n));
+        }
+    } else if constexpr (format == QF_CUDA_KV_NF4) {
+        const uint32_t v = __byte_perm(a, b, half == 0 ? 0x5410 : 0x7632);
+        const uint32_t low_bits = v & 0x77777777u, high_bits = (v >> 3) & 0x11111111u;
+        uint32_t a01, a23, b01, b23;
+        qf_kv_nf4_pairs(low_bits, high_bits, a01, a23);
+        qf_kv_nf4_pairs(low_bits >> 16, high_bits >> 16, b01, b23);
+        x[0] = __byte_perm(a01, b01, 0x5410);
+        x[1] = __byte_perm(a01, b01, 0x7632);
+        x[2] = __byte_perm(a23, b23, 0x5410);
+        x[3] = __byte_perm(a23, b23, 0x7632);
+    } else {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const uint32_t v = __byte_perm(a, b, h == 0 ? 0x5410 : 0x7632);
+            x[2 * h] = format == QF_CUDA_KV_INT8 ? qf_kv_int8_pair(v) : qf_kv_e4m3_pair(v << 8);
+            x[2 * h + 1] = format == QF_CUDA_KV_INT8 ? qf_kv_int8_pair(v >> 8) : qf_kv_e4m3_pair(v);
+        }
+    }
+}
+
+#endif
