@@ -25,6 +25,14 @@ def json_option(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"not JSON: {shown!r}: {error}") from None
 
 
+def layers_option(text: str) -> tuple[int, ...]:
+    """Layer indices, such as 0,27."""
+    try:
+        return tuple(int(one) for one in text.split(",") if one.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer indices, such as 0,27") from None
+
+
 _SAMPLING = (  # option, type, help; the field is the option's name
     ("max-tokens", int, "most tokens to generate (default: until the model ends)"),
     ("min-tokens", int, "no end before so many tokens"),
@@ -42,7 +50,9 @@ _ENGINE = (
     ("dtype", str, "auto, bfloat16, float16, float32"),
     ("quantization", str, "auto, none, w4, awq, gptq, compressed-tensors"),
     ("activation-dtype", str, "auto, int8, float32"),
-    ("kv-cache-dtype", str, "auto, bfloat16, float32"),
+    ("kv-cache-dtype", str, "auto, bfloat16, float32, fp8_e4m3 (fp8), int8, int4, nf4"),
+    ("kv-cache-16bit-window", int, "beside 8 or 4 bits: newest positions that are read in 16 bits (default 0)"),
+    ("kv-cache-16bit-layers", layers_option, "beside 8 or 4 bits: layers whose cache has 16 bits, such as 0,27"),
     ("lm-head-dtype", str, "auto, model, int8, int4"),
     ("block-size", int, "tokens in a KV cache block: 16, 32, 64, 128"),
     ("max-model-len", int, "prompt and output together, tokens"),
@@ -167,6 +177,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     importlib.import_module(".cost.plan_cli", __package__).add_arguments(plan)
 
+    quality = _command(
+        commands, "quality", _late("quality.quality_cli", "run"), "measure what fewer bits cost in quality"
+    )
+    quality.add_argument("model_name", nargs="?", metavar="MODEL", help="demo (default), a directory or a hub id")
+    importlib.import_module(".quality.quality_cli", __package__).add_arguments(quality, _ENGINE, _METAVAR)
+    _model_options(quality)
+
+    quantize = _command(
+        commands, "quantize", _late("quantize.quantize_cli", "run"), "write a checkpoint of 4 or 8 bits: AWQ, GPTQ"
+    )
+    importlib.import_module(".quantize.quantize_cli", __package__).add_arguments(quantize)
+
     cgi = _command(commands, "cgi", run_cgi, "hand a CGI request to a server started with `serve --fastcgi`")
     cgi.add_argument("--connect", required=True, metavar="ADDRESS", help="unix:/path/of/the.sock or 127.0.0.1:PORT")
     return parser
@@ -206,7 +228,7 @@ def _options(parser: argparse.ArgumentParser, title: str, rows: Sequence[tuple[s
         group.add_argument(f"--{name}", type=kind, help=text.replace("%", "%%"), metavar=_METAVAR[kind])
 
 
-_METAVAR = {int: "N", float: "X", str: "TEXT", json_option: "JSON"}
+_METAVAR = {int: "N", float: "X", str: "TEXT", json_option: "JSON", layers_option: "LAYERS"}
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:

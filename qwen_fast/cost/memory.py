@@ -23,7 +23,7 @@ CUT_TOKENS_HOPPER, CUT_TOKENS = 2048, 1024  # cuts x tokens of the largest step 
 SAMPLE_GROUP, SAMPLE_BLOCK, SAMPLE_BINS = 512, 128, 2048
 DEFAULT_BATCHED_TOKENS = 2048
 KV_BITS = {"bfloat16": 16, "float32": 32, "fp8_e4m3": 8, "int8": 8, "int4": 4, "nf4": 4}
-LOW_BIT_SCALES_BITS = 16 / 64  # an 8- or 4-bit cache's scale: assumed 16 bits for 64 elements
+KV_GROUP = 32  # elements to a scale of 16 bits in a 4-bit cache; an 8-bit one has a scale for each row of head_dim
 
 
 def _up(value: int, unit: int) -> int:
@@ -117,7 +117,9 @@ def head_and_embedding_bytes(shape: Shape, formats: Formats, ranks: int = 1) -> 
 
 def kv_token_bytes(shape: Shape, kv: str = "bfloat16", ranks: int = 1) -> float:
     """A token's keys and values over all layers."""
-    bits = KV_BITS[kv] + (LOW_BIT_SCALES_BITS if KV_BITS[kv] < 16 else 0)
+    bits: float = KV_BITS[kv]
+    if bits < 16:
+        bits += 16 / (KV_GROUP if bits == 4 else shape.head_dim)
     return 2 * shape.num_layers * max(1, shape.num_kv_heads // ranks) * shape.head_dim * bits / 8
 
 
