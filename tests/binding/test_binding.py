@@ -418,6 +418,7 @@ def test_outputs_have_the_keys_of_the_stub(engine):
 def test_reports(engine):
     info, stats = engine.info(), engine.stats()
     assert (info["vocab_size"], info["block_size"], info["backend"]) == (VOCAB_SIZE, 32, "cpu")
+    assert info.pop("kv_cache_16bit_layers") == []
     assert all(isinstance(value, str | int | float) for value in info.values())
     assert stats.pop("failed") is False and stats.pop("meter")["enabled"] is True
     assert all(isinstance(value, int) for value in {**stats.pop("memory"), **stats}.values())

@@ -274,8 +274,8 @@ def test_memory_and_traffic_of_a_window(demo):
 def test_refused(tmp_path):
     """A head size that is no multiple of 32."""
     path = write_dummy(tmp_path, hidden_size=192, num_attention_heads=4)
-    with pytest.raises(ValueError, match=r"kv_cache_dtype=\"int4\" needs a head_dim.*multiple of 32.*is 48"):
-        with open_engine(path, load_format="dummy", kv_cache_dtype="int4"):
-            pass
+    refusal = pytest.raises(ValueError, match=r"kv_cache_dtype=\"int4\" needs a head_dim.*multiple of 32.*is 48")
+    with refusal, open_engine(path, load_format="dummy", kv_cache_dtype="int4"):
+        pass
     with open_engine(path, load_format="dummy", kv_cache_dtype="auto") as engine:
         assert engine.info()["head_dim"] == 48

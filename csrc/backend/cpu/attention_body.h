@@ -226,21 +226,6 @@ static void weigh_part(const qf_kv_cache *cache, const qf_attention_rows *rows, 
     }
 }
 
-/* The record of a low-bit cache that holds position `at`. */
-QF_INLINE const uint8_t *find_record(const qf_kv_cache *cache, const void *store, const qf_attention_rows *rows, int32_t at)
-{
-    const int32_t block = rows->block_table[at / cache->block_size];
-    return (const uint8_t *)store + qf_cpu_kv_record(cache, block, rows->kv_head, at % cache->block_size);
-}
-
-/* Records are short and blocks anywhere, so the processor does not foresee them. */
-QF_INLINE void prefetch_record(const uint8_t *record, size_t size_bytes)
-{
-    for (size_t at = 0; at < size_bytes; at += 64) {
-        v_prefetch(record + at);
-    }
-}
-
 /* The same of a low-bit cache: some sixteens of positions at a time are unpacked for all rows. first, end: what any of
  * them sees. */
 static void weigh_packed(const qf_kv_cache *cache, const qf_attention_rows *rows, qf_attention_scratch *scratch,

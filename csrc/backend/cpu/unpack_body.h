@@ -7,6 +7,21 @@
  * The bias enters in float32: three roundings of numbers of its size, nothing of it is ever quantised. The rows that share
  * a pass over the cache share the unpacked tile, which costs about as much as two or three rows' arithmetic on it. */
 
+/* The record of a low-bit cache that holds position `at`. */
+QF_INLINE const uint8_t *find_record(const qf_kv_cache *cache, const void *store, const qf_attention_rows *rows, int32_t at)
+{
+    const int32_t block = rows->block_table[at / cache->block_size];
+    return (const uint8_t *)store + qf_cpu_kv_record(cache, block, rows->kv_head, at % cache->block_size);
+}
+
+/* Records are short and blocks anywhere, so the processor does not foresee them. */
+QF_INLINE void prefetch_record(const uint8_t *record, size_t size_bytes)
+{
+    for (size_t at = 0; at < size_bytes; at += 64) {
+        v_prefetch(record + at);
+    }
+}
+
 /* The codes of sixteen components or positions as float32, up to a factor that unpack_scales puts into the scale. */
 QF_INLINE vf unpack_8(const uint8_t *p, const qf_kv_format format)
 {
