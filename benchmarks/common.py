@@ -127,6 +127,7 @@ def demo_dir() -> Path:
 
 
 def kv_bytes_per_token(info: dict[str, Any]) -> int:
+    """Of a cache of 16 or 32 bits; others by their memory plan (gpu_kv.py)."""
     width = 4 if info["kv_cache_dtype"] == "float32" else 2
     return 2 * info["num_layers"] * info["num_kv_heads"] * info["head_dim"] * width
 

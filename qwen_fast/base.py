@@ -88,7 +88,7 @@ class BaseLLM:
         activation_dtype: "auto" (on the CPU int8 beside 4- and 8-bit weights, on a GPU bfloat16), "int8", "float32".
         kv_cache_dtype: "auto" (dtype), "bfloat16", "float32", "fp8_e4m3" ("fp8"), "int8", "int4", "nf4". Keys of 8 and
             4 bits are stored without k_proj's bias, which is added exactly when they are read; they need a head_dim that
-            is a multiple of 32. On the CPU.
+            is a multiple of 32; on a GPU, of 64 or 128, and dtype bfloat16.
         kv_cache_16bit_window: beside such a cache, each query reads the newest so many positions, its own included, in
             16 bits. kv_cache_16bit_layers: indices of layers whose cache has 16 bits. A cache of 16 or 32 bits ignores
             both.

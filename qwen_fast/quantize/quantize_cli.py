@@ -83,13 +83,14 @@ def summary(report: dict[str, Any]) -> list[str]:
     size = "rows" if report["group_size"] == -1 else f"groups of {report['group_size']}"
     zero = "symmetric" if report["symmetric"] else "asymmetric"
     device = f", {format_bytes(report['peak_device_bytes'])} on the GPU" if report["peak_device_bytes"] else ""
+    own = "not measured" if report["peak_host_bytes"] is None else format_bytes(report["peak_host_bytes"])
     lines = [
         f"{report['out']}: {report['method']}, {report['bits']} bits, {size}, {zero}, format {report['format']}",
         (
             f"{format_bytes(report['source_bytes'])} to {format_bytes(report['bytes'])} in {report['seconds']:.1f} s "
             f"({phases}), {report['calibration_tokens']:,} tokens of calibration"
         ),
-        f"peak memory: {format_bytes(report['peak_host_bytes'])} on the host{device}",
+        f"peak memory: {own} on the host ({format_bytes(report['peak_resident_bytes'])} with the pages of mapped files){device}",
     ]
     if report["resumed_at_layer"]:
         lines.append(f"went on at layer {report['resumed_at_layer']} of an interrupted run")

@@ -21,6 +21,7 @@ from .calibration import load_blocks
 from .formats import quantization_config
 from .grid import GridSpec
 from .layer import collect, quantize_head, quantize_layer, run_layer
+from .memory import PeakMemory
 from .model import INPUTS, Layer, Model
 from .options import Options, check_shapes, make_options
 from .tensors import Stored, read_file, write_file, write_parts
@@ -78,11 +79,11 @@ def quantize(
     blocks = _blocks(source, options, calibration) if options.calibrates else None
     run = _Run(source, options, arrays_for(device), blocks, num_threads, progress)
     identity = {"model": source.fingerprint(), "options": options.as_dict(), "calibration": array_hash(blocks)}
-    with Work(target, identity, restart) as work:
+    with PeakMemory() as memory, Work(target, identity, restart) as work:
         run.layers(work)
         run.assemble(work)
         work.finish()
-    return run.report(target, time.monotonic() - began)
+    return run.report(target, time.monotonic() - began, memory)
 
 
 def _device(device: str) -> str:
@@ -224,7 +225,7 @@ class _Run:
             write_parts(work.new / path.name, [path.read_bytes()])
         self.seconds["files"] += time.monotonic() - began
 
-    def report(self, out: Path, seconds: float) -> dict[str, Any]:
+    def report(self, out: Path, seconds: float, memory: PeakMemory) -> dict[str, Any]:
         files = sorted(out.glob("*.safetensors"))
         return {
             "out": str(out), **self.options.as_dict(), "arrays": self.a.name,
@@ -232,7 +233,7 @@ class _Run:
             "seconds": round(seconds, 3), "seconds_by_phase": {key: round(value, 3) for key, value in self.seconds.items()},
             "resumed_at_layer": self.resumed_at, "bytes": sum(path.stat().st_size for path in files),
             "source_bytes": sum(path.stat().st_size for path in self.source.tensors.paths),
-            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_host_bytes": memory.own_bytes, "peak_resident_bytes": memory.resident_bytes,
             "peak_device_bytes": self.device_bytes, "layers": self.notes,
         }  # fmt: skip
 
