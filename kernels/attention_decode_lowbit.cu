@@ -8,17 +8,31 @@
  *
  * Roofline: memory. A position of a kv head is 2 (head_dim + 2) bytes in 8 bits and 9/8 head_dim in 4: 32 sequences of
  * 8,192 of the 7B model 273 and 151 MB a layer, 62 and 34 us at 4.4 TB/s. Close by are the instructions: at that rate an SM
- * has some 124 cycles for 16 positions of 4 bits, about 500 warp instructions; the kernel takes about 400, of which the bias
- * is 50. Target: 75 % of the bandwidth in 8 bits, 65 % in int4.
+ * has some 250 cycles for 16 positions of 8 bits and 124 for 16 of 4, about 1,000 and 500 warp instructions at best, and half
+ * of that at the rate that 16 warps reach. Target: 75 % of the bandwidth in 8 bits, 65 % in int4.
  *
- * Plan: grid of two CTAs of 8 warps on each multiprocessor, which loop over (item, kv head).
+ * Plan: a CTA of 16 warps on each multiprocessor, which loops over (item, kv head).
  *
- *     positions of an item | warp 0 | warp 1 | .. | warp 7 |     each warp with a ring of stages of its own
+ *     positions of an item | warp 0 | warp 1 | .. | warp 15 |     each warp with a ring of stages of its own
+ *
+ * What the instructions of a stage (hd 128; 32 positions of 4 bits, 16 of 8; without those of a unit of 64) are spent on:
+ *   int4  80 + 96 code words to operands | 68 products | 64 float32 of groups' steps | 55 scale words | 24 copies | softmax, places
+ *   8 bits  32 + 48 codes to operands | 24 products | 12 copies | softmax, places
+ * and a unit's bias takes some 150 more.
+ *
+ * Tried and lost:
+ *   bf16 operands: 3 to 5 instructions a pair in 8 bits, and int4's zeros had to be taken off again; and scale words
+ *     decoded by each lane that wants one, 220 instructions: in all 1,060 a stage of int4 instead of about 750, 74 us
+ *     instead of 55 at 32 x 8K, and fp8 106 us instead of 80.
+ *   two CTAs of 8 warps: fp8 82 us and, at 1 x 128K, 52 us instead of 47, and no room in shared memory for the bias's fine
+ *     table, whose misses in L1 cost int4 6 us (62 of 32 x 8K). They were better where CTAs have several short items: int4
+ *     34 us instead of 39 at 64 x 2K.
+ *   one kernel with and without bias: a branch in each stage, which keeps the bias's products apart from those of keys
+ *     (int8 82 us instead of 78).
+ *   the maximum found by shuffles in every stage: 24 instructions and three latencies; now only when a weight would exceed 2^6.
  *
  * Measured: see PERF.md. */
 #include "attention_decode_lowbit.cuh"
-
-#define CTAS_PER_SM 2
 
 typedef void (*lowbit_decode_kernel)(attention_params, int32_t);
 
@@ -29,21 +43,24 @@ struct lowbit_choice {
 };
 
 /* As many stages as the device's shared memory takes. */
-template <int format, int head_dim> static lowbit_choice choose(const qf_cuda_device *device)
+template <int format, int head_dim> static lowbit_choice choose(const qf_cuda_device *device, bool biased)
 {
     typedef lowbit_sizes<format, head_dim> sizes;
     const int32_t depth = sizes::total(sizes::depth) + 4096 <= device->max_shared_bytes ? sizes::depth
                                                                                        : sizes::least_depth;
-    return lowbit_choice{attention_decode_lowbit_kernel<format, head_dim>, depth, (size_t)sizes::total(depth)};
+    return lowbit_choice{biased ? attention_decode_lowbit_kernel<format, head_dim, true>
+                                : attention_decode_lowbit_kernel<format, head_dim, false>,
+                         depth, (size_t)sizes::total(depth)};
 }
 
-template <int head_dim> static lowbit_choice choose(const qf_cuda_device *device, qf_cuda_kv_format format)
+template <int head_dim>
+static lowbit_choice choose(const qf_cuda_device *device, qf_cuda_kv_format format, bool biased)
 {
     switch (format) {
-    case QF_CUDA_KV_FP8: return choose<QF_CUDA_KV_FP8, head_dim>(device);
-    case QF_CUDA_KV_INT8: return choose<QF_CUDA_KV_INT8, head_dim>(device);
-    case QF_CUDA_KV_INT4: return choose<QF_CUDA_KV_INT4, head_dim>(device);
-    default: return choose<QF_CUDA_KV_NF4, head_dim>(device);
+    case QF_CUDA_KV_FP8: return choose<QF_CUDA_KV_FP8, head_dim>(device, biased);
+    case QF_CUDA_KV_INT8: return choose<QF_CUDA_KV_INT8, head_dim>(device, biased);
+    case QF_CUDA_KV_INT4: return choose<QF_CUDA_KV_INT4, head_dim>(device, biased);
+    default: return choose<QF_CUDA_KV_NF4, head_dim>(device, biased);
     }
 }
 
@@ -51,7 +68,9 @@ extern "C" qf_status qf_attention_decode_lowbit(const attention_params *p, const
                                                 cudaStream_t stream, qf_error *err)
 {
     const qf_cuda_kv_format format = p->a.kv.format;
-    const lowbit_choice choice = p->a.shape.head_dim == 64 ? choose<64>(device, format) : choose<128>(device, format);
+    const bool biased = p->a.kv.k_bias != NULL;
+    const lowbit_choice choice =
+        p->a.shape.head_dim == 64 ? choose<64>(device, format, biased) : choose<128>(device, format, biased);
     qf_status status = qf_allow_shared("attention (low-bit decode)", choice.kernel, choice.bytes, err);
     if (status != QF_OK) {
         return status;
@@ -59,7 +78,7 @@ extern "C" qf_status qf_attention_decode_lowbit(const attention_params *p, const
     QF_CUDA_TRY(cudaFuncSetAttribute(reinterpret_cast<const void *>(choice.kernel),
                                      cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     const int64_t units = (int64_t)p->a.max_decode_items * p->a.shape.num_kv_heads;
-    const int64_t resident = (int64_t)device->sm_count * CTAS_PER_SM;
+    const int64_t resident = (int64_t)device->sm_count * LOWBIT_CTAS;
     return qf_launch("attention (low-bit decode)", choice.kernel,
                      dim3((unsigned)(units < resident ? units : resident)), dim3(LOWBIT_THREADS), choice.bytes,
                      device->dependent_launch, stream, err, *p, choice.depth);

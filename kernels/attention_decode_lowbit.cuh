@@ -1,10 +1,11 @@
 /* Attention of single rows over a low-bit cache: one new token of a sequence against a run of its positions.
  *
- * A CTA of 8 warps takes an item and a kv head, 8 heads of its group at a time; each warp an eighth of the positions in
- * stages (attention_decode_lowbit_stage.cuh), whose arithmetic is in attention_decode_lowbit_tile.cuh. Warps are merged in
- * order, splits as in attention_decode_merge.cuh.
+ * A CTA of 16 warps takes an item and a kv head, 8 heads of its group at a time; each warp a 16th of the positions in
+ * stages (attention_decode_lowbit_stage.cuh), whose scale words are decoded by attention_decode_lowbit_scales.cuh and whose
+ * arithmetic is in attention_decode_lowbit_tile.cuh. Warps are merged in order, splits as in attention_decode_merge.cuh.
  *
- *     shared memory:  8 warps x (depth stages)  | 8 x rows of the coarse table | C | D | Q | sums of Q | powers of two
+ *     shared memory:  fine table (rows below 128 bytes) | 16 x rows of the coarse table | 16 x decoded scales | C | D | Q |
+ *                     sums of Q | powers of two | factors | 16 warps x (depth stages)
  *                     afterwards the warps' results stand where the stages were */
 #ifndef QF_ATTENTION_DECODE_LOWBIT_CUH
 #define QF_ATTENTION_DECODE_LOWBIT_CUH
@@ -13,11 +14,11 @@
 
 /* Places in shared memory. */
 template <int format, int head_dim> struct lowbit_shared {
-    uint8_t *stages, *coarse; /* this warp's */
+    uint8_t *stages, *coarse, *decoded; /* this warp's */
     float *c, *d;
-    uint4 *q;
-    float *minus_sums, *inverse;
-    float *maximum, *sum, *values; /* (8 warps, 8 heads), the same, and with (result_row) behind */
+    uint4 *q, *fine;
+    float *sums, *inverse, *factor;
+    float *maximum, *sum, *values; /* (16 warps, 8 heads), the same, and with (result_row) behind */
 };
 
 template <int format, int head_dim>
@@ -26,19 +27,82 @@ static __device__ __forceinline__ lowbit_shared<format, head_dim> lay_out(uint8_
     typedef lowbit_sizes<format, head_dim> sizes;
     const int warp = threadIdx.x / 32;
     lowbit_shared<format, head_dim> s;
-    s.stages = base + warp * depth * sizes::stage;
-    uint8_t *at = base + LOWBIT_WARPS * depth * sizes::stage;
+    s.fine = reinterpret_cast<uint4 *>(base);
+    uint8_t *at = base + sizes::fine;
     s.coarse = at + warp * sizes::coarse;
     at += LOWBIT_WARPS * sizes::coarse;
+    s.decoded = at + warp * sizes::decoded;
+    at += LOWBIT_WARPS * sizes::decoded;
     s.c = reinterpret_cast<float *>(at);
     s.d = reinterpret_cast<float *>(at + sizes::c);
     s.q = reinterpret_cast<uint4 *>(at + 2 * sizes::c);
-    s.minus_sums = reinterpret_cast<float *>(at + 2 * sizes::c + sizes::q);
+    s.sums = reinterpret_cast<float *>(at + 2 * sizes::c + sizes::q);
     s.inverse = reinterpret_cast<float *>(at + 2 * sizes::c + sizes::q + sizes::sums);
-    s.values = reinterpret_cast<float *>(base);
+    s.factor = s.inverse + LOWBIT_HEADS;
+    s.stages = base + sizes::fixed + warp * depth * sizes::stage;
+    s.values = reinterpret_cast<float *>(base + sizes::fixed);
     s.maximum = s.values + LOWBIT_WARPS * LOWBIT_HEADS * sizes::result_row;
     s.sum = s.maximum + LOWBIT_WARPS * LOWBIT_HEADS;
     return s;
+}
+
+/* The greatest of the warp's lanes. */
+static __device__ __forceinline__ float warp_max(float x)
+{
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, offset));
+    }
+    return x;
+}
+
+/* The power of two, as its exponent's bits, that brings the largest to 2^12 .. 2^13: within fp16, with a factor of
+ * attention below 8 too. One over it is the one of 254 less that. */
+static __device__ __forceinline__ uint32_t power_for(float largest)
+{
+    return min(max(266 - (int32_t)(__float_as_uint(largest) >> 23), 30), 224);
+}
+
+/* Head `warp`: its q in fp16 and what offsets of codes are made up with. x: columns 32 i + lane. */
+template <int format, int head_dim>
+static __device__ __forceinline__ void prepare_operand(const float (&x)[head_dim / 32], float scale_log2,
+                                                       const lowbit_shared<format, head_dim> &shared)
+{
+    constexpr bool integer = format == QF_CUDA_KV_INT4 || format == QF_CUDA_KV_INT8;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float largest = 0.0f, total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < head_dim / 32; i++) {
+        largest = fmaxf(largest, fabsf(x[i]));
+    }
+    const uint32_t exponent = power_for(warp_max(largest));
+    const float power = __uint_as_float(exponent << 23);
+    const float own = format == QF_CUDA_KV_INT4 && lane / 2 % 2 == 1 ? 0.0625f * power : power;
+    __half *q = reinterpret_cast<__half *>(shared.q + 4 * warp + lane / 8) + lane % 8;
+#pragma unroll
+    for (int i = 0; i < head_dim / 32; i++) {
+        q[32 * 8 * i] = __float2half_rn(x[i] * own);
+        float sum = x[i] * power;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            sum += __shfl_xor_sync(ALL_LANES, sum, offset);
+        }
+        total += sum;
+        if (format == QF_CUDA_KV_INT4 && lane == 0) {
+            const float exact = -sum * QF_KV_FP16_UNIT;
+            const float high = __uint_as_float(__float_as_uint(exact) & 0xffffe000u);
+            shared.sums[i * LOWBIT_HEADS + warp] = high;
+            shared.sums[(head_dim / 32 + i) * LOWBIT_HEADS + warp] =
+                __uint_as_float(__float_as_uint(exact - high) & 0xffffe000u);
+        }
+    }
+    if (lane == 0) {
+        if (format == QF_CUDA_KV_INT8) {
+            shared.sums[warp] = total * (-128.0f * QF_KV_FP16_UNIT);
+        }
+        shared.factor[warp] =
+            scale_log2 * __uint_as_float((254 - exponent) << 23) * (integer ? 1.0f / QF_KV_FP16_UNIT : 1.0f);
+    }
 }
 
 /* Operands made of up to 8 queries: warp w makes head w's. Rows of heads that there are not are zero. */
@@ -48,28 +112,18 @@ static __device__ __forceinline__ void prepare_queries(const attention_params &p
                                                        const lowbit_shared<format, head_dim> &shared)
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num = p.group - first_head;
+    if (warp >= LOWBIT_HEADS) {
+        return;
+    }
     const uint16_t *q = static_cast<const uint16_t *>(p.a.q) +
                         ((int64_t)item.first_row * p.a.shape.num_heads + kv_head * p.group + first_head) * head_dim;
-    if (warp < head_dim / 32) {
-        const int head = lane / 4;
-        shared.q[threadIdx.x] =
-            head < num ? __ldcg(reinterpret_cast<const uint4 *>(q + head * head_dim + 32 * warp + 8 * (lane % 4)))
-                       : make_uint4(0, 0, 0, 0);
-    }
     float x[head_dim / 32], b[head_dim / 32], c[head_dim / 64], d[head_dim / 64], largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < head_dim / 32; i++) { /* columns 32 i + lane */
         x[i] = warp < num ? __uint_as_float((uint32_t)__ldcg(q + warp * head_dim + 32 * i + lane) << 16) : 0.0f;
         b[i] = p.a.kv.k_bias != NULL ? __ldg(p.a.kv.k_bias + kv_head * head_dim + 32 * i + lane) : 0.0f;
-        float sum = x[i];
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            sum += __shfl_xor_sync(ALL_LANES, sum, offset);
-        }
-        if (lane == 0) {
-            shared.minus_sums[i * LOWBIT_HEADS + warp] = -sum;
-        }
     }
+    prepare_operand<format, head_dim>(x, p.scale_log2, shared);
 #pragma unroll
     for (int i = 0; i < head_dim / 64; i++) {
         const int j = i + head_dim / 64;
@@ -77,12 +131,7 @@ static __device__ __forceinline__ void prepare_queries(const attention_params &p
         d[i] = __fmaf_rn(x[j], b[i], -__fmul_rn(x[i], b[j])) * p.scale_log2;
         largest = fmaxf(largest, fabsf(c[i]) + fabsf(d[i]));
     }
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, offset));
-    }
-    /* The power of two that brings the largest to 2^12 .. 2^13: with a factor of attention below 8, within fp16. */
-    const uint32_t exponent = min(max(266 - (int32_t)(__float_as_uint(largest) >> 23), 30), 224);
+    const uint32_t exponent = power_for(warp_max(largest));
     const float power = __uint_as_float(exponent << 23);
 #pragma unroll
     for (int i = 0; i < head_dim / 64; i++) {
@@ -97,8 +146,8 @@ static __device__ __forceinline__ void prepare_queries(const attention_params &p
 
 /* The first `depth` stages are sent for: before the wait for the kernel before, as decode_warp() in attention_decode.cuh says,
  * if none of their positions is the row's own. */
-template <int format, int head_dim>
-static __device__ __forceinline__ void begin_walk(lowbit_walk &w, bool first_unit, int depth,
+template <int format, int head_dim, bool biased>
+static __device__ __forceinline__ void begin_walk(const attention_params &p, lowbit_walk &w, bool first_unit, int depth,
                                                   const lowbit_shared<format, head_dim> &shared)
 {
     typedef lowbit_sizes<format, head_dim> sizes;
@@ -109,50 +158,48 @@ static __device__ __forceinline__ void begin_walk(lowbit_walk &w, bool first_uni
             qf_grid_dependency_wait();
             waited = true;
         }
-        copy_stage<format, head_dim>(w, w.first + s, shared.stages + s * sizes::stage, shared.coarse);
+        copy_stage<format, head_dim, biased>(p, w, w.first + s, shared.stages + s * sizes::stage, shared.coarse);
     }
     if (!waited) {
         qf_grid_dependency_wait();
     }
 }
 
-template <int format, int head_dim>
+template <int format, int head_dim, bool biased>
 static __device__ __forceinline__ void walk(const attention_params &p, lowbit_walk &w, uint32_t depth,
                                             const lowbit_shared<format, head_dim> &shared,
-                                            lowbit_state<head_dim> &state)
+                                            lowbit_state<format, head_dim> &state)
 {
     typedef lowbit_sizes<format, head_dim> sizes;
-    const lowbit_queries<head_dim> queries = {shared.q, shared.c, shared.d, shared.minus_sums, shared.inverse};
-    lowbit_bias bias = {}; /* without one: zeros */
-    uint32_t slot = 0; /* the stage's place, in bytes */
+    const lowbit_queries<head_dim> queries = {shared.q, shared.sums,    shared.factor,
+                                              shared.c, shared.d, shared.inverse};
+    lowbit_bias<head_dim> bias = {};
+    const uint4 *fine = (sizes::fine > 0 ? shared.fine : reinterpret_cast<const uint4 *>(p.a.bias_fine)) + w.lane;
+    uint8_t *stage = shared.stages, *const last = stage + (depth - 1) * sizes::stage;
 #pragma unroll
     for (int i = 0; i < head_dim / 16; i++) {
         state.o[i][0] = state.o[i][1] = state.o[i][2] = state.o[i][3] = 0.0f;
     }
+    state.excess[0] = state.excess[1] = state.excess[2] = state.excess[3] = 0.0f;
+    state.exponent = 0;
     state.maximum[0] = state.maximum[1] = -INFINITY;
     state.sum[0] = state.sum[1] = 0.0f;
 #pragma unroll 1
     for (uint32_t s = w.first; s < w.end; s++) {
-        uint8_t *stage = shared.stages + slot;
         if (depth == sizes::depth) {
             qf_cp_async_wait<sizes::depth - 1>();
         } else {
             qf_cp_async_wait<sizes::least_depth - 1>();
         }
         __syncwarp();
-        if (w.coarse != NULL && (s % sizes::stages == 0 || s == w.first)) {
+        if (biased && (s % sizes::stages == 0 || s == w.first)) {
             start_unit<head_dim>(bias, queries,
-                                 shared.coarse + s / sizes::stages % sizes::coarse_slots * head_dim * 4,
-                                 p.a.bias_fine, w.lane);
-            for (uint32_t i = s % sizes::stages; i > 0; i--) { /* stages before the first */
-                next_bias<format, head_dim>(bias);
-            }
+                                 shared.coarse + s / sizes::stages % sizes::coarse_slots * head_dim * 4, w.lane);
         }
-        compute_stage<format, head_dim>(p, w, (int32_t)(s * sizes::positions), stage, queries, bias, state);
-        next_bias<format, head_dim>(bias);
+        compute_stage<format, head_dim, biased>(w, s, stage, shared.decoded, queries, bias, fine, state);
         __syncwarp(); /* all have read what is written anew */
-        copy_stage<format, head_dim>(w, s + depth, stage, shared.coarse);
-        slot = slot + sizes::stage == depth * sizes::stage ? 0 : slot + sizes::stage;
+        copy_stage<format, head_dim, biased>(p, w, s + depth, stage, shared.coarse);
+        stage = stage == last ? shared.stages : stage + sizes::stage;
     }
     qf_cp_async_wait<0>();
 #pragma unroll
@@ -165,11 +212,14 @@ static __device__ __forceinline__ void walk(const attention_params &p, lowbit_wa
 }
 
 template <int format, int head_dim>
-static __device__ __forceinline__ void put_results(const lowbit_state<head_dim> &s,
+static __device__ __forceinline__ void put_results(const lowbit_state<format, head_dim> &s,
                                                    const lowbit_shared<format, head_dim> &shared)
 {
     typedef lowbit_sizes<format, head_dim> sizes;
+    constexpr bool integer = format == QF_CUDA_KV_INT4 || format == QF_CUDA_KV_INT8;
+    constexpr float unit = integer ? 1.0f / QF_KV_FP16_UNIT : 1.0f, odd = format == QF_CUDA_KV_INT4 ? 0.0625f : 1.0f;
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const float power = __uint_as_float((s.exponent + (127 - 112)) << 23);
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         const int row = warp * LOWBIT_HEADS + 2 * t + e;
@@ -179,8 +229,13 @@ static __device__ __forceinline__ void put_results(const lowbit_state<head_dim> 
         }
 #pragma unroll
         for (int i = 0; i < head_dim / 16; i += 2) {
+            float x[4] = {s.o[i][e], s.o[i][e + 2] * odd, s.o[i + 1][e], s.o[i + 1][e + 2] * odd};
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                x[n] = (format == QF_CUDA_KV_INT8 ? x[n] - s.excess[e] : x[n]) * unit * power;
+            }
             *reinterpret_cast<float4 *>(shared.values + row * sizes::result_row + 16 * i + 4 * g) =
-                make_float4(s.o[i][e], s.o[i][e + 2], s.o[i + 1][e], s.o[i + 1][e + 2]);
+                make_float4(x[0], x[1], x[2], x[3]);
         }
     }
 }
@@ -220,31 +275,37 @@ static __device__ __forceinline__ void merge_results(const attention_params &p, 
     }
 }
 
-template <int format, int head_dim>
-static __global__ void __launch_bounds__(LOWBIT_THREADS, 2)
+template <int format, int head_dim, bool biased>
+static __global__ void __launch_bounds__(LOWBIT_THREADS, LOWBIT_CTAS)
     attention_decode_lowbit_kernel(const __grid_constant__ attention_params p, int32_t depth)
 {
-    extern __shared__ __align__(16) uint8_t dynamic[];
-    __shared__ qf_cuda_attention_item item; /* registers are scarce */
+    extern __shared__ __align__(128) uint8_t dynamic[];
+    __shared__ qf_cuda_attention_item item; /* registers are scarce: these are read anew where they are wanted */
+    __shared__ int32_t unit, kv_head;
     qf_grid_launch_dependents();
     /* Items were copied before the step's first kernel. The grid is no larger than the array, so that the first item is
      * loaded before it is known to be there. */
-    const int32_t num_kv_heads = p.a.shape.num_kv_heads, num_items = __ldcg(p.a.num_items);
     const lowbit_shared<format, head_dim> shared = lay_out<format, head_dim>(dynamic, depth);
-    for (int32_t unit = blockIdx.x; unit < num_items * num_kv_heads; unit += gridDim.x) {
-        const int32_t kv_head = unit % num_kv_heads;
+    if constexpr (biased) { /* no kernel of the step writes it */
+        for (int32_t i = threadIdx.x; i < lowbit_sizes<format, head_dim>::fine / 16; i += LOWBIT_THREADS) {
+            shared.fine[i] = __ldg(reinterpret_cast<const uint4 *>(p.a.bias_fine) + i);
+        }
+    }
+    for (int32_t u = blockIdx.x; u < __ldcg(p.a.num_items) * p.a.shape.num_kv_heads;) {
         if (threadIdx.x == 0) {
-            item = load_item(p.a.items + unit / num_kv_heads);
+            unit = u;
+            kv_head = u % p.a.shape.num_kv_heads;
+            item = load_item(p.a.items + u / p.a.shape.num_kv_heads);
         }
         __syncthreads();
 #pragma unroll 1
         for (int32_t first_head = 0; first_head < p.group; first_head += LOWBIT_HEADS) {
-            lowbit_state<head_dim> state;
+            lowbit_state<format, head_dim> state;
             lowbit_walk w = start_walk<format, head_dim>(p, item, kv_head, threadIdx.x % 32);
-            begin_walk<format, head_dim>(w, unit == (int32_t)blockIdx.x && first_head == 0, depth, shared);
+            begin_walk<format, head_dim, biased>(p, w, unit == (int32_t)blockIdx.x && first_head == 0, depth, shared);
             prepare_queries<format, head_dim>(p, item, kv_head, first_head, shared);
             __syncthreads();
-            walk<format, head_dim>(p, w, depth, shared, state);
+            walk<format, head_dim, biased>(p, w, depth, shared, state);
             __syncthreads(); /* results stand where stages were */
             put_results<format, head_dim>(state, shared);
             __syncthreads();
@@ -256,7 +317,9 @@ static __global__ void __launch_bounds__(LOWBIT_THREADS, 2)
         } else {
             merge_item<head_dim, LOWBIT_THREADS>(p, item, kv_head);
         }
+        u = unit;
         __syncthreads(); /* item is written anew */
+        u += gridDim.x;
     }
     qf_grid_dependency_wait(); /* a kernel's end implies its predecessor's, whether it had work or not */
 }

@@ -169,9 +169,12 @@ static __device__ __forceinline__ void store_codes(uint8_t *row, uint32_t codes,
 {
     constexpr bool nibbles = format == QF_CUDA_KV_INT4 || format == QF_CUDA_KV_NF4;
     const int32_t place = key ? qf_kv_key_place(format, head_dim, d) : qf_kv_value_place(head_dim, d);
-    if constexpr (!nibbles) { /* keys: bytes 0, 2, 1, 3 of the word */
+    if constexpr (!nibbles) {
+        if constexpr (format == QF_CUDA_KV_INT8) { /* code + 128; keys: bytes 0, 2, 1, 3 of the word */
+            codes = (key ? __byte_perm(codes, 0, 0x3120) : codes) ^ 0x80808080u;
+        }
         if (store) {
-            *reinterpret_cast<uint32_t *>(row + place) = key ? __byte_perm(codes, 0, 0x3120) : codes;
+            *reinterpret_cast<uint32_t *>(row + place) = codes;
         }
         return;
     }

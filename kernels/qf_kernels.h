@@ -216,7 +216,7 @@ typedef struct qf_cuda_attention_shape {
     int32_t num_heads, num_kv_heads, head_dim, block_size;
     int32_t sliding_window; /* 0: all */
     int32_t kv_window;      /* of a low-bit cache: the newest positions, which are read from a 16-bit one; 0: none */
-    int32_t decode_ctas;    /* that the decode kernel has on the device at once: 3 a multiprocessor for 16 bits, 2 for low-bit
+    int32_t decode_ctas;    /* that the decode kernel has on the device at once: 3 a multiprocessor for 16 bits, 1 for low-bit
                                caches. 0: two on each of 132, whatever the device */
 } qf_cuda_attention_shape;
 

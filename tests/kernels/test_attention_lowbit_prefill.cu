@@ -149,7 +149,7 @@ struct World {
         for (int d = 0; d < c.head_dim; d++) {
             const int place = key ? qf_kv_key_place(format.device, c.head_dim, d) : qf_kv_value_place(c.head_dim, d);
             if (row_bytes == c.head_dim) {
-                to[place] = codes[d];
+                to[place] = qf_kv_stored(format.device, codes[d]);
             } else {
                 to[place / 2] = (uint8_t)(to[place / 2] | codes[d] << (4 * (place % 2)));
             }

@@ -216,6 +216,11 @@ static void choose_decode_chunk(planner *p)
         /* One wave of nearly equal shares; a little more than equal, so that rows are cut evenly by whole tiles. */
         int64_t share = positions * p->shape->num_kv_heads * 33 / (32 * wave) + 1;
         chunk = round_up((int32_t)share, QF_ATTENTION_DECODE_TOKENS);
+    } else if (p->shape->decode_ctas > 0 && wave < WORK_ITEMS && ctas > wave) {
+        /* CTAs as large as a multiprocessor: full waves of them. */
+        int64_t waves = (ctas + wave - 1) / wave;
+        int64_t share = positions * p->shape->num_kv_heads * 33 / (32 * waves * wave) + 1;
+        chunk = max_i32(MIN_BUSY_CHUNK, round_up((int32_t)share, QF_ATTENTION_DECODE_TOKENS));
     } else if (2 * ctas <= wave) {
         chunk = QF_ATTENTION_DECODE_TOKENS;
         bound = min_i64(bound, max_i64(wave / p->shape->num_kv_heads, rows));

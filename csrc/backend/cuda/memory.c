@@ -121,14 +121,14 @@ static void carve_activations(qf_cuda_backend *self, char *storage, size_t *at)
 qf_cuda_attention_shape qf_cuda_backend_attention_shape(const qf_cuda_backend *self, bool sliding)
 {
     const qf_model_config *config = &self->config;
-    bool wide = self->any_low_bit || config->num_heads > 8 * config->num_kv_heads;
+    int32_t decode_ctas = self->any_low_bit ? 1 : config->num_heads > 8 * config->num_kv_heads ? 2 : 3;
     return (qf_cuda_attention_shape){.num_heads = config->num_heads,
                                      .num_kv_heads = config->num_kv_heads,
                                      .head_dim = config->head_dim,
                                      .block_size = self->options.block_size,
                                      .sliding_window = sliding ? config->sliding_window : 0,
                                      .kv_window = self->kv_window,
-                                     .decode_ctas = self->device.sm_count * (wide ? 2 : 3)};
+                                     .decode_ctas = self->device.sm_count * decode_ctas};
 }
 
 static void decode_shape(const qf_cuda_backend *self, qf_cuda_decode_args *out)
