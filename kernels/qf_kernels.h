@@ -175,7 +175,12 @@ qf_status qf_cuda_linear_wgmma(const qf_cuda_linear_args *args, const qf_cuda_de
                                qf_error *err);
 int32_t qf_cuda_linear_wgmma_splits(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits,
                                     int32_t num_tokens, qf_cuda_epilogue epilogue, bool batch_invariant);
-/* Chooses between the two. */
+/* wgmma for weights of 4 and 8 bits in groups of 128, 5 to 64 tokens, not batch_invariant: sm_90a. */
+qf_status qf_cuda_linear_wgmma_batch(const qf_cuda_linear_args *args, const qf_cuda_device *device,
+                                     cudaStream_t stream, qf_error *err);
+int32_t qf_cuda_linear_wgmma_batch_splits(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits,
+                                          int32_t num_tokens, qf_cuda_epilogue epilogue);
+/* Chooses between them. */
 qf_status qf_cuda_linear(const qf_cuda_linear_args *args, const qf_cuda_device *device, cudaStream_t stream,
                          qf_error *err);
 int32_t qf_cuda_linear_splits(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits, int32_t num_tokens,

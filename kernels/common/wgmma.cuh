@@ -58,13 +58,21 @@ template <int size> __device__ __forceinline__ void qf_wgmma_pin(float (&d)[size
     QF_P96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"                         \
            ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-/* d (64 x N) += a (64 x 16, registers) b (16 x N, descriptor). */
+/* d (64 x N) += a (64 x 16, registers) b (16 x N, descriptor); set: d is what is added, not added to. */
 template <int tokens> struct qf_wgmma;
 #define QF_WGMMA(N, PLACES, A0, A1, A2, A3, B, ...)                                                               \
     template <> struct qf_wgmma<N> {                                                                              \
         static __device__ __forceinline__ void add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b)         \
         {                                                                                                         \
             asm volatile("{\n.reg .pred accumulate;\nsetp.eq.u32 accumulate, 0, 0;\n"                             \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" PLACES "}, "                \
+                         "{%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", accumulate, 1, 1, 0;\n}"                \
+                         : __VA_ARGS__                                                                            \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                   \
+        }                                                                                                         \
+        static __device__ __forceinline__ void set(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b)         \
+        {                                                                                                         \
+            asm volatile("{\n.reg .pred accumulate;\nsetp.ne.u32 accumulate, 0, 0;\n"                             \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" PLACES "}, "                \
                          "{%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", accumulate, 1, 1, 0;\n}"                \
                          : __VA_ARGS__                                                                            \
