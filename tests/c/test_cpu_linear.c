@@ -1,4 +1,4 @@
-/* sources: backend/cpu/isa.c backend/cpu/context.c backend/cpu/linear.c backend/cpu/linear_pack.c backend/cpu/kernels_scalar.c backend/cpu/kernels_avx2.c backend/cpu/kernels_avx512.c backend/cpu/kernels_avx512_vnni.c base/threads.c base/cpu_count.c base/status.c base/alloc.c base/dtype.c model/quantize.c */
+/* sources: backend/cpu/isa.c backend/cpu/context.c backend/cpu/linear.c backend/cpu/linear_pack.c backend/cpu/kernels_scalar.c backend/cpu/kernels_avx2.c backend/cpu/kernels_avx512.c backend/cpu/kernels_avx512_vnni.c base/threads.c base/cpu_count.c base/status.c base/alloc.c base/dtype.c model/quantize.c kv/format.c */
 /* sanitizers: address thread */
 /* alloc-faults: yes */
 #include "cpu_ops.h"
