@@ -145,6 +145,7 @@ typedef struct qf_backend_vtable {
 struct qf_backend {
     const qf_backend_vtable *vtable;
     const char *isa; /* the instruction set in use, a string literal; NULL: the backend has none to choose */
+    bool left_behind; /* after collect failed: a thread hangs in a step for good, and may wake up and read its batch yet */
 };
 
 const qf_backend_vtable *qf_cpu_backend_vtable(void);

@@ -246,7 +246,9 @@ static qf_status parallel_collect(qf_backend *base, uint64_t *device_time_ns, qf
 {
     parallel_backend *self = (parallel_backend *)base;
     uint64_t ticket = qf_ranks_post(self->threads, collect_rank, NULL, false);
-    QF_TRY(qf_ranks_wait(self->threads, ticket, self->step_timeout_ms, err));
+    qf_status status = qf_ranks_wait(self->threads, ticket, self->step_timeout_ms, err);
+    self->base.left_behind = qf_ranks_lost(self->threads);
+    QF_TRY(status);
     uint64_t longest_ns = 0;
     for (int32_t i = 0; i < self->size; i++) {
         longest_ns = self->ranks[i].step_ns > longest_ns ? self->ranks[i].step_ns : longest_ns;

@@ -205,6 +205,8 @@ bool qf_ranks_done(qf_ranks *self, uint64_t ticket)
     return true;
 }
 
+bool qf_ranks_lost(const qf_ranks *self) { return self->lost; }
+
 unsigned qf_ranks_nudges(qf_ranks *self) { return qf_event_count(&self->done); }
 
 void qf_ranks_nudge(qf_ranks *self) { qf_event_signal(&self->done); }

@@ -33,6 +33,9 @@ uint64_t qf_ranks_post(qf_ranks *self, qf_rank_fn fn, const void *arg, bool clea
  * there was one. */
 qf_status qf_ranks_wait(qf_ranks *self, uint64_t ticket, int64_t timeout_ms, qf_error *err);
 
+/* A wait has given a rank up. From the thread that waits. */
+bool qf_ranks_lost(const qf_ranks *self);
+
 /* For a caller with something to do meanwhile: is it done, and if not, a pause that qf_ranks_nudge() ends, or a rank
  * that is done with a call. */
 bool qf_ranks_done(qf_ranks *self, uint64_t ticket);

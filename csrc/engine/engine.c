@@ -45,6 +45,7 @@ static void free_machinery(qf_engine *self)
     qf_energy_stop(self);
     qf_rapl_deinit(&self->sampler.rapl);
     if (self->backend != NULL) {
+        self->left_behind = self->backend->left_behind;
         self->backend->vtable->destroy(self->backend);
         self->backend = NULL;
     }
@@ -52,7 +53,7 @@ static void free_machinery(qf_engine *self)
     self->scheduler = NULL;
     qf_block_pool_destroy(self->pool);
     self->pool = NULL;
-    for (int32_t i = 0; i < QF_MAX_STEPS_IN_FLIGHT; i++) {
+    for (int32_t i = 0; i < QF_MAX_STEPS_IN_FLIGHT && !self->left_behind; i++) {
         qf_step_deinit(&self->steps[i]);
     }
 }
@@ -71,7 +72,9 @@ void qf_engine_free(qf_engine *self)
     (void)pthread_cond_destroy(&self->sampler.wake);
     (void)pthread_cond_destroy(&self->wake);
     (void)pthread_mutex_destroy(&self->lock);
-    qf_free(self);
+    if (!self->left_behind) {
+        qf_free(self);
+    }
 }
 
 static qf_status create_machinery(qf_engine *self, const qf_engine_options *options, const qf_checkpoint *checkpoint,

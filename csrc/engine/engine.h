@@ -170,6 +170,7 @@ struct qf_engine {
     qf_block_pool *pool;
     qf_scheduler *scheduler;
     qf_step steps[QF_MAX_STEPS_IN_FLIGHT];
+    bool left_behind; /* a thread of the backend may read the steps yet: they and the engine's memory stay */
     int32_t num_in_flight;
     uint64_t num_submitted, num_collected;
     qf_request *live_head;

@@ -56,7 +56,9 @@ void qf_meter_init(qf_meter *self, bool enabled, const qf_model_config *config, 
 
 void qf_meter_set_kv(qf_meter *self, const qf_model_config *config, const qf_backend_options *options)
 {
-    const uint64_t rows = 2 * (uint64_t)config->num_kv_heads; /* of a token and layer */
+    /* Of more ranks than kv heads each holds one: some are there more than once. */
+    const int32_t ranks = options->tensor_parallel_size, heads = config->num_kv_heads;
+    const uint64_t rows = 2 * (uint64_t)(ranks > heads ? ranks : heads); /* of a token and layer */
     const uint64_t low = rows * qf_kv_row_bytes(options->kv_format, config->head_dim);
     const uint64_t wide = rows * qf_kv_row_bytes(QF_KV_BF16, config->head_dim);
     self->kv_full_bytes = self->kv_sliding_bytes = 0;

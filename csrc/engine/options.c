@@ -115,6 +115,7 @@ static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, do
     const qf_memory_plan *plan = &out->plan;
     uint64_t window = plan->kv_window_bytes;
     uint64_t fixed = plan->embedding_bytes + plan->layers_bytes + plan->head_bytes + plan->workspace_bytes + window;
+    const char *fixed_name = window > 0 ? "weights, workspace and kv_cache_16bit_window" : "weights and workspace";
     int64_t blocks;
     if (o->kv_cache_tokens > 0) {
         blocks = ceil_div(o->kv_cache_tokens, o->block_size);
@@ -137,9 +138,10 @@ static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, do
         if (blocks < 1) {
             return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY,
                            "no memory is left for the KV cache: the budget is %llu bytes (%.0f %% of %llu available); "
-                           "weights and workspace take %llu, one KV block %zu",
+                           "%s take %llu, one KV block %zu",
                            (unsigned long long)budget, 100.0 * (double)budget / (double)out->available_bytes,
-                           (unsigned long long)out->available_bytes, (unsigned long long)fixed, plan->kv_block_bytes);
+                           (unsigned long long)out->available_bytes, fixed_name, (unsigned long long)fixed,
+                           plan->kv_block_bytes);
         }
     }
     double kv_bytes = (double)blocks * (double)plan->kv_block_bytes;
@@ -147,8 +149,7 @@ static qf_status count_blocks(const qf_engine_options *o, int32_t wanted_len, do
     uint64_t limit = limited ? o->memory_bytes : out->available_bytes;
     if ((double)fixed + kv_bytes > (double)limit) {
         return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY,
-                       "weights and workspace of %llu bytes and a KV cache of %.0f (%lld blocks of %zu) exceed %s%llu "
-                       "bytes%s",
+                       "%s of %llu bytes and a KV cache of %.0f (%lld blocks of %zu) exceed %s%llu bytes%s", fixed_name,
                        (unsigned long long)fixed, kv_bytes, (long long)blocks, plan->kv_block_bytes,
                        limited ? "memory=" : "the ", (unsigned long long)limit,
                        limited ? "" : " of memory that are available");

@@ -136,6 +136,27 @@ static int get_rows(PyObject *object, Py_buffer *view, int flags)
 
 static void release_rows(PyObject *object, Py_buffer *Py_UNUSED(view)) { ((qf_py_layers *)object)->exports--; }
 
+/* After a tap that raised, for its traceback still holds the memoryview. The exception stays. */
+static void release_after_error(PyObject *rows)
+{
+#if PY_VERSION_HEX >= 0x030c0000
+    PyObject *raised = PyErr_GetRaisedException();
+#else
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+#endif
+    PyObject *result = PyObject_CallMethod(rows, "release", NULL);
+    if (result == NULL) {
+        PyErr_Clear(); /* something made of it is still in use: close() says so */
+    }
+    Py_XDECREF(result);
+#if PY_VERSION_HEX >= 0x030c0000
+    PyErr_SetRaisedException(raised);
+#else
+    PyErr_Restore(type, value, traceback);
+#endif
+}
+
 /* Calls tap(layer, linear, rows). The rows are the layers' own memory: what still uses them after the call is refused,
  * and keeps the layers alive. 0, or -1 with an exception. */
 static int call_tap(qf_py_layers *self, PyObject *callable, int32_t layer, const char *linear, const float *x,
@@ -158,6 +179,8 @@ static int call_tap(qf_py_layers *self, PyObject *callable, int32_t layer, const
             done = false;
         }
         Py_XDECREF(result);
+    } else if (rows != NULL) {
+        release_after_error(rows);
     }
     Py_XDECREF(rows);
     return done ? 0 : -1;

@@ -139,6 +139,10 @@ def test_an_exception_in_the_tap_is_raised(model, tensors):
         layers.forward(0, 3, hidden, [20], tap)
     assert calls == ["q_proj"]
     layers.forward(0, 1, hidden, [20])  # and it works on
+    with pytest.raises(KeyError, match="stop here") as raised:
+        layers.forward(0, 1, hidden, [20], tap)
+    layers.close()  # although the traceback holds the tap's frame
+    assert raised.traceback
 
 
 def test_one_call_at_a_time(model, tensors):
