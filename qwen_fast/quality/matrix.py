@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .scorer import model_name
@@ -43,6 +43,8 @@ def parse_axes(texts: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, list
         if len(set(listed)) < len(listed):
             raise ValueError(f"the axis {name!r} has a value twice: {values!r}")
         axes[name] = listed
+    if not axes:
+        raise ValueError("no axis is given; an axis is NAME=VALUE,VALUE, such as kv=auto,int8")
     fields = [AXES.get(name, name.replace("-", "_")) for name in axes]
     if len(set(fields)) < len(fields):
         raise ValueError(f"two axes are one option: {', '.join(axes)}")
@@ -59,18 +61,32 @@ def spots(axes: Mapping[str, Sequence[str]], chosen: Sequence[str], kinds: Mappi
             if unknown:
                 raise ValueError(f"no cell has {name}={unknown[0]}; the matrix has {_said(axes)}")
     found = []
+    names = _checkpoint_names(value for values in axes.values() for value in values)
     for values in itertools.product(*axes.values()):
         at = dict(zip(axes, values))
         if not wanted or any(all(at[name] in some for name, some in one.items()) for one in wanted):
-            found.append(_spot(at, kinds))
+            found.append(_spot(at, kinds, names))
     return found
+
+
+def _checkpoint_names(values: Iterable[str]) -> dict[str, str]:
+    """What reports call checkpoints: they show no folders, so those with one name are numbered."""
+    names: dict[str, str] = {}
+    for value in values:
+        shown = name = model_name(value)
+        number = 1
+        while value not in names and shown in names.values():
+            number += 1
+            shown = f"{name} ({number})"
+        names.setdefault(value, shown)
+    return names
 
 
 def _said(axes: Mapping[str, Sequence[str]]) -> str:
     return " ".join(f"{name}={','.join(values)}" for name, values in axes.items())
 
 
-def _spot(at: dict[str, str], kinds: Mapping[str, Any]) -> Spot:
+def _spot(at: dict[str, str], kinds: Mapping[str, Any], names: Mapping[str, str]) -> Spot:
     options: dict[str, Any] = {}
     model = None
     shown = dict(at)
@@ -79,7 +95,7 @@ def _spot(at: dict[str, str], kinds: Mapping[str, Any]) -> Spot:
         if field == "quantization" and value not in _WEIGHTS:
             if not os.path.isdir(os.path.expanduser(value)) and "/" not in value and value != "demo":
                 raise ValueError(f"{name}={value}: neither one of {', '.join(_WEIGHTS)} nor a checkpoint")
-            model, shown[name] = value, model_name(value)
+            model, shown[name] = value, names[value]
             continue
         value = _VALUES.get(field, {}).get(value, value)
         try:

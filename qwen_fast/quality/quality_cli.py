@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,9 @@ def add_arguments(
 def run(args: argparse.Namespace) -> int:
     from .report import Report
 
+    if args.max_kl is not None and not args.max_kl >= 0:
+        raise ValueError(f"--max-kl must be a number of at least 0, got {args.max_kl}")
+    _check_out(Path(args.out))
     if args.render is not None:
         return _show(args, Report.read(args.render))
     from .. import cli
@@ -126,6 +130,20 @@ def run(args: argparse.Namespace) -> int:
         "spool_folder": None if args.spool_folder is None else Path(args.spool_folder).name,
     }
     return _show(args, Report.from_measurements(data | {"machine": where}))
+
+
+def _check_out(folder: Path) -> None:
+    """ValueError where a report cannot be written there: before anything is measured."""
+    there = folder
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"--out {folder}: {there} is no directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {folder}: {there} cannot be written")
+    for name in ("report.json", "report.html"):
+        if (folder / name).is_dir():
+            raise ValueError(f"--out {folder}: {name} in it is a directory")
 
 
 def reference_options(options: Mapping[str, Any], against: Mapping[str, Any], same_checkpoint: bool) -> dict[str, Any]:
@@ -233,9 +251,12 @@ def _fit(reference: str, base: Mapping[str, Any], model: str, options: Mapping[s
 
 def _read_text(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{Path(path).name}: not UTF-8: {error}") from None
+    if not text:
+        raise ValueError(f"{Path(path).name} is empty; --no-text measures the tasks alone")
+    return text
 
 
 def _show(args: argparse.Namespace, report: Any) -> int:

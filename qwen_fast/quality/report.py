@@ -48,9 +48,15 @@ class Report:
         if not isinstance(document, dict):
             raise TypeError(f"{path}: a report is a JSON object, got {type(document).__name__}")
         try:
-            return cls(document)
+            report = cls(document)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        try:
+            for form in (report.to_json, report.to_html, report.to_text):
+                form()
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{path}: not a whole report: {type(error).__name__}: {error}") from None
+        return report
 
     def cell(self, label: str | None = None) -> dict[str, Any]:
         """A cell by its label, or the only one. KeyError where there is none."""
@@ -87,13 +93,20 @@ class Report:
     def write(self, folder: str | Path) -> list[Path]:
         """report.json and report.html. Returns what was written."""
         folder = Path(folder)
+        forms = {"json": self.to_json().encode(), "html": self.to_html().encode()}
         folder.mkdir(parents=True, exist_ok=True)
-        written = []
-        for name, text in (("json", self.to_json()), ("html", self.to_html())):
-            path = folder / f"report.{name}"
-            path.write_text(text, encoding="utf-8")
-            written.append(path)
-        return written
+        # Both beside their places first: a full disk leaves an older report as it was.
+        beside = {folder / f"report.{name}": folder / f"report.{name}.part" for name in forms}
+        try:
+            for part, form in zip(beside.values(), forms.values()):
+                part.write_bytes(form)
+            for path, part in beside.items():
+                part.replace(path)
+        except OSError as error:
+            for part in beside.values():
+                part.unlink(missing_ok=True)
+            raise OSError(error.errno, f"cannot write the report into {folder}: {error.strerror}") from None
+        return list(beside)
 
     def _repr_html_(self) -> str:
         from html import escape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -54,6 +55,7 @@ class Settings:
             ("max_new_tokens", 1),
             ("draws", 100),
             ("texts", 0),
+            ("seed", 0),
         ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
@@ -62,6 +64,8 @@ class Settings:
             raise ValueError(f"reference_logits must be one of {', '.join(LOGITS)}, got {self.reference_logits!r}")
         if self.budget_s is not None and not self.budget_s > 0:
             raise ValueError(f"budget_s must be above 0, got {self.budget_s!r}")
+        if self.spool_folder is not None and not os.path.isdir(self.spool_folder):
+            raise ValueError(f"spool_folder is no directory: {self.spool_folder!r}")
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ class Runner:
         if self._text and not windows:
             raise ValueError(f"the text has {len(ids)} tokens; at least 2 are needed")
         rows, prompts, distances = self._prompts(reference)
+        if not windows and not rows:
+            raise ValueError(f"nothing to measure: {self.notes[-1]}")
         base = Baseline({}, reference.tokens, reference.vocab_size, ids, windows, rows, prompts, distances)
         base.about = reference.describe() | {"text_tokens": len(ids), "windows": len(windows), "rows": len(rows)}
         if rows:
@@ -241,7 +247,11 @@ class Runner:
         if longest + _LEAST_ANSWER > scorer.max_model_len:
             raise ValueError(f"a prompt of {longest} tokens does not fit the max_model_len of {scorer.max_model_len}")
         first = base.rows[0]
-        if scorer.render(first.messages, first.tools)[1] != base.prompts[0]:
+        try:
+            same = scorer.render(first.messages, first.tools)[1] == base.prompts[0]
+        except (ValueError, TypeError):  # no chat template, or one that refuses these messages
+            same = False
+        if not same:
             note = "The chat templates differ; every model was given the prompts of the reference's."
             self.notes += [] if note in self.notes else [note]
         answers = _answers(scorer, base.prompts, settings.max_new_tokens)

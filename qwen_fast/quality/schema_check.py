@@ -16,6 +16,10 @@ _CHECKED = {
     "minLength", "maxLength", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "anyOf",
 }  # fmt: skip
 
+_NUMBERS = {
+    "minItems", "maxItems", "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+}  # fmt: skip
+
 
 def check_schema(schema: Any, where: str) -> None:
     """ValueError or TypeError where a schema says something that is not checked here: better than a score that passes
@@ -31,13 +35,14 @@ def check_schema(schema: Any, where: str) -> None:
         )
     kinds = schema.get("type", [])
     for kind in kinds if isinstance(kinds, list) else [kinds]:
-        if kind not in _TYPES:
+        if not isinstance(kind, str) or kind not in _TYPES:
             raise ValueError(f"{where}: unknown type {kind!r}")
     if "pattern" in schema:
         try:
             re.compile(schema["pattern"])
         except (re.error, TypeError) as error:
             raise ValueError(f"{where}: pattern {schema['pattern']!r}: {error}") from None
+    _check_values(schema, where)
     for name in ("items", "additionalProperties"):
         if name in schema:
             check_schema(schema[name], f"{where}.{name}")
@@ -45,6 +50,22 @@ def check_schema(schema: Any, where: str) -> None:
         check_schema(inner, f"{where}.{key}")
     for index, inner in enumerate(schema.get("anyOf", [])):
         check_schema(inner, f"{where}.anyOf[{index}]")
+
+
+def _check_values(schema: Mapping[str, Any], where: str) -> None:
+    for name, value in schema.items():
+        if name == "properties":
+            right, kind = isinstance(value, Mapping), "an object"
+        elif name in ("enum", "anyOf"):
+            right, kind = isinstance(value, list), "a list"
+        elif name == "required":
+            right, kind = isinstance(value, list) and all(isinstance(one, str) for one in value), "a list of names"
+        elif name in _NUMBERS:
+            right, kind = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+        else:
+            continue
+        if not right:
+            raise ValueError(f"{where}: {name} must be {kind}, got {value!r}")
 
 
 def fits(value: Any, schema: Any) -> bool:
@@ -67,7 +88,8 @@ def fits(value: Any, schema: Any) -> bool:
 
 def _is(value: Any, kind: str) -> bool:
     found = json_type(value)
-    return found == kind or (kind == "integer" and found == "number" and float(value).is_integer())
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return found == kind or (kind == "integer" and found == "number" and whole)
 
 
 def _object(value: Any, schema: Mapping[str, Any]) -> bool:

@@ -52,7 +52,7 @@ def read_rows(path: str | Path | None = None) -> list[Row]:
     """The rows of a file; None: those in the package. ValueError or TypeError with file and line where one is wrong."""
     file = TASKS_FILE if path is None else Path(path)
     rows = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
@@ -68,7 +68,10 @@ def read_rows(path: str | Path | None = None) -> list[Row]:
 
 def _row(line: str, where: str, number: int) -> Row:
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: it holds a lone surrogate, which is no text") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -93,6 +96,10 @@ def _row(line: str, where: str, number: int) -> Row:
     if kind == "json" and not parse_json(answer)[0]:
         raise ValueError(f"{where}: kind 'json', but the answer is not JSON")
     return Row(task, number, messages, answer, kind, tools, value.get("schema"), distance)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _text(value: Mapping[str, Any], name: str, where: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import ModelError
 from ..tokenizer import read_json_object
-from .tensors import Stored, TensorFiles, round_to, to_f32, write_file
+from .tensors import Stored, TensorFiles, round_to, to_f32, write_file, write_parts
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Linears by their common input; the first one's name is the input's.
@@ -120,7 +120,7 @@ class Model:
         named = {self.layer_name(0, rest): tensor for rest, tensor in tensors.items()}
         named |= {"model.embed_tokens.weight": zeros, "model.norm.weight": self.tensors["model.norm.weight"]}
         directory.mkdir(exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(config))
+        write_parts(directory / "config.json", [json.dumps(config).encode()], durable=False)
         write_file(directory / "model.safetensors", named, durable=False)
 
     def other_files(self) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -65,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         report = quantize(args.model, args.out, **{name: getattr(args, name) for name in names})
     except KeyboardInterrupt:
-        out = args.out.rstrip("/")
-        print(f"\ninterrupted; the same command goes on from {out}{SUFFIX}", file=sys.stderr)
+        work = Path(args.out.rstrip("/") + SUFFIX)
+        again = f"; the same command goes on from {work}" if work.expanduser().is_dir() else ""
+        print(f"\ninterrupted{again}", file=sys.stderr)
         raise
     if args.json:
         print(json.dumps(report))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +73,7 @@ def quantize(
     options = make_options(method, format, bits, group_size, symmetric, act_order, head_bits, damp, num_samples,
                            sample_tokens, device, _dtype(dtype, device))  # fmt: skip
     source = Model(resolve_model(model))
+    _check_model(source, num_threads)
     check_shapes(source.shapes(), options)
     target = check_out(Path(out), source.directory)
     blocks = _blocks(source, options, calibration) if options.calibrates else None
@@ -98,6 +98,17 @@ def _device(device: str) -> str:
     if device != "cpu" and device.partition(":")[0] != "cuda":
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     return device
+
+
+def _check_model(source: Model, num_threads: int) -> None:
+    """ModelError or ValueError, before any work, where the engine would refuse the config, a tensor or the threads: rounding
+    to nearest loads no layer, and would make a checkpoint that nothing reads."""
+    try:
+        _engine.estimate(
+            str(source.directory), device="cpu", dtype="float32", kv_cache_tokens=1, num_threads=num_threads
+        )
+    except MemoryError:
+        pass  # layers are loaded one at a time: the whole need not fit
 
 
 def _dtype(dtype: str, device: str) -> str:

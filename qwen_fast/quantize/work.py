@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,10 @@ def check_out(out: Path, model: Path) -> Path:
     return out
 
 
+# The files that a run keeps in its directory: one that holds anything else is somebody's, and is left alone.
+_OURS = re.compile(r"lock|(state\.json|layer-\d+\.safetensors|hidden-\d+\.npy)(\.part)?")
+
+
 class Work:
     """The directory OUT.quantizing, locked. A context manager; leaving it keeps the files unless finish() was called."""
 
@@ -45,19 +50,31 @@ class Work:
         self.path = out.with_name(out.name + SUFFIX)
         try:
             self.path.mkdir(exist_ok=True)
+            self._check_ours()
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise OSError(error.errno, f"cannot make the work directory {self.path}: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            here = os.stat(self.path / "lock").st_ino == os.fstat(self._lock).st_ino
         except OSError:
+            here = False
+        if not here:  # held, or removed by a run that ended between our opening and locking it
             os.close(self._lock)
-            raise RuntimeError(f"another run is at work in {self.path}") from None
+            raise RuntimeError(f"another run is at work in {self.path}")
         try:
             self._open(identity, restart)
         except BaseException:
             os.close(self._lock)
             raise
+
+    def _check_ours(self) -> None:
+        folders = ("slice", "out") if (self.path / "state.json").is_file() else ()  # made only after state.json
+        names = sorted(path.name for path in self.path.iterdir())
+        foreign = [name for name in names if not _OURS.fullmatch(name) and name not in folders]
+        if foreign or self.path.is_symlink():
+            what = f"it holds {foreign[0]!r}" if foreign else "it is a link"
+            raise ValueError(f"{self.path} is not the work of a run ({what}); move it away, or give another OUT")
 
     def _open(self, identity: Mapping[str, Any], restart: bool) -> None:
         wanted = {"version": VERSION, **identity}
@@ -80,7 +97,8 @@ class Work:
             write_parts(state, [json.dumps(wanted).encode()])
 
     def _clear(self) -> None:
-        for path in self.path.iterdir():
+        # state.json last: what lies beside it is known as ours until then.
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == "state.json"):
             if path.name == "lock":
                 continue
             if path.is_dir():

@@ -12,6 +12,7 @@ from quality_helpers import write_rows
 
 from qwen_fast.cli import main
 from qwen_fast.quality import EngineScorer
+from qwen_fast.quality.matrix import parse_axes, spots
 from qwen_fast.quality.report import SCHEMA_PATH
 from qwen_fast.quality.spool import LiveRows
 from qwen_fast.quality.tasks import TEXT_FILE
@@ -208,3 +209,44 @@ def test_the_whole_set_and_in_chromium(capsys, tmp_path, shared_dir):
         capture_output=True,
     )
     assert shot.stat().st_size > 50_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-kl", "nan"], "--max-kl must be a number of at least 0"),
+        (["--bootstrap-seed", "-1"], "seed must be an integer of at least 0"),
+        (["--spool-folder", "/no/such/folder"], "spool_folder is no directory"),
+        (["--matrix", ""], "no axis is given"),
+        (["--text", "EMPTY"], "empty.txt is empty"),
+        (["--out", "EMPTY"], "is no directory"),
+        (["--out", "EMPTY/report"], "is no directory"),
+    ],
+)
+def test_refused_before_anything_is_loaded(capsys, tmp_path, monkeypatch, options, message):
+    def load(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("qwen_fast.quality.scorer.EngineScorer.__init__", load)
+    (tmp_path / "empty.txt").touch()
+    given = [one.replace("EMPTY", str(tmp_path / "empty.txt")) for one in options]
+    out = [] if "--out" in options else ["--out", str(tmp_path / "report")]
+    assert main(["quality", "demo", "--device", "cpu", *out, *given]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+@pytest.mark.parametrize("rest", [{}, {"cells": 5, "sections": 3, "notes": 1, "reference": [], "definitions": {}}])
+def test_a_report_in_part_is_not_shown(capsys, tmp_path, rest):
+    (tmp_path / "report.json").write_text(json.dumps({"schema": "qwen_fast quality report, version 1", **rest}))
+    assert main(["quality", "--render", str(tmp_path / "report.json"), "--out", str(tmp_path / "out")]) == 2
+    assert "report.json: not a whole report" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_of_one_name_are_told_apart(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "same").mkdir(parents=True)
+    kinds = {"quantization": str}
+    axes = parse_axes([f"weights=w4,{tmp_path}/a/same,{tmp_path}/b/same"], kinds)
+    assert [one.label for one in spots(axes, (), kinds)] == ["weights w4", "weights same", "weights same (2)"]

@@ -10,6 +10,7 @@ from quality_helpers import row, write_rows
 from qwen_fast import cli
 from qwen_fast.quality.matrix import parse_axes, spots
 from qwen_fast.quality.quality_cli import reference_options, shown_command
+from qwen_fast.quality.schema_check import fits
 from qwen_fast.quality.scorer import check_same_ids, check_same_vocabulary, model_name, shown_options
 from qwen_fast.quality.tasks import TEXT_FILE, read_rows, select
 
@@ -167,3 +168,32 @@ def test_vocabularies_and_ids_must_agree():
 
 def test_axes_are_told_as_json_texts():
     json.dumps([one.axes for one in spots(parse_axes(["num-threads=1,2"], KINDS), (), KINDS)])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        *[
+            ({"schema": schema}, message)
+            for schema, message in (
+                ({"type": {"a": 1}}, "unknown type"),
+                ({"properties": [1]}, "properties must be an object"),
+                ({"anyOf": 5}, "anyOf must be a list"),
+                ({"enum": 5}, "enum must be a list"),
+                ({"required": "ab"}, "required must be a list of names"),
+                ({"minimum": "5"}, "minimum must be a number"),
+                ({"minimum": float("nan")}, "NaN is no JSON value"),
+            )
+        ],
+        ({"task": "\ud800"}, "lone surrogate"),
+    ],
+)
+def test_rows_that_would_fail_only_when_scored(tmp_path, more, message):
+    row = {"task": "a", "messages": [{"role": "user", "content": "Hi"}], "answer": "x", **more}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=f"rows.jsonl, line 1: .*{message}"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_a_whole_number_of_any_length_fits():
+    assert fits(10**400, {"type": "integer"}) and fits(2.0, {"type": "integer"}) and not fits(2.5, {"type": "integer"})

@@ -211,6 +211,43 @@ def test_where_out_may_be(model, tmp_path):
     assert list(there.iterdir()) == []
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_directory_of_somebody_else(model, tmp_path, restart):
+    """OUT.quantizing that no run made is left as it is."""
+    there = tmp_path / "out.quantizing"
+    (there / "out").mkdir(parents=True)
+    (there / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not the work of a run .it holds 'out'"):
+        make(model, tmp_path / "out", method="rtn", restart=restart)
+    assert files_of(tmp_path) == {"out.quantizing/out/notes.txt": b"mine"}
+    (tmp_path / "two.quantizing").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(ValueError, match="not the work of a run .it is a link"):
+        make(model, tmp_path / "two", method="rtn", restart=restart)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"num_hidden_layers": 5}, "model.layers.3.*missing"),
+        ({"tie_word_embeddings": False}, "lm_head.weight.*missing"),
+        ({"max_position_embeddings": -5}, "max_position_embeddings"),
+        ({"intermediate_size": 512}, r"expected \(512, 128\)"),
+    ],
+)
+def test_what_the_engine_would_not_load_is_refused_before_any_work(model, tmp_path, method, changes, message):
+    bad = write_model(tmp_path / "bad", num_hidden_layers=3)
+    (bad / "config.json").write_text(json.dumps({**json.loads((bad / "config.json").read_text()), **changes}))
+    with pytest.raises(ModelError, match=message):
+        make(bad, tmp_path / "out", method=method)
+    with pytest.raises(ValueError, match="num_threads"):
+        make(model, tmp_path / "out", method=method, num_threads=-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
 def test_an_unwritable_place(model, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, whom no mode stops
     with pytest.raises(ValueError, match="cannot be written"):
@@ -266,6 +303,10 @@ FILES = {
     "zeros.txt": (b"text \0 text", "NUL at character 5"),
     "broken.jsonl": (b'{"text": "fine"}\n{"text": \n', "line 2: not JSON"),
     "list.jsonl": (b"[1, 2]\n", "line 1: expected an object with"),
+    "nested.jsonl": (b'{"text": "x"}\n{"token_ids": [[1], [2, 3]]}\n', r"line 2: token ids.*got \[1\]"),
+    "truth.jsonl": (b'{"token_ids": [1, true]}\n', "line 1: token ids.*got True"),
+    "content.jsonl": (b'{"text": "x"}\n{"messages": [{"role": "user", "content": {}}]}\n', "line 2: messages"),
+    "surrogate.jsonl": (b'{"text": "\\ud800"}\n', "line 1: the text holds a lone surrogate"),
     "keys.jsonl": (b'{"prompt": "x"}\n', "line 1: expected an object with"),
     "ids.jsonl": (b'{"token_ids": [1, 2, 99999]}\n', "whole numbers from 0 to 8191"),
     "floats.jsonl": (b'{"token_ids": [1.5]}\n', "whole numbers from 0 to 8191"),
@@ -306,6 +347,17 @@ def test_good_calibration(tmp_path, demo_tools):
     assert tokenizer.encode("<|im_start|>")[0] in rows[0] and rows.shape[1] == 64
     built_in = load_blocks(None, *demo_tools, 128, 512, 8192)
     assert built_in.shape[0] > 100 and built_in.shape[1] == 512
+
+
+def test_line_ends_of_a_jsonl_file(tmp_path, demo_tools):
+    """A text may hold U+2028 and its like as they are; a mark at the file's beginning is no text."""
+    text = "Bees turn nectar into honey.\u2028\x85 " * 100
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps({"text": text}, ensure_ascii=False).encode() + b"\r\n"
+    )
+    assert (
+        load_blocks(tmp_path / "a.jsonl", *demo_tools, 8, 64, 8192) == load_blocks([text], *demo_tools, 8, 64, 8192)
+    ).all()
 
 
 def test_text_without_a_tokenizer(model, tmp_path):
