@@ -212,11 +212,11 @@ def attention_macs(info: dict[str, Any], context: float) -> float:
     return 2.0 * info["num_layers"] * info["num_heads"] * info["head_dim"] * context
 
 
-def submit_together(engine: Any, prompts: list[list[int]], **options: Any) -> list[Any]:
-    """Requests that come to wait together, while the steps that may be in flight compute two other prompts."""
+def submit_together(engine: Any, prompts: list[list[int]], num_gates: int = 2, **options: Any) -> list[Any]:
+    """Requests that come to wait together, while the steps that may be in flight compute other prompts, the gates."""
     vocab_size = engine.info()["vocab_size"]
     gates = []
-    for i in range(2):
+    for i in range(num_gates):
         gates.append(engine.submit(prompt_ids(GATE_TOKENS, vocab_size, 998 + i), max_tokens=0))
         time.sleep(0.002)  # a step of its own
     requests = [engine.submit(prompt, **options) for prompt in prompts]
@@ -226,10 +226,10 @@ def submit_together(engine: Any, prompts: list[list[int]], **options: Any) -> li
 
 
 def decode_run(
-    engine: Any, batch: int, prompt_tokens: int, new_tokens: int, fresh: bool = True
+    engine: Any, batch: int, prompt_tokens: int, new_tokens: int, fresh: bool = True, num_gates: int = 2
 ) -> tuple[float, list[list[int]]]:
     """Seconds per step while all sequences decode, and the tokens. fresh: prompts are computed anew, not found in the
-    prefix cache.
+    prefix cache. num_gates: 0 will do for one sequence.
 
     The window begins with the first token of the last sequence to start and ends with the last token of the first one to
     end. Every step before the window starts some sequences, so the number of moments at which first tokens came says how
@@ -240,7 +240,7 @@ def decode_run(
     if fresh:
         engine.reset_prefix_cache()
     options = {"max_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
-    outputs = [finish(one) for one in submit_together(engine, prompts, **options)]
+    outputs = [finish(one) for one in submit_together(engine, prompts, num_gates, **options)]
     for output in outputs:
         if len(output["token_ids"]) != new_tokens or not all(0 <= t < vocab_size for t in output["token_ids"]):
             raise RuntimeError(f"expected {new_tokens} tokens below {vocab_size}, got {output['token_ids'][:8]} ...")

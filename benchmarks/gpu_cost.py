@@ -3,7 +3,12 @@ with the peaks of this very GPU measured just before (gpu_common.Limits).
 
     python benchmarks/gpu_cost.py --only 7B --out results/cost-7B --budget-seconds 170
 
-Run again with the same --out it takes up what is there and measures the rest. Writes measurements.json and report.json;
+    python benchmarks/gpu_cost.py --only 7B --gpus 1,2 --out results/cost-7B-gpus --budget-seconds 105
+
+--gpus: nothing but study B's question, one GPU against several: its workload (2,048 tokens in, 512 out) with 1 to 128 users on
+each number of GPUs, energy summed over them; comparison.md has the tables. Give a folder of its own, whose name ends with -gpus.
+
+Run again with the same --out it takes up what is there and measures the rest, more numbers of GPUs too. Writes measurements.json and report.json;
 `qwen-fast cost --render measurements.json --out DIR --rent-per-hour 3 ...` makes the report with prices anywhere.
 """
 
@@ -49,6 +54,26 @@ def kinds(environment: Any) -> list[Any]:
     return [(gpu["name"], gpu["total_bytes"]) for gpu in environment["gpus"] or ()]
 
 
+def comparison(report: Any, name: str, group: int) -> str:
+    """The comparison's tables, and the study's, as Markdown."""
+    from qwen_fast.cost import beside
+    from qwen_fast.cost.render_markdown import markdown
+
+    document = report.document
+    machine = document["machine"]
+    where = machine["gpus"][0]["name"] if machine["gpus"] else machine["cpu"]
+    text = (
+        f"4 bits in groups of {group}, 16-bit head, random weights in the real shape; `{machine['command']}`, begun {document['began']}, qwen_fast "
+        f"{machine['qwen_fast']}. Steady state of a closed loop, 95 % intervals in report.json; power is that of the GPUs in use."
+    )
+    lines = [f"# Qwen2.5-{name} on one {where} and on several", "", text]
+    for one in (*map(report.table, ("gpus-summary", "gpus-loads")), *beside.comparison(document)):
+        if one["id"] in ("gpus-summary", "gpus-loads", "study-b-gpus"):
+            lines += markdown(one)
+    lines += ["", *(f"- {note}" for note in document["notes"])]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--out", type=Path, required=True, help="folder for the report and what is measured")
@@ -58,16 +83,27 @@ def main() -> None:
     options.add_argument("--window-seconds", type=float, default=0.8, help="shortest window of a load (default 0.8)")
     options.add_argument("--device", default="cuda")
     options.add_argument("--quick", action="store_true", help="short windows and requests")
+    options.add_argument("--gpus", help="compare these numbers of GPUs, by comma, and measure nothing else")
+    options.add_argument(
+        "--users", default="1,16,32,64,128", help="of that comparison, by comma (default 1,16,32,64,128)"
+    )
     args = options.parse_args()
     began = time.monotonic()
     from qwen_fast import LLM
     from qwen_fast.cost.report import Report
     from qwen_fast.cost.run import Runner, Settings
+    from qwen_fast.cost.workloads import STUDY_B
 
     name = args.only or "0.5B"
     args.out.mkdir(parents=True, exist_ok=True)
     peaks = limits(args, args.out)
     gpu = args.device != "cpu"
+    one_question: dict[str, Any] = {}
+    if args.gpus:
+        gpus, users = (tuple(int(one) for one in text.split(",")) for text in (args.gpus, args.users))
+        one_question = {
+            "workloads": (STUDY_B,), "users": users, "gpus": gpus, "windows": 3, "with_levers": False, "with_sweep": False,
+        }  # fmt: skip
     settings = Settings(
         quick=args.quick,
         budget_s=max(1.0, args.budget_seconds - (time.monotonic() - began)),
@@ -75,6 +111,7 @@ def main() -> None:
         peak_gbs=peaks["read_gbs"] if gpu else None,
         peak_tflops=peaks["gemm_tflops"] if gpu else None,
         peak_source="measured on this GPU before the loads: reads by benchmarks/probe.cu, bf16 products by torch.matmul",
+        **one_question,
     )
     engine = {"device": args.device, "load_format": "dummy", "quantization": "w4", "quantization_group_size": GROUP}
 
@@ -91,6 +128,9 @@ def main() -> None:
         data = Runner(engine, settings, load, args.out / "measurements.json", say, name=shown).run()
     report = Report.from_measurements(data)
     (args.out / "report.json").write_text(report.to_json())
+    if args.gpus:
+        report.write(args.out)
+        (args.out / "comparison.md").write_text(comparison(report, name, GROUP), encoding="utf-8")
     left = sum("time budget" in why for why in data["skipped"].values())
     print(
         f"{args.out}: {len(data['stages'])} stages measured, {left} left for another run, {time.monotonic() - began:.0f} s"

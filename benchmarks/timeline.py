@@ -21,13 +21,14 @@ MIN_STEPS, MAX_PERIOD = 8, 1024
 @dataclasses.dataclass(frozen=True)
 class Event:
     """One thing that ran, in microseconds. launch: the call that enqueued it; a graph's kernels share one. is_copy: it
-    may run on a stream of its own, beside any kernel of the step before."""
+    may run on a stream of its own, beside any kernel of the step before. device: the GPU's number."""
 
     name: str
     start: float
     end: float
     launch: int = 0
     is_copy: bool = False
+    device: int = 0
 
 
 @dataclasses.dataclass
@@ -54,13 +55,14 @@ def short_name(name: str) -> str:
 
 
 def read_trace(trace: dict[str, Any]) -> list[Event]:
-    """The events of the device in a chrome trace as torch.profiler writes it, in the order in which they began."""
+    """The events of all devices in a chrome trace as torch.profiler writes it, in the order in which they began."""
     events = []
     for one in trace["traceEvents"]:
         if one.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            launch = int(one.get("args", {}).get("correlation", 0))
+            said = one.get("args", {})
+            launch, device = int(said.get("correlation", 0)), int(said.get("device", 0))
             is_copy = one["cat"] != "kernel"
-            events.append(Event(short_name(one["name"]), one["ts"], one["ts"] + one["dur"], launch, is_copy))
+            events.append(Event(short_name(one["name"]), one["ts"], one["ts"] + one["dur"], launch, is_copy, device))
     return sorted(events, key=lambda event: (event.start, event.end))
 
 

@@ -29,6 +29,16 @@
  * positions from scratch and merges them in order, in registers or by way of the workspace, with the same arithmetic; a
  * row of the tensor cores' product depends on no other row.
  *
+ * Tried and lost, decode (H200, 32 sequences of 8,192 of the 7B model, 125 us as it is):
+ *   keys and values loaded to registers. 127 us with all of L1 to land in; but linear layers want all as shared memory, a
+ *     multiprocessor stays as it was last set, and with the 28 KB that are left of L1 it was 153. L2 prefetch hints: 139.
+ *   each lane copying just what it uses to places of its own, which needs no barrier of the warp: 178. A line of memory
+ *     comes in one piece, and pieces of it that go to the same banks come one after the other.
+ *   bulk copies, one for a tile's keys and one for its values, with barriers in shared memory: no faster, and 19.9 us
+ *     instead of 19.0 with 64 sequences of 2,048 of the 0.5B model, whose copies are 2 KB.
+ *   3 CTAs a multiprocessor with rings of 2 units: as fast there, but 69 us instead of 62 with 64 sequences of 2,048 and
+ *     16.4 instead of 14.5 with 64 of 384; what they have in flight is the same.
+ *
  * Measured: see PERF.md. */
 #include "attention_decode.cuh"
 #include "attention_prefill.cuh"
@@ -40,7 +50,9 @@
 
 typedef void (*attention_kernel)(attention_params);
 
-static attention_kernel decode_kernel(const attention_params *p)
+typedef void (*decode_attention_kernel)(attention_params, int32_t, int32_t);
+
+static decode_attention_kernel decode_kernel(const attention_params *p)
 {
     const bool wide = p->group > 8;
     return p->a.shape.head_dim == 64 ? wide ? attention_decode_kernel<64, 2> : attention_decode_kernel<64, 1>
@@ -141,16 +153,39 @@ static qf_status check_low_bit(const qf_cuda_attention_args *a, qf_error *err)
     return QF_OK;
 }
 
+/* Units of a warp's ring: as many as a multiprocessor's shared memory, 1 KB more than a block's, has room for. */
+static int32_t decode_ring_units(const qf_cuda_device *device)
+{
+    int32_t units = DECODE_UNITS;
+    while (units > 1 && DECODE_CTAS * (ATTENTION_WARPS * units * DECODE_UNIT_BYTES + DECODE_OTHER_BYTES) >
+                            device->max_shared_bytes + 1024) {
+        units--;
+    }
+    return units;
+}
+
 static qf_status launch_decode(const attention_params *p, const qf_cuda_device *device, cudaStream_t stream,
                                qf_error *err)
 {
     if (p->a.kv.format != QF_CUDA_KV_16) {
         return qf_attention_decode_lowbit(p, device, stream, err);
     }
+    const int32_t ring_bytes = decode_ring_units(device) * DECODE_UNIT_BYTES, head_dim = p->a.shape.head_dim;
+    const int32_t results = (p->group > 8 ? 16 : 8) * (head_dim + 4) * (int32_t)sizeof(float);
+    const int32_t warp_bytes = results > ring_bytes ? results : ring_bytes;
+    const int32_t depth = ring_bytes / (4 * DECODE_TILE * head_dim); /* tiles of keys and values, 2 bytes each */
+    const decode_attention_kernel kernel = decode_kernel(p);
+    qf_status status = qf_allow_shared("attention (decode)", kernel, (size_t)warp_bytes * ATTENTION_WARPS, err);
+    if (status != QF_OK) {
+        return status;
+    }
+    QF_CUDA_TRY(cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
+                                     cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     const int64_t units = (int64_t)p->a.max_decode_items * p->a.shape.num_kv_heads;
-    const int64_t resident = (int64_t)device->sm_count * (p->group > 8 ? 2 : 3);
-    return qf_launch("attention (decode)", decode_kernel(p), dim3((unsigned)(units < resident ? units : resident)),
-                     dim3(ATTENTION_THREADS), 0, device->dependent_launch, stream, err, *p);
+    const int64_t resident = (int64_t)device->sm_count * DECODE_CTAS;
+    return qf_launch("attention (decode)", kernel, dim3((unsigned)(units < resident ? units : resident)),
+                     dim3(ATTENTION_THREADS), (size_t)warp_bytes * ATTENTION_WARPS, device->dependent_launch, stream,
+                     err, *p, depth, warp_bytes);
 }
 
 static qf_status launch_prefill(const attention_params *p, const qf_cuda_device *device, cudaStream_t stream,

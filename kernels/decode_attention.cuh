@@ -37,7 +37,7 @@ __device__ __forceinline__ float4 qf_ll_add(const uint4 &a, const uint4 &b)
 
 /* Gathers q of the item's heads and, if the new token is its own, the new key and value; rotates; rounds; stores to the
  * cache. A thread has four neighbours in the first half of a head and the four that they rotate with, or four of v. */
-template <int head_dim>
+template <int head_dim, bool ranks>
 __device__ __forceinline__ void qf_attention_gather(const qf_decode_params &p, const qf_decode_item &item,
                                                     uint32_t epoch, const qf_decode_layer_entry *layer,
                                                     qf_decode_attention_shared<head_dim> &sh)
@@ -66,7 +66,7 @@ __device__ __forceinline__ void qf_attention_gather(const qf_decode_params &p, c
         s = rope[half / 4];
         wanted |= (uint32_t)masks[(row + half) >> 4] << 2;
     }
-    qf_ll_get(p, v, qf_exchange(p, epoch) + p.ll.qkv, at, wanted, qf_sum_tag(epoch), 3u);
+    qf_ll_get<ranks>(p, v, qf_exchange(p, epoch) + p.ll.qkv, at, wanted, qf_sum_tag(epoch), 3u);
     const float4 a = qf_ll_add(v[0], v[1]), b = qf_ll_add(v[2], v[3]);
     const uint2 low = make_uint2(qf_pack_bf16(a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y),
                                  qf_pack_bf16(a.z * c.z - b.z * s.z, a.w * c.w - b.w * s.w));
@@ -277,7 +277,7 @@ __device__ __forceinline__ void qf_attention_publish(const qf_decode_params &p, 
 }
 
 /* Polls `count` pairs at once, those with from[i] not NULL, until all bear the tag; the others give 0. */
-template <int count>
+template <bool ranks, int count>
 __device__ __forceinline__ void qf_pair_get(const qf_decode_params &p, float (&values)[count],
                                             const uint2 *const (&from)[count], uint32_t tag)
 {
@@ -293,7 +293,7 @@ __device__ __forceinline__ void qf_pair_get(const qf_decode_params &p, float (&v
         for (int i = 0; i < count; i++) {
             differs |= v[i].y ^ tag;
         }
-        if (differs == 0 || qf_ll_give_up(p, n)) {
+        if (differs == 0 || qf_ll_give_up<ranks>(p, n)) {
             break;
         }
 #pragma unroll
@@ -310,7 +310,7 @@ __device__ __forceinline__ void qf_pair_get(const qf_decode_params &p, float (&v
 }
 
 /* Merges the splits: a warp takes 32 columns of a head; lane i weighs split i. */
-template <int head_dim>
+template <int head_dim, bool ranks>
 static __device__ __noinline__ void qf_attention_merge(const qf_decode_params &p, int splits, uint32_t epoch,
                                                        uint32_t tag)
 {
@@ -326,7 +326,7 @@ static __device__ __noinline__ void qf_attention_merge(const qf_decode_params &p
         const uint2 *from = partials + head * p.max_splits * head_dim + slice * 32 + lane;
         const uint2 *const both[2] = {lane < splits ? ml : nullptr, lane < splits ? ml + 1 : nullptr};
         float pair[2], acc = 0.0f;
-        qf_pair_get(p, pair, both, tag);
+        qf_pair_get<ranks>(p, pair, both, tag);
         float m = lane < splits ? pair[0] : -INFINITY, largest = m;
 #pragma unroll
         for (int mask = 16; mask != 0; mask >>= 1) {
@@ -345,7 +345,7 @@ static __device__ __noinline__ void qf_attention_merge(const qf_decode_params &p
             for (int j = 0; j < ahead; j++) {
                 places[j] = first + j < splits ? from + (first + j) * head_dim : nullptr;
             }
-            qf_pair_get(p, values, places, tag);
+            qf_pair_get<ranks>(p, values, places, tag);
 #pragma unroll
             for (int j = 0; j < ahead; j++) {
                 acc += values[j] * __shfl_sync(~0u, weight, (first + j) & 31);
@@ -358,7 +358,7 @@ static __device__ __noinline__ void qf_attention_merge(const qf_decode_params &p
 
 /* The attention of this CTA in one layer. Barriers of all consumer warps, where it has an item: one when q is there,
  * those of qf_attention_leave, one at the end (behind which q, newest and x may be written again). */
-template <int head_dim>
+template <int head_dim, bool ranks>
 __device__ __forceinline__ void qf_decode_attention(const qf_decode_params &p, int layer_index, uint32_t epoch,
                                                     qf_decode_ring &ring)
 {
@@ -368,7 +368,7 @@ __device__ __forceinline__ void qf_decode_attention(const qf_decode_params &p, i
     const qf_decode_item &item = qf_fixed().items[layer->other_window];
     const uint32_t partial_tag = epoch | 0x80000000u;
     if (item.head >= 0) {
-        qf_attention_gather<head_dim>(p, item, epoch, layer, sh);
+        qf_attention_gather<head_dim, ranks>(p, item, epoch, layer, sh);
         qf_consumer_barrier();
         qf_decode_stamp(p, 4 * layer_index + 1, QF_STAMP_Q);
         qf_attention_state<head_dim> state;
@@ -395,7 +395,7 @@ __device__ __forceinline__ void qf_decode_attention(const qf_decode_params &p, i
         qf_consumer_barrier();
     }
     if (item.num_splits > 1) {
-        qf_attention_merge<head_dim>(p, item.num_splits, epoch, partial_tag);
+        qf_attention_merge<head_dim, ranks>(p, item.num_splits, epoch, partial_tag);
     }
 }
 

@@ -21,24 +21,48 @@
  * all of down(last): by then every CTA has read the epoch. Keys and values written to the cache are read by nobody
  * within the step: who needs the newest row takes it from qkv's results.
  *
+ *
+ * Several ranks. Everything above is a rank's own, in its own memory, but for o's and down's sums: who makes a piece stores
+ * it into every rank's memory, at the same offset of each region, in slots of its own (those of rank 0 come first); every
+ * rank reads its own copy of all. A row is complete once all slots of all ranks are there. All ranks take the same steps, so
+ * their epochs agree. "No word is overwritten while it may still be read" then holds across ranks:
+ *   - Whoever writes X(e + 2), on whatever rank, depends through its own rank's qkv(e + 2) on complete rows of down(e + 1)
+ *     (or is a part of qkv(e + 2) itself, which reads all rows): CTAs of a rank other than 0 that keep no rows and have no
+ *     part in qkv get there by attention's results, which come from qkv's.
+ *   - A complete row of down(e + 1) has a piece of each range of each rank t, which together need all of t's act(e + 1), to
+ *     which every CTA of t contributes: so, as above, every CTA of t had read what it needs of layer e and of down(e).
+ *   - Over the end of a step: the first layer's epoch f reads no down(f - 1). But who writes X(f) runs in a kernel that
+ *     began when its own rank's last had ended, in which every CTA read complete rows of down(f - 1), for the head: so every
+ *     CTA of every rank had read all of layer f - 2 and down(f - 2). X(f + 1) depends on down(f), the kernel of rank t that
+ *     made its pieces began after t's last had ended, and that one read down(f - 1) to its end.
+ * A store to another GPU and the loads there are of the system's scope; a relaxed 4-byte store is seen whole.
+ *
  * Polls are bounded; a poll that gives up sets the error word, which is never cleared, and everybody who waits looks
- * there now and then. A failed CTA writes NaN logits. */
+ * there now and then. A failed CTA writes NaN logits. Of several ranks the error word is that of the region's header, the
+ * limit is that of all-reduces, and who gives up tells the other ranks and the host (decode_ranks.cuh, peers.cuh). */
 #ifndef QF_DECODE_EXCHANGE_CUH
 #define QF_DECODE_EXCHANGE_CUH
 
-#include "decode_ring.cuh"
+#include "decode_ranks.cuh"
 #include "decode_step.cuh"
 
 enum { QF_DECODE_ERROR = 0, QF_DECODE_EPOCH = 1 }; /* words of the header */
 
 #define QF_DECODE_PATIENCE_POLLS (1u << 20) /* half a second or more */
 
-__device__ __forceinline__ uint4 qf_ll_load(const void *p)
+/* ranks: other GPUs may store there, too. */
+template <bool ranks> __device__ __forceinline__ uint4 qf_ll_load(const void *p)
 {
     uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
+    if (ranks) {
+        asm volatile("ld.relaxed.sys.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "l"(p));
+    } else {
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "l"(p));
+    }
     return v;
 }
 
@@ -118,10 +142,11 @@ static __device__ __noinline__ bool qf_ll_lose_patience(uint32_t *error, uint32_
     return *failed != 0;
 }
 
-/* True once it is time to give up; n counts this wait's polls. */
-__device__ __forceinline__ bool qf_ll_give_up(const qf_decode_params &p, uint32_t n)
+/* True once it is time to give up; n counts this wait's polls; slot: for whom, see qf_ranks_source. */
+template <bool ranks>
+__device__ __forceinline__ bool qf_ll_give_up(const qf_decode_params &p, uint32_t n, int32_t slot = QF_DECODE_LOCAL)
 {
-    return (n & 63u) == 0 && qf_ll_lose_patience(p.header + QF_DECODE_ERROR, n);
+    return (n & 63u) == 0 && (ranks ? qf_ranks_look(p, n, slot) : qf_ll_lose_patience(p.header + QF_DECODE_ERROR, n));
 }
 
 __device__ __forceinline__ uint32_t qf_ll_differs(const uint4 &v, uint32_t tag)
@@ -130,10 +155,12 @@ __device__ __forceinline__ uint32_t qf_ll_differs(const uint4 &v, uint32_t tag)
 }
 
 /* Loads `count` places of four words, those that are wanted, again and again until each bears the tag, all that are
- * missing at once. What is not wanted is 0. */
-template <int count>
+ * missing at once. What is not wanted is 0. first_slot: of sums of o or down, place i being of slot
+ * first_slot + i % 4. */
+template <bool ranks, int count>
 __device__ __forceinline__ void qf_ll_get(const qf_decode_params &p, uint4 (&v)[count], const uint32_t *words,
-                                          const int32_t (&at)[count], uint32_t wanted, uint32_t tag, uint32_t mask)
+                                          const int32_t (&at)[count], uint32_t wanted, uint32_t tag, uint32_t mask,
+                                          int32_t first_slot = QF_DECODE_LOCAL)
 {
 #pragma unroll
     for (int i = 0; i < count; i++) {
@@ -144,7 +171,7 @@ __device__ __forceinline__ void qf_ll_get(const qf_decode_params &p, uint4 (&v)[
 #pragma unroll
         for (int i = 0; i < count; i++) {
             if (wanted >> i & 1) {
-                v[i] = qf_ll_load(words + at[i]);
+                v[i] = qf_ll_load<ranks>(words + at[i]);
             }
         }
 #pragma unroll
@@ -153,7 +180,8 @@ __device__ __forceinline__ void qf_ll_get(const qf_decode_params &p, uint4 (&v)[
                 wanted &= ~(1u << i);
             }
         }
-        if (wanted != 0 && qf_ll_give_up(p, n)) {
+        if (wanted != 0 &&
+            qf_ll_give_up<ranks>(p, n, first_slot < 0 ? first_slot : first_slot + (__ffs((int)wanted) - 1) % 4)) {
             break;
         }
     }
@@ -165,6 +193,14 @@ __device__ __forceinline__ uint32_t qf_sum_tag(uint32_t epoch) { return epoch >>
 __device__ __forceinline__ uint32_t *qf_exchange(const qf_decode_params &p, uint32_t epoch)
 {
     return p.exchange + (epoch & 1) * (int64_t)p.ll.words;
+}
+
+/* Where o's and down's sums of an epoch are. */
+template <bool ranks> __device__ __forceinline__ uint32_t *qf_row_exchange(const qf_decode_params &p, uint32_t epoch)
+{
+    return ranks ? reinterpret_cast<uint32_t *>(p.peers.regions[p.peers.rank] + p.rows_at) +
+                       (epoch & 1) * (int64_t)p.ll.row_words
+                 : qf_exchange(p, epoch);
 }
 
 /* Sums of squares of each 128 of the residual, and behind them 1 / its root mean square; gate_up has its own. */

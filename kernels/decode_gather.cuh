@@ -55,14 +55,16 @@ __device__ __forceinline__ float *qf_block_sums(const qf_decode_params &p)
 
 /* Before a gather: warp 0 awaits one vector a lane, spread over the row; the others wait for it at a barrier. So one
  * warp asks again and again instead of eight, which would keep L2 from what they wait for, and all that is wanted has
- * mostly come when it is asked for. at: word of the vector. */
+ * mostly come when it is asked for. at: word of the vector; slot: qf_ll_give_up's. */
+template <bool ranks>
 static __device__ __noinline__ void qf_gather_await(const qf_decode_params &p, const uint32_t *words, int at,
-                                                    bool wanted, uint32_t tag, uint32_t mask)
+                                                    bool wanted, uint32_t tag, uint32_t mask,
+                                                    int32_t slot = QF_DECODE_LOCAL)
 {
     if (threadIdx.x < 32) {
 #pragma unroll 1
-        for (uint32_t n = 1; wanted && (qf_ll_differs(qf_ll_load(words + at), tag) & mask) != 0; n++) {
-            if (qf_ll_give_up(p, n)) {
+        for (uint32_t n = 1; wanted && (qf_ll_differs(qf_ll_load<ranks>(words + at), tag) & mask) != 0; n++) {
+            if (qf_ll_give_up<ranks>(p, n, slot)) {
                 break;
             }
         }
@@ -70,67 +72,106 @@ static __device__ __noinline__ void qf_gather_await(const qf_decode_params &p, c
     qf_consumer_barrier();
 }
 
+/* The sum of four slots of a vector; what is not there is 0. */
+static __device__ __forceinline__ float4 qf_add_slots(const uint4 *v)
+{
+    float4 h = make_float4(qf_ll_decode(v[0].x), qf_ll_decode(v[0].y), qf_ll_decode(v[0].z), qf_ll_decode(v[0].w));
+#pragma unroll
+    for (int s = 1; s < 4; s++) {
+        h.x += qf_ll_decode(v[s].x);
+        h.y += qf_ll_decode(v[s].y);
+        h.z += qf_ll_decode(v[s].z);
+        h.w += qf_ll_decode(v[s].w);
+    }
+    return h;
+}
+
+/* Which slot a lane awaits of a row tile, -1 if none: half of the lanes the first, the others the last, so that with
+ * several ranks at least one of the two comes from another. masks: of the tile. */
+static __device__ __forceinline__ int qf_ranks_probe(const uint8_t *masks, int tiles, int groups, int lane)
+{
+    const int group = lane & 1 ? groups - 1 : 0;
+    const uint32_t first = masks[0], last = masks[group * tiles];
+    return (lane & 1) != 0 && last != 0 ? 4 * group + 31 - __clz((int)last) : __ffs((int)first) - 1;
+}
+
 /* For qkv, gate_up and the head. The residual stream's next state h = the sum of the pieces (which hold the last state:
  * see qf_decode_finish); x = bf16(h * norm weight), not yet divided by the root mean square, whose sums of squares are
- * left aside; and h of the rows to which this CTA will add. Without a part here only those are wanted. A thread has two
- * vectors of four k in flight. */
+ * left aside; and h of the rows to which this CTA will add. Without a part here only those are wanted; with several ranks
+ * only rank 0 adds it. A thread has two vectors of four k in flight, of four slots each; of several ranks there may be
+ * more slots, which come four by four. */
+template <bool ranks>
 static __device__ __forceinline__ void qf_gather_rows(const qf_decode_params &p, int kind, int layer, uint32_t epoch)
 {
     const bool mid = kind == QF_DECODE_GATE_UP, first_layer = !mid && layer == 0;
     const qf_decode_phase &ph = qf_fixed().phase[kind], &next = qf_fixed().phase[mid ? QF_DECODE_DOWN : QF_DECODE_O];
     const bool all = ph.blocks > 0;
-    const int save_begin = next.tile0, save_end = save_begin + (kind == QF_DECODE_HEAD ? 0 : next.local_tiles);
+    const bool saves = kind != QF_DECODE_HEAD && (!ranks || p.peers.rank == 0);
+    const int save_begin = next.tile0, save_end = save_begin + (saves ? next.local_tiles : 0);
     const int begin = all ? 0 : save_begin * 4, vectors = all ? p.hidden_size / 4 : (save_end - save_begin) * 4;
     const int turn = all ? ph.turn : 0, lane = threadIdx.x & 31;
     const uint32_t from_epoch = mid ? epoch : epoch - 1, tag = qf_sum_tag(from_epoch);
-    const uint32_t *words = qf_exchange(p, from_epoch) + (mid ? p.ll.o : p.ll.down);
+    const uint32_t *words = qf_row_exchange<ranks>(p, from_epoch) + (mid ? p.ll.o : p.ll.down);
+    const int tiles = p.linear[QF_DECODE_O].tiles, groups = !ranks ? 1 : mid ? p.rows[0].groups : p.rows[1].groups;
     const uint8_t *masks = reinterpret_cast<const uint8_t *>(qf_decode_shared + p.map.masks) +
-                           p.linear[QF_DECODE_QKV].tiles + (mid ? 0 : p.linear[QF_DECODE_O].tiles);
+                           p.linear[QF_DECODE_QKV].tiles + (mid ? 0 : ranks ? p.rows[0].groups * tiles : tiles);
+    const int32_t slot_base = mid ? 0 : QF_DECODE_OF_DOWN;
     const float4 *norm = reinterpret_cast<const float4 *>(qf_layer(p, layer)->norm[mid]);
     float *squares = qf_norm_squares(p, kind), *saved = qf_saved(p, mid ? QF_DECODE_DOWN : QF_DECODE_O);
     const int probe = begin + lane * vectors / 32;
-    const uint32_t slots = vectors > 0 && !first_layer ? masks[probe >> 2] : 0;
-    const int slot = slots & 1 ? 0 : 31 - __clz((int)slots | 1);
-    qf_gather_await(p, words, slot * p.hidden_size + 4 * probe, slots != 0, tag, 3u);
+    if (ranks) {
+        const bool any = vectors > 0 && !first_layer;
+        const int slot = any ? qf_ranks_probe(masks + (probe >> 2), tiles, groups, lane) : -1;
+        qf_gather_await<true>(p, words, slot * p.hidden_size + 4 * probe, slot >= 0, tag, 3u, slot_base + slot);
+    } else {
+        const uint32_t slots = vectors > 0 && !first_layer ? masks[probe >> 2] : 0;
+        const int slot = slots & 1 ? 0 : 31 - __clz((int)slots | 1);
+        qf_gather_await<false>(p, words, slot * p.hidden_size + 4 * probe, slots != 0, tag, 3u);
+    }
 #pragma unroll 1
     for (int q0 = threadIdx.x; q0 < vectors; q0 += 2 * QF_DECODE_THREADS) { /* whole warps where `all` */
         uint4 v[8]; /* vector j's slot s: 4 j + s */
-        float4 w[2];
-        int i[2], at[8];
-        uint32_t wanted = 0;
+        float4 w[2], sum[2];
+        int i[2];
         float reduced[4] = {};
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const int q = q0 + j * QF_DECODE_THREADS;
             i[j] = begin + qf_gather_turn(q, vectors, turn);
             w[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (q < vectors) {
-                wanted |= first_layer ? 0u : (uint32_t)masks[i[j] >> 2] << (4 * j);
-                if (all) {
-                    w[j] = __ldg(norm + i[j]);
-                }
-            }
-#pragma unroll
-            for (int s = 0; s < 4; s++) {
-                at[4 * j + s] = s * p.hidden_size + 4 * i[j];
+            if (q < vectors && all) {
+                w[j] = __ldg(norm + i[j]);
             }
         }
-        qf_ll_get(p, v, words, at, wanted, tag, 3u);
+#pragma unroll 1
+        for (int g = 0; g < groups; g++) {
+            int at[8];
+            uint32_t wanted = 0;
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                if (q0 + j * QF_DECODE_THREADS < vectors) {
+                    wanted |= first_layer ? 0u : (uint32_t)masks[g * tiles + (i[j] >> 2)] << (4 * j);
+                }
+#pragma unroll
+                for (int s = 0; s < 4; s++) {
+                    at[4 * j + s] = (4 * g + s) * p.hidden_size + 4 * i[j];
+                }
+            }
+            qf_ll_get<ranks>(p, v, words, at, wanted, tag, 3u, slot_base + 4 * g);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const float4 more = qf_add_slots(v + 4 * j);
+                sum[j] = g == 0 ? more : make_float4(sum[j].x + more.x, sum[j].y + more.y, sum[j].z + more.z,
+                                                     sum[j].w + more.w);
+            }
+        }
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const int tile = i[j] >> 2;
             if (q0 + j * QF_DECODE_THREADS >= vectors) {
                 break;
             }
-            float4 h = make_float4(qf_ll_decode(v[4 * j].x), qf_ll_decode(v[4 * j].y), qf_ll_decode(v[4 * j].z),
-                                   qf_ll_decode(v[4 * j].w));
-#pragma unroll
-            for (int s = 1; s < 4; s++) { /* what is not there is 0 */
-                h.x += qf_ll_decode(v[4 * j + s].x);
-                h.y += qf_ll_decode(v[4 * j + s].y);
-                h.z += qf_ll_decode(v[4 * j + s].z);
-                h.w += qf_ll_decode(v[4 * j + s].w);
-            }
+            float4 h = sum[j];
             if (first_layer) {
                 h = *reinterpret_cast<const float4 *>(p.residual + 4 * i[j]);
             }
@@ -146,27 +187,28 @@ static __device__ __forceinline__ void qf_gather_rows(const qf_decode_params &p,
             }
         }
         if (all) {
-            const float sum = qf_warp_sums(reduced);
+            const float reduced_sum = qf_warp_sums(reduced);
             const int q = q0 - lane + (lane >> 3 & 1) * QF_DECODE_THREADS;
             const int block = qf_gather_turn(q, vectors, turn) >> 5;
             if ((lane & 7) == 0 && q < vectors) {
-                *((lane < 16 ? qf_block_sums(p) : squares) + block) = sum;
+                *((lane < 16 ? qf_block_sums(p) : squares) + block) = reduced_sum;
             }
         }
     }
 }
 
 /* For o and down. x = this part's range of k of a row of bf16 words; zeros beyond its width. */
+template <bool ranks>
 static __device__ __forceinline__ void qf_gather_words(const qf_decode_params &p, int kind, uint32_t epoch)
 {
     constexpr int ahead = 5;
     const qf_decode_phase &ph = qf_fixed().phase[kind];
     const bool o = kind == QF_DECODE_O;
-    const int first = ph.ks0 * 128, width = (o ? p.linear[QF_DECODE_O].kb * 128 : p.act_size) - first;
+    const int first = ph.ks0 * 128, width = (o ? p.q_size : p.act_size) - first;
     const int vectors = ph.kbs * 32, lane = threadIdx.x & 31, turn = ph.turn;
     const uint32_t *words = qf_exchange(p, epoch) + (o ? p.ll.attention : p.ll.act) + first, tag = epoch & 0xffffu;
     const int probe = 4 * (lane * vectors / 32);
-    qf_gather_await(p, words, probe, probe < width, tag, 0xffffu);
+    qf_gather_await<ranks>(p, words, probe, probe < width, tag, 0xffffu);
 #pragma unroll 1
     for (int q0 = threadIdx.x; q0 < vectors; q0 += ahead * QF_DECODE_THREADS) {
         uint4 v[ahead];
@@ -179,7 +221,7 @@ static __device__ __forceinline__ void qf_gather_words(const qf_decode_params &p
             at[j] = 4 * qf_gather_turn(q, vectors, turn);
             wanted |= q < vectors && at[j] < width ? 1u << j : 0u;
         }
-        qf_ll_get(p, v, words, at, wanted, tag, 0xffffu);
+        qf_ll_get<ranks>(p, v, words, at, wanted, tag, 0xffffu);
 #pragma unroll
         for (int j = 0; j < ahead; j++) {
             if (q0 + j * QF_DECODE_THREADS < vectors) { /* true of a whole warp or of none of it */

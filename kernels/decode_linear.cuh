@@ -233,15 +233,17 @@ __device__ __forceinline__ void qf_decode_consume(const qf_decode_params &p, qf_
 struct qf_decode_result {
     uint32_t *to;
     uint32_t red, scale, saved; /* shared addresses: the warps' sums, what they are multiplied by, what is kept of h */
-    bool adds; /* the first piece of the first range */
+    bool adds; /* the first piece of the first range; of o and down, of rank 0 */
     float low, high;
 };
 
+template <bool ranks>
 __device__ __forceinline__ void qf_decode_place(const qf_decode_params &p, const qf_decode_phase &ph, int kind,
                                                 int tile, uint32_t epoch, qf_decode_result &result)
 {
     const int slot = tile == 0 ? ph.first_slot : ph.slot, rows = kind == QF_DECODE_GATE_UP ? 8 : 16;
-    result.to = qf_exchange(p, epoch) + ph.out + slot * ph.n + (ph.tile0 + tile) * rows + (threadIdx.x & 7);
+    uint32_t *half = ranks && (kind & 1) ? qf_row_exchange<ranks>(p, epoch) : qf_exchange(p, epoch);
+    result.to = half + ph.out + slot * ph.n + (ph.tile0 + tile) * rows + (threadIdx.x & 7);
     result.adds = slot == 0 && kind != QF_DECODE_GATE_UP && tile < ph.local_tiles;
     result.low = result.high = 0.0f;
     result.red = qf_shared_address(qf_decode_red(p, tile, threadIdx.x & 7));
@@ -260,7 +262,9 @@ __device__ __forceinline__ void qf_decode_take_saved(qf_decode_result &result)
 
 /* Adds up and stores the results of a row pair: qkv's, o's and down's are pieces, of which the first of the first range
  * carries what is added once; gate_up's tiles hold 8 rows of gate and the same of up. */
-__device__ __forceinline__ void qf_decode_store(int kind, uint32_t epoch, const qf_decode_result &result)
+template <bool ranks>
+__device__ __forceinline__ void qf_decode_store(const qf_decode_params &p, int kind, uint32_t epoch,
+                                                const qf_decode_result &result)
 {
     const float scale = __uint_as_float(qf_lds_32(result.scale));
     const float2 sum = qf_decode_add_up(result.red);
@@ -268,6 +272,9 @@ __device__ __forceinline__ void qf_decode_store(int kind, uint32_t epoch, const 
     if (kind == QF_DECODE_GATE_UP) {
         const float value = qf_silu(low) * (high * QF_DECODE_X_SCALE);
         qf_ll_store(result.to, (qf_pack_bf16(0.0f, value) & 0xffff0000u) | (epoch & 0xffffu));
+    } else if (ranks && (kind & 1)) {
+        qf_ranks_store(p, result.to, qf_ll_encode(low + result.low, qf_sum_tag(epoch)),
+                       qf_ll_encode(high + result.high, qf_sum_tag(epoch)));
     } else {
         qf_ll_store(result.to, qf_ll_encode(low + result.low, qf_sum_tag(epoch)));
         qf_ll_store(result.to + 8, qf_ll_encode(high + result.high, qf_sum_tag(epoch)));
@@ -276,6 +283,7 @@ __device__ __forceinline__ void qf_decode_store(int kind, uint32_t epoch, const 
 }
 
 /* Row tiles beyond one a thread, which qkv never has. */
+template <bool ranks>
 static __device__ __noinline__ void qf_decode_store_more(const qf_decode_params &p, int kind, uint32_t epoch)
 {
     const qf_decode_phase &ph = qf_fixed().phase[kind];
@@ -283,20 +291,21 @@ static __device__ __noinline__ void qf_decode_store_more(const qf_decode_params 
     for (int tile = (int)threadIdx.x / 8 + QF_DECODE_THREADS / 8; tile < ph.local_tiles;
          tile += QF_DECODE_THREADS / 8) {
         qf_decode_result result;
-        qf_decode_place(p, ph, kind, tile, epoch, result);
+        qf_decode_place<ranks>(p, ph, kind, tile, epoch, result);
         qf_decode_take_saved(result);
-        qf_decode_store(kind, epoch, result);
+        qf_decode_store<ranks>(p, kind, epoch, result);
     }
 }
 
 /* result: of this thread's first row tile. */
+template <bool ranks>
 __device__ __forceinline__ void qf_decode_finish(const qf_decode_params &p, int kind, int local_tiles, uint32_t epoch,
                                                  const qf_decode_result &result)
 {
     if ((int)threadIdx.x / 8 < local_tiles) {
-        qf_decode_store(kind, epoch, result);
+        qf_decode_store<ranks>(p, kind, epoch, result);
         if (local_tiles > QF_DECODE_THREADS / 8) {
-            qf_decode_store_more(p, kind, epoch);
+            qf_decode_store_more<ranks>(p, kind, epoch);
         }
     }
 }

@@ -8,17 +8,25 @@
  *   range 0        range 1          part 0 | part 1 | ...
  *   tile 0 [0 0 0 0 0][6 6 6 6 6]
  *   tile 1 [0 1 1 1 1][6 7 7 7 7]   tile 1 has the pieces 0 and 1 of range 0, in slots 0 and 1, and the pieces 0
- *   tile 2 [1 1 2 2 2][7 7 8 8 8]   and 1 of range 1, in slots max_pieces and max_pieces + 1 */
+ *   tile 2 [1 1 2 2 2][7 7 8 8 8]   and 1 of range 1, in slots max_pieces and max_pieces + 1
+ *
+ * With several ranks each cuts its own k of o and down, and a row tile has the results of all ranks: those of rank r stand
+ * behind the splits * max_pieces slots of each rank before. */
 #ifndef QF_DECODE_PLAN_CUH
 #define QF_DECODE_PLAN_CUH
 
+#include <string.h>
+
 #include "common/launch.cuh"
+#include "peers.cuh"
+#include "qf_decode.h"
 
 #define QF_DECODE_CHUNK_UNITS 32 /* units of 1,024 bytes a ring stage holds */
 #define QF_DECODE_MAX_STAGES 16
 #define QF_DECODE_WARPS 8         /* that consume */
 #define QF_DECODE_X_SCALE 0x1p96f /* what x is stored times; integers count as times 2^-133: see decode_linear.cuh */
 #define QF_DECODE_MAX_SPLITS 32 /* of a sequence's positions */
+#define QF_DECODE_MAX_SLOTS 32  /* of a row tile, of all ranks: bits of a mask */
 
 enum { QF_DECODE_QKV, QF_DECODE_O, QF_DECODE_GATE_UP, QF_DECODE_DOWN, QF_DECODE_HEAD, QF_DECODE_KINDS };
 
@@ -29,6 +37,7 @@ struct qf_decode_linear {
     int32_t max_pieces;    /* results of a row tile in one range, at most */
     int32_t by_tile;       /* parts end between row tiles */
     int32_t rotation;      /* part p is CTA (p + rotation) % grid's */
+    int32_t first_slot;    /* of this rank's results: behind those of the ranks before */
     int32_t bits, scale_bytes; /* scale_bytes: of a block */
 };
 
@@ -43,13 +52,22 @@ struct qf_decode_layer_entry {
     int32_t other_window, pad; /* its sliding window is not that of the first layer */
 };
 
+/* Where the ranks' results of o or of down are. */
+struct qf_decode_rows {
+    qf_cuda_decode_cut cut[QF_CUDA_MAX_RANKS];
+    int32_t first_slot[QF_CUDA_MAX_RANKS + 1];
+    int32_t groups; /* of four slots */
+};
+
 struct qf_decode_shared_map { /* byte offsets into dynamic shared memory */
     int32_t layers, rope, squares, masks, saved_o, saved_down, red, x, sums, ring, total;
     int32_t stages, stage_bytes, red_tiles;
 };
 
-struct qf_decode_ll_map { /* word offsets into one of the two halves of the exchange buffer */
-    int32_t qkv, attention, o, act, down, words;
+/* Word offsets into one of the two halves of the exchange buffer. Of several ranks o and down are not there but in what
+ * others can write, whose halves are row_words long. */
+struct qf_decode_ll_map {
+    int32_t qkv, attention, o, act, down, words, row_words;
 };
 
 struct qf_decode_params {
@@ -66,31 +84,35 @@ struct qf_decode_params {
     uint32_t *exchange; /* (2, ll.words) */
     uint2 *partials;    /* accumulators (2, num_heads, max_splits, head_dim), then m and l (.., 2) */
     int64_t partials_half, partials_ml; /* pairs */
-    int32_t num_layers, hidden_size, act_size, num_heads, num_kv_heads, block_size, max_splits;
+    int32_t num_layers, hidden_size, act_size, num_heads, num_kv_heads, q_size, block_size, max_splits;
     float eps, scale_log2;
     bool bulk;
     long long *stamps; /* see decode_step.cuh, or NULL */
+    qf_cuda_peers peers; /* num_ranks 0: alone, and what follows is not used */
+    int64_t rows_at;     /* bytes from a region's start to o's and down's sums: (2, ll.row_words) */
+    qf_decode_rows rows[2]; /* o, down */
 };
 
-/* Which row tiles' results `first .. first + count - 1` of one range exist. */
-static inline __host__ __device__ int qf_decode_range_begin(const qf_decode_linear &l, int split)
+template <typename cut> static inline __host__ __device__ int qf_decode_range_begin(const cut &l, int split)
 {
     return l.kb * split / l.splits;
 }
+/* Which part of a range has a block. */
 static inline __host__ __device__ int qf_decode_part_of(int v, int parts, int blocks)
 {
     return ((v + 1) * parts - 1) / blocks;
 }
 
-/* Bit `slot` is set where the row tile has a result. */
-static inline __host__ __device__ uint32_t qf_decode_slot_mask(const qf_decode_linear &l, int tile)
+/* Bit `slot` is set where the row tile, of `tiles`, has a result. */
+template <typename cut>
+static inline __host__ __device__ uint32_t qf_decode_slot_mask(const cut &l, int tiles, int tile)
 {
     uint32_t mask = 0;
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
 #endif
     for (int s = 0; s < l.splits; s++) {
-        int kbs = qf_decode_range_begin(l, s + 1) - qf_decode_range_begin(l, s), blocks = l.tiles * kbs;
+        int kbs = qf_decode_range_begin(l, s + 1) - qf_decode_range_begin(l, s), blocks = tiles * kbs;
         int first = qf_decode_part_of(tile * kbs, l.parts, blocks);
         int last = qf_decode_part_of(tile * kbs + kbs - 1, l.parts, blocks);
         mask |= ((1u << (last - first + 1)) - 1u) << (s * l.max_pieces);
@@ -128,8 +150,24 @@ static inline void qf_decode_plan_weight(const qf_cuda_weight *w, qf_decode_line
     }
 }
 
+/* The most pieces that a row tile has in one range. */
+static inline int qf_decode_most_pieces(const qf_decode_linear *l)
+{
+    int most = 1;
+    for (int s = 0; s < l->splits; s++) {
+        int k = qf_decode_range_begin(*l, s + 1) - qf_decode_range_begin(*l, s), blocks = l->tiles * k;
+        for (int tile = 0; tile < l->tiles; tile++) {
+            int pieces = qf_decode_part_of(tile * k + k - 1, l->parts, blocks) -
+                         qf_decode_part_of(tile * k, l->parts, blocks) + 1;
+            most = qf_decode_max(most, pieces);
+        }
+    }
+    return most;
+}
+
 /* Cuts a linear whose results are partial sums. Short runs end at tile boundaries, or at equal shares of tiles, and so
- * does what that makes little longer, so that few pieces arise; others are all equally long. */
+ * does what that makes little longer, so that few pieces arise, and what would else be cut in more than two; others are all
+ * equally long. */
 static inline void qf_decode_plan_parts(qf_decode_linear *l, int splits, int grid)
 {
     l->splits = splits;
@@ -142,14 +180,10 @@ static inline void qf_decode_plan_parts(qf_decode_linear *l, int splits, int gri
     } else {
         l->parts = l->tiles * qf_decode_max(1, qf_decode_min(qf_decode_min(room / l->tiles, kbs / 16), 2));
     }
-    l->max_pieces = 1;
-    for (int s = 0; s < splits; s++) {
-        int k = qf_decode_range_begin(*l, s + 1) - qf_decode_range_begin(*l, s), blocks = l->tiles * k;
-        for (int tile = 0; tile < l->tiles; tile++) {
-            int pieces = qf_decode_part_of(tile * k + k - 1, l->parts, blocks) -
-                         qf_decode_part_of(tile * k, l->parts, blocks) + 1;
-            l->max_pieces = qf_decode_max(l->max_pieces, pieces);
-        }
+    l->max_pieces = qf_decode_most_pieces(l);
+    if (l->max_pieces > 2 && l->tiles <= room) {
+        l->parts = l->tiles * qf_decode_min(room / l->tiles, 2);
+        l->max_pieces = qf_decode_most_pieces(l);
     }
 }
 
@@ -177,7 +211,8 @@ static inline bool qf_decode_plan_shared(const qf_decode_params *p, int head_dim
     m->squares = at;
     at = qf_decode_align(at + 2 * (p->hidden_size / 128 + 1) * 4);
     m->masks = at;
-    at = qf_decode_align(at + l[QF_DECODE_QKV].tiles + l[QF_DECODE_O].tiles + l[QF_DECODE_DOWN].tiles);
+    at = qf_decode_align(at + l[QF_DECODE_QKV].tiles + p->rows[0].groups * l[QF_DECODE_O].tiles +
+                         p->rows[1].groups * l[QF_DECODE_DOWN].tiles);
     m->saved_o = at;
     at += qf_decode_local_tiles(&l[QF_DECODE_O]) * 64;
     m->saved_down = at;
@@ -232,7 +267,7 @@ static inline bool qf_decode_shapes_ok(const qf_cuda_decode_args *a)
         const qf_cuda_decode_layer *l = a->host_layers + i;
         if (!qf_decode_weight_ok(&l->qkv, (a->num_heads + 2 * a->num_kv_heads) * a->head_dim,
                                  a->hidden_size, true, true) ||
-            !qf_decode_weight_ok(&l->o, a->hidden_size, a->num_heads * a->head_dim, true, false) ||
+            !qf_decode_weight_ok(&l->o, a->hidden_size, (a->num_heads * a->head_dim + 127) / 128 * 128, true, false) ||
             !qf_decode_weight_ok(&l->gate_up, 2 * act, a->hidden_size, true, false) ||
             !qf_decode_weight_ok(&l->down, a->hidden_size, (act + 127) / 128 * 128, true, false) ||
             l->k == nullptr || l->v == nullptr || l->input_norm == nullptr || l->post_attention_norm == nullptr) {
@@ -246,6 +281,48 @@ static inline bool qf_decode_shapes_ok(const qf_cuda_decode_args *a)
         }
     }
     return a->final_norm != nullptr && qf_decode_weight_ok(&a->head, a->head.n, a->hidden_size, false, false);
+}
+
+/* What one rank's sums of o or down are, as others see it. */
+static inline qf_cuda_decode_cut qf_decode_cut_of(const qf_decode_linear *l)
+{
+    return qf_cuda_decode_cut{l->kb, l->splits, l->parts, l->max_pieces};
+}
+
+/* The slots of all ranks' sums, in order of rank. False if others take this rank to be cut in another way, or there is not
+ * room enough. */
+static inline bool qf_decode_plan_ranks(const qf_cuda_decode_args *a, qf_decode_params *p)
+{
+    p->peers = *a->peers;
+    p->rows_at = (int64_t)qf_peer_decode_at(a->peers->exchange_bytes);
+    p->ll.row_words = 0;
+    for (int which = 0; which < 2; which++) {
+        qf_decode_linear *l = &p->linear[which == 0 ? QF_DECODE_O : QF_DECODE_DOWN];
+        const qf_cuda_decode_cut own = qf_decode_cut_of(l);
+        qf_decode_rows *rows = &p->rows[which];
+        int slots = 0;
+        for (int r = 0; r < a->peers->num_ranks; r++) {
+            const qf_cuda_decode_rank *rank = a->ranks + r;
+            rows->cut[r] = which == 0 ? rank->o : rank->down;
+            rows->first_slot[r] = slots;
+            slots += rows->cut[r].splits * rows->cut[r].max_pieces;
+            if (!rank->supported || rank->num_layers != a->num_layers || rank->hidden_size != a->hidden_size) {
+                return false;
+            }
+        }
+        rows->first_slot[a->peers->num_ranks] = slots;
+        rows->groups = (slots + 3) / 4;
+        l->first_slot = rows->first_slot[a->peers->rank];
+        if (memcmp(&own, &rows->cut[a->peers->rank], sizeof own) != 0) {
+            return false;
+        }
+        if (slots > QF_DECODE_MAX_SLOTS) {
+            return false;
+        }
+        *(which == 0 ? &p->ll.o : &p->ll.down) = p->ll.row_words;
+        p->ll.row_words += slots * a->hidden_size;
+    }
+    return 2 * sizeof(uint32_t) * (size_t)p->ll.row_words <= QF_PEER_DECODE_BYTES;
 }
 
 /* Everything but the pointers. False if it cannot be done. */
@@ -265,6 +342,7 @@ static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_de
     p->act_size = l[QF_DECODE_GATE_UP].n / 2;
     p->num_heads = a->num_heads;
     p->num_kv_heads = a->num_kv_heads;
+    p->q_size = a->num_heads * a->head_dim;
     p->block_size = a->block_size;
     p->eps = a->eps;
     p->scale_log2 = a->scale * 1.44269504f;
@@ -303,6 +381,10 @@ static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_de
     }
     p->partials_ml = (int64_t)a->num_heads * p->max_splits * a->head_dim;
     p->partials_half = p->partials_ml + (int64_t)a->num_heads * p->max_splits * 2;
+    p->rows[0].groups = p->rows[1].groups = 1;
+    if (a->peers != nullptr && !qf_decode_plan_ranks(a, p)) {
+        return false;
+    }
     return qf_decode_plan_shared(p, a->head_dim, device->max_shared_bytes, &p->map);
 }
 

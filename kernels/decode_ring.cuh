@@ -44,6 +44,8 @@ struct qf_decode_fixed {
     int32_t window;          /* the first layer's */
     int32_t failed;
     uint32_t epoch;
+    long long patience; /* clocks */
+    uint64_t deadline;  /* of waits for other ranks; 0: nobody has waited long so far */
 };
 static_assert(sizeof(qf_decode_fixed) <= 1024, "see qf_decode_plan_shared");
 
@@ -97,8 +99,9 @@ __device__ __forceinline__ bool qf_mbarrier_test(uint64_t *barrier, uint32_t par
     return done != 0;
 }
 
-/* About two seconds at any clock of these cards. */
+/* About two seconds at any clock of these cards; of several ranks so much more than the limit of waits for another. */
 #define QF_DECODE_PATIENCE_CLOCKS 4000000000ll
+#define QF_DECODE_CLOCKS_PER_NS 3
 
 /* Waits at most that long; false once the step has failed. */
 static __device__ __noinline__ bool qf_ring_wait_long(uint64_t *barrier, uint32_t parity, volatile int32_t *failed)
@@ -108,7 +111,7 @@ static __device__ __noinline__ bool qf_ring_wait_long(uint64_t *barrier, uint32_
         if (*failed) {
             return false;
         }
-        if (clock64() - start > QF_DECODE_PATIENCE_CLOCKS) {
+        if (clock64() - start > qf_fixed().patience) {
             *failed = 1;
             return false;
         }

@@ -33,7 +33,7 @@ static __device__ __forceinline__ void qf_decode_make_phase(const qf_decode_para
     ph->offset = begin % ph->kbs;
     ph->local_tiles = ph->blocks == 0 ? 0 : (end - 1) / ph->kbs - ph->tile0 + 1;
     ph->reciprocal = (uint32_t)(0x100000000ull / (uint32_t)ph->kbs + 1);
-    ph->slot = split * l.max_pieces;
+    ph->slot = l.first_slot + split * l.max_pieces;
     ph->first_slot = ph->slot;
     if (ph->offset != 0) {
         ph->first_slot += part - qf_decode_part_of(ph->tile0 * ph->kbs, l.parts, l.tiles * ph->kbs);
@@ -115,12 +115,34 @@ static __device__ __forceinline__ void qf_decode_make_entry(const qf_decode_para
     e->other_window = from->sliding_window != p.layers[0].sliding_window;
 }
 
+/* Which results each row tile of qkv, o and down has: a byte a tile and four slots, (kind, four slots, tile). */
+template <bool ranks> static __device__ __forceinline__ void qf_decode_make_masks(const qf_decode_params &p)
+{
+    uint8_t *masks = reinterpret_cast<uint8_t *>(qf_decode_shared + p.map.masks);
+    const int n0 = p.linear[QF_DECODE_QKV].tiles, n1 = n0 + p.linear[QF_DECODE_O].tiles;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n1 + p.linear[QF_DECODE_DOWN].tiles; i += blockDim.x) {
+        const int kind = i < n0 ? QF_DECODE_QKV : i < n1 ? QF_DECODE_O : QF_DECODE_DOWN;
+        const int tile = i - (i < n0 ? 0 : i < n1 ? n0 : n1), tiles = p.linear[kind].tiles;
+        if (!ranks || kind == QF_DECODE_QKV) {
+            masks[i] = (uint8_t)qf_decode_slot_mask(p.linear[kind], tiles, tile);
+            continue;
+        }
+        const qf_decode_rows &rows = p.rows[kind == QF_DECODE_O ? 0 : 1];
+        const uint32_t mask = qf_ranks_mask(rows, p.peers.num_ranks, tiles, tile);
+        uint8_t *to = masks + n0 + (kind == QF_DECODE_O ? 0 : p.rows[0].groups * tiles) + tile;
+#pragma unroll 1
+        for (int g = 0; g < rows.groups; g++) {
+            to[g * tiles] = (uint8_t)(mask >> (4 * g) & 15u);
+        }
+    }
+}
+
 /* All threads; ends with a barrier of the block. */
-template <int head_dim> static __device__ __noinline__ void qf_decode_set_up(const qf_decode_params &p)
+template <int head_dim, bool ranks> static __device__ __noinline__ void qf_decode_set_up(const qf_decode_params &p)
 {
     qf_decode_fixed *fixed = &qf_fixed();
     qf_decode_layer_entry *layers = reinterpret_cast<qf_decode_layer_entry *>(qf_decode_shared + p.map.layers);
-    uint8_t *masks = reinterpret_cast<uint8_t *>(qf_decode_shared + p.map.masks);
     const int id = threadIdx.x, threads = blockDim.x;
     if (id == 0) {
         for (int i = 0; i < p.map.stages; i++) {
@@ -131,8 +153,10 @@ template <int head_dim> static __device__ __noinline__ void qf_decode_set_up(con
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); /* the copy engine sees them too */
 #endif
     } else if (id == 32) {
-        fixed->failed = p.header[QF_DECODE_ERROR] != 0;
+        fixed->failed = ranks ? qf_ranks_failed(p) : p.header[QF_DECODE_ERROR] != 0;
         fixed->epoch = 2 + p.header[QF_DECODE_EPOCH];
+        fixed->patience = QF_DECODE_PATIENCE_CLOCKS + (long long)p.peers.limit_ns * QF_DECODE_CLOCKS_PER_NS;
+        fixed->deadline = 0;
     } else if (id == 64 || id == 96) { /* the first layer's window, and the other if there is another */
         int window = p.layers[0].sliding_window;
         if (id == 96) {
@@ -150,12 +174,7 @@ template <int head_dim> static __device__ __noinline__ void qf_decode_set_up(con
     for (int i = id; i <= p.num_layers; i += threads) {
         qf_decode_make_entry(p, i, layers + i);
     }
-    const int n0 = p.linear[QF_DECODE_QKV].tiles, n1 = n0 + p.linear[QF_DECODE_O].tiles;
-#pragma unroll 1
-    for (int i = id; i < n1 + p.linear[QF_DECODE_DOWN].tiles; i += threads) {
-        const int kind = i < n0 ? QF_DECODE_QKV : i < n1 ? QF_DECODE_O : QF_DECODE_DOWN;
-        masks[i] = (uint8_t)qf_decode_slot_mask(p.linear[kind], i - (i < n0 ? 0 : i < n1 ? n0 : n1));
-    }
+    qf_decode_make_masks<ranks>(p);
     for (int i = id; i < head_dim; i += threads) {
         reinterpret_cast<float *>(qf_decode_shared + p.map.rope)[i] = p.cos_sin[i];
     }

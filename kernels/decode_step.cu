@@ -25,6 +25,10 @@
  * The residual stream h lives nowhere: it travels in the first piece of o's and down's sums. The CTA that makes that
  * piece has seen h of those rows when it gathered all of h to norm it, and has kept them.
  *
+ * With several ranks each has its heads, its intermediate features and its rows of the head. Its sums of o and down go to
+ * all ranks, which add them up in the same order (decode_exchange.cuh): two trips over the links a layer instead of through
+ * L2, and no kernel for it. Only rank 0's first piece has h. The kernel for one GPU is compiled apart.
+ *
  * A layer is some 2,000 instructions that every warp runs through once or a few times: what does not fit the
  * instruction caches is fetched from L2 each time, at more than the work itself costs. So there is one code for all
  * four linears of a layer, loops are rolled, and what is rare is not inlined.
@@ -92,7 +96,7 @@ __device__ __forceinline__ void qf_decode_take_bias(const qf_decode_phase &ph, c
  * warp meets them all. Behind the second barrier no warp reads x any more, so the next x may be written at once; what
  * the adding threads still read (r, kept rows) is not written again before the words that they then store have come
  * back as complete results. */
-template <int head_dim>
+template <int head_dim, bool ranks>
 __device__ __forceinline__ void qf_decode_layers(const qf_decode_params &p, qf_decode_ring &ring)
 {
     const uint32_t first_epoch = qf_fixed().epoch;
@@ -108,23 +112,23 @@ __device__ __forceinline__ void qf_decode_layers(const qf_decode_params &p, qf_d
         float multiplier = 0.0f;
         qf_decode_stamp(p, step, QF_STAMP_START);
         if (kind == QF_DECODE_O) {
-            qf_decode_attention<head_dim>(p, layer, epoch, ring);
+            qf_decode_attention<head_dim, ranks>(p, layer, epoch, ring);
         }
         if (part) {
             multiplier = qf_layer(p, layer)->multiplier[kind];
             qf_decode_begin(p, ph, ring, run);
-            qf_decode_place(p, ph, kind, mine, epoch, result);
+            qf_decode_place<ranks>(p, ph, kind, mine, epoch, result);
             asm volatile("" : "+r"(result.red), "+r"(result.scale), "+r"(result.saved), "+l"(result.to)); /* now */
         }
         if (kind & 1) {
             if (part) {
-                qf_gather_words(p, kind, epoch);
+                qf_gather_words<ranks>(p, kind, epoch);
             }
         } else {
             if (part && kind == QF_DECODE_QKV) {
                 qf_decode_take_bias(ph, qf_layer(p, layer)->bias, mine, result);
             }
-            qf_gather_rows(p, kind, layer, epoch);
+            qf_gather_rows<ranks>(p, kind, layer, epoch);
         }
         qf_decode_stamp(p, step, QF_STAMP_GATHERED);
         if (!part) {
@@ -139,25 +143,25 @@ __device__ __forceinline__ void qf_decode_layers(const qf_decode_params &p, qf_d
         qf_decode_consume(p, ring, run);
         qf_decode_stamp(p, step, QF_STAMP_UNITS);
         qf_consumer_barrier();
-        qf_decode_finish(p, kind, local_tiles, epoch, result);
+        qf_decode_finish<ranks>(p, kind, local_tiles, epoch, result);
         qf_decode_stamp(p, step, QF_STAMP_END);
     }
 }
 
-template <int head_dim>
+template <int head_dim, bool ranks>
 __global__ void __launch_bounds__((QF_DECODE_WARPS + 1) * 32, 1)
     qf_decode_kernel(const __grid_constant__ qf_decode_params p)
 {
-    qf_decode_set_up<head_dim>(p);
+    qf_decode_set_up<head_dim, ranks>(p);
     if (threadIdx.x >= QF_DECODE_THREADS) {
         qf_decode_produce<head_dim>(p);
         return;
     }
     qf_decode_ring ring = {0, 0};
     const int step = 4 * p.num_layers;
-    qf_decode_layers<head_dim>(p, ring);
+    qf_decode_layers<head_dim, ranks>(p, ring);
     qf_decode_stamp(p, step, QF_STAMP_START);
-    qf_gather_rows(p, QF_DECODE_HEAD, p.num_layers, qf_fixed().epoch + p.num_layers);
+    qf_gather_rows<ranks>(p, QF_DECODE_HEAD, p.num_layers, qf_fixed().epoch + p.num_layers);
     qf_decode_stamp(p, step, QF_STAMP_GATHERED);
     qf_consumer_barrier();
     qf_decode_make_scale(p, true, qf_layer(p, p.num_layers)->multiplier[0],
@@ -188,7 +192,24 @@ extern "C" bool qf_cuda_decode_supported(const qf_cuda_decode_args *args, const 
 {
     qf_decode_params p;
     return args != nullptr && device != nullptr && device->compute_capability >= 80 && qf_decode_shapes_ok(args) &&
-           qf_decode_plan(args, device, 0, &p);
+           (args->peers == nullptr || args->ranks != nullptr) && qf_decode_plan(args, device, 0, &p);
+}
+
+extern "C" void qf_cuda_decode_describe(const qf_cuda_decode_args *args, const qf_cuda_device *device,
+                                        qf_cuda_decode_rank *out)
+{
+    qf_decode_params p;
+    qf_cuda_decode_args own = *args;
+    own.peers = nullptr;
+    *out = qf_cuda_decode_rank{};
+    out->supported = qf_cuda_decode_supported(&own, device);
+    if (out->supported) {
+        (void)qf_decode_plan(&own, device, 0, &p);
+        out->num_layers = own.num_layers;
+        out->hidden_size = own.hidden_size;
+        out->o = qf_decode_cut_of(&p.linear[QF_DECODE_O]);
+        out->down = qf_decode_cut_of(&p.linear[QF_DECODE_DOWN]);
+    }
 }
 
 /* Header, attention's partials, then the exchange buffer. */
@@ -198,14 +219,43 @@ extern "C" size_t qf_cuda_decode_workspace_bytes(const qf_cuda_decode_args *args
                                                  int32_t max_model_len)
 {
     (void)max_model_len; /* a sequence's splits are as many as there are CTAs, whatever its length */
+    qf_cuda_decode_args alone = *args;
     size_t most = 0;
+    alone.peers = nullptr; /* with peers some of it stays unused */
     for (int splits = 0; splits <= 2; splits++) {
         qf_decode_params p;
-        qf_decode_plan(args, device, splits, &p);
+        qf_decode_plan(&alone, device, splits, &p);
         size_t bytes = QF_DECODE_HEADER_BYTES + (size_t)p.partials_half * 16 + (size_t)p.ll.words * 8;
         most = bytes > most ? bytes : most;
     }
     return most;
+}
+
+extern "C" qf_status qf_cuda_decode_reset(const qf_cuda_decode_args *args, const qf_cuda_device *device,
+                                          cudaStream_t stream, qf_error *err)
+{
+    QF_CUDA_TRY(cudaMemsetAsync(args->workspace, 0, qf_cuda_decode_workspace_bytes(args, device, 0), stream));
+    if (args->peers != nullptr) {
+        QF_TRY(qf_peer_check("decode", args->peers, err));
+        char *sums = args->peers->regions[args->peers->rank] + qf_peer_decode_at(args->peers->exchange_bytes);
+        QF_CUDA_TRY(cudaMemsetAsync(sums, 0, QF_PEER_DECODE_BYTES, stream));
+    }
+    return QF_OK;
+}
+
+typedef void (*qf_decode_kernel_fn)(const qf_decode_params);
+
+/* By head_dim, and by whether there are ranks. */
+static const qf_decode_kernel_fn kernels[2][2] = {{qf_decode_kernel<64, false>, qf_decode_kernel<64, true>},
+                                                  {qf_decode_kernel<128, false>, qf_decode_kernel<128, true>}};
+
+extern "C" qf_status qf_cuda_decode_load(qf_error *err)
+{
+    for (int i = 0; i < 4; i++) {
+        cudaFuncAttributes attributes;
+        QF_CUDA_TRY(cudaFuncGetAttributes(&attributes, kernels[i / 2][i % 2]));
+    }
+    return QF_OK;
 }
 
 static qf_status qf_decode_pointers(const qf_cuda_decode_args *args, const qf_cuda_device *device,
@@ -254,19 +304,24 @@ qf_status qf_cuda_decode_with(const qf_cuda_decode_args *args, const qf_cuda_dec
     if (args == nullptr || device == nullptr) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "decode: args or device is NULL");
     }
+    if (args->peers != nullptr) {
+        QF_TRY(qf_peer_check("decode", args->peers, err));
+    }
     qf_decode_params p;
-    if (!qf_decode_shapes_ok(args) || !qf_decode_plan(args, device, options->splits, &p)) {
+    if ((args->peers != nullptr && args->ranks == nullptr) || !qf_decode_shapes_ok(args) || !qf_decode_plan(args, device, options->splits, &p)) {
         return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
-                       "decode: no plan for hidden size %d, %d heads of %d, %d sequences in %d bytes of shared memory",
-                       args->hidden_size, args->num_heads, args->head_dim, args->num_seqs, device->max_shared_bytes);
+                       "decode: no plan for hidden size %d, %d heads of %d, %d sequences in %d bytes of shared memory, "
+                       "%d ranks",
+                       args->hidden_size, args->num_heads, args->head_dim, args->num_seqs, device->max_shared_bytes,
+                       args->peers != nullptr ? args->peers->num_ranks : 1);
     }
     QF_TRY(qf_decode_pointers(args, device, options, &p, err));
     if (options->max_stages >= 2 && options->max_stages < p.map.stages) {
         p.map.total -= (p.map.stages - options->max_stages) * p.map.stage_bytes;
         p.map.stages = options->max_stages;
     }
-    void (*kernel)(const qf_decode_params) = args->head_dim == 64 ? qf_decode_kernel<64> : qf_decode_kernel<128>;
-    QF_TRY(qf_allow_shared("decode", kernel, (size_t)p.map.total, err));
+    const qf_decode_kernel_fn kernel = kernels[args->head_dim == 64 ? 0 : 1][args->peers != nullptr ? 1 : 0];
+    QF_TRY(qf_allow_shared("decode", kernel, (size_t)device->max_shared_bytes, err)); /* one size: ranks may share a device */
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)qf_decode_grid(&p));
     config.blockDim = dim3((QF_DECODE_WARPS + 1) * 32);
@@ -276,7 +331,7 @@ qf_status qf_cuda_decode_with(const qf_cuda_decode_args *args, const qf_cuda_dec
     attribute[0].id = cudaLaunchAttributeCooperative; /* all CTAs are resident, or the launch fails */
     attribute[0].val.cooperative = 1;
     config.attrs = attribute;
-    config.numAttrs = 1;
+    config.numAttrs = options->unsafe ? 0 : 1;
     QF_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, p));
     return QF_OK;
 }
@@ -284,6 +339,6 @@ qf_status qf_cuda_decode_with(const qf_cuda_decode_args *args, const qf_cuda_dec
 extern "C" qf_status qf_cuda_decode(const qf_cuda_decode_args *args, const qf_cuda_device *device, cudaStream_t stream,
                                     qf_error *err)
 {
-    const qf_cuda_decode_options options = {0, 0, nullptr};
+    const qf_cuda_decode_options options = {0, 0, nullptr, false};
     return qf_cuda_decode_with(args, &options, device, stream, err);
 }

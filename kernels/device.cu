@@ -37,7 +37,12 @@ extern "C" qf_status qf_cuda_device_get(int32_t ordinal, qf_cuda_device *out, qf
     }
     cudaFuncAttributes attributes;
     cudaError_t status = cudaFuncGetAttributes(&attributes, qf_probe_kernel);
-    if (status != cudaSuccess) {
+    const bool no_code = status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction;
+    if (status != cudaSuccess && !no_code) { /* after a kernel failed, say: CUDA is lost to this process then */
+        (void)cudaGetLastError();
+        return QF_FAIL(err, QF_ERROR_BACKEND, "device cuda:%d: %s", ordinal, cudaGetErrorString(status));
+    }
+    if (no_code) {
         (void)cudaGetLastError();
         return QF_FAIL(err, QF_ERROR_BACKEND,
                        "this build has no code for device cuda:%d of compute capability %d.%d (%s); build with "

@@ -22,7 +22,7 @@
  * So between these two mma has up to 32 tokens and wgmma the rest; but at 8 bits wgmma has large linears of long rows
  * from 17 tokens on. 0.5B's gate_up and down (k = 896, or 4 million weights) are 1.2 to 2.5 times as fast by mma at 32
  * tokens. linear_wgmma_batch has 4 and 8 bits in groups of 128 (the table there): of 17 to 64 tokens all, of 9 to 16
- * those of 8 bits, and those of 4 bits with few rows. Shares of k are chosen without the group size: other groups take
+ * those of 8 bits, and those of 4 bits with few rows or 100 million weights. Shares of k are chosen without the group size: other groups take
  * the shares of groups of 128. */
 #include "common/launch.cuh"
 
@@ -51,19 +51,19 @@ static bool qf_linear_takes_wgmma(const qf_cuda_device *device, int32_t n, int32
     return false;
 }
 
-static bool qf_linear_takes_batch(const qf_cuda_device *device, int32_t n, int32_t bits, int32_t num_tokens,
-                                  bool batch_invariant)
+static bool qf_linear_takes_batch(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits,
+                                  int32_t num_tokens, bool batch_invariant)
 {
     if (!device->hopper || batch_invariant || bits == 16 || num_tokens < 9 || num_tokens > 64) {
         return false;
     }
-    return num_tokens > 16 || bits == 8 || n <= 8192;
+    return num_tokens > 16 || bits == 8 || n <= 8192 || (int64_t)n * k >= 100000000;
 }
 
 extern "C" int32_t qf_cuda_linear_splits(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits,
                                          int32_t num_tokens, qf_cuda_epilogue epilogue, bool batch_invariant)
 {
-    if (qf_linear_takes_batch(device, n, bits, num_tokens, batch_invariant)) {
+    if (qf_linear_takes_batch(device, n, k, bits, num_tokens, batch_invariant)) {
         return qf_cuda_linear_wgmma_batch_splits(device, n, k, bits, num_tokens, epilogue);
     }
     return qf_linear_takes_wgmma(device, n, k, bits, num_tokens, batch_invariant)
@@ -74,8 +74,9 @@ extern "C" int32_t qf_cuda_linear_splits(const qf_cuda_device *device, int32_t n
 extern "C" qf_status qf_cuda_linear(const qf_cuda_linear_args *args, const qf_cuda_device *device, cudaStream_t stream,
                                     qf_error *err)
 {
-    if (args->weight.group_size == 128 && qf_linear_takes_batch(device, args->weight.n, args->weight.bits,
-                                                                args->num_tokens, args->batch_invariant)) {
+    if (args->weight.group_size == 128 && qf_linear_takes_batch(device, args->weight.n, args->weight.k,
+                                                                args->weight.bits, args->num_tokens,
+                                                                args->batch_invariant)) {
         return qf_cuda_linear_wgmma_batch(args, device, stream, err);
     }
     return qf_linear_takes_wgmma(device, args->weight.n, args->weight.k, args->weight.bits, args->num_tokens,

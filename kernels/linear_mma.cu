@@ -21,7 +21,7 @@
  *           +-------------------+-------------------+
  *           | CTA 1,0           | CTA 1,1           |
  *
- *   Every warp keeps a ring of 4 pieces in registers, filled before the wait for the kernel before this
+ *   Every warp keeps a ring of 4 pieces in registers (or of 6 in shared memory: linear_mma_stream_ring.cuh), filled before the wait for the kernel before this
  *   one; then x goes to shared memory as it is, once, behind the only barrier of the prologue. Where a warp's run
  *   leaves a row tile it puts its 16 x 8 sums into slot (row tile + warp): each step along the staircase of (row tile,
  *   warp) pairs has its own. After a barrier the slots of a row tile are added in the order of k and written. What
@@ -87,6 +87,13 @@
 typedef void (*qf_linear_mma_kernel)(qf_linear_mma_params);
 
 /* ---- dispatch ------------------------------------------------------------------------------------------------- */
+
+static qf_linear_mma_kernel qf_stream_ring_kernel_of(int32_t group_size)
+{
+    return group_size == 128  ? qf_linear_stream_ring_kernel<1>
+           : group_size == 64 ? qf_linear_stream_ring_kernel<2>
+                              : qf_linear_stream_ring_kernel<4>;
+}
 
 static qf_linear_mma_kernel qf_stream_kernel_of(int32_t bits, int32_t group_size)
 {
@@ -227,11 +234,13 @@ static qf_status qf_linear_mma_prepare(qf_linear_mma_kernel kernel, const qf_cud
 static qf_status qf_stream_launch(qf_linear_mma_params *p, const qf_stream_plan *plan, int32_t bits,
                                   int32_t num_splits, const qf_cuda_device *device, cudaStream_t stream, qf_error *err)
 {
-    qf_linear_mma_kernel kernel = qf_stream_kernel_of(bits, p->group_size);
+    qf_linear_mma_kernel kernel = plan->ring ? qf_stream_ring_kernel_of(p->group_size)
+                                             : qf_stream_kernel_of(bits, p->group_size);
     p->group_tiles = p->row_tiles / plan->row_groups;
     p->larger_groups = p->row_tiles % plan->row_groups;
     p->table_offset = plan->table_offset;
     p->slot_offset = plan->slot_offset;
+    p->ring_offset = plan->ring_offset;
     QF_TRY(qf_linear_mma_prepare(kernel, device, err));
     return qf_launch("linear_mma", kernel, dim3(plan->row_groups, num_splits), dim3(32 * plan->warps),
                      (size_t)plan->shared_bytes, device->dependent_launch, stream, err, *p);
@@ -246,6 +255,7 @@ extern "C" qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const q
     qf_stream_plan streaming;
     if (!args->batch_invariant && p.num_tokens <= 8 &&
         qf_stream_plan_make(device, p.row_tiles, p.blocks, bits, p.num_tokens, args->num_splits, &streaming)) {
+        qf_stream_plan_ring(device, bits, p.group_size, p.num_tokens, &streaming);
         return qf_stream_launch(&p, &streaming, bits, args->num_splits, device, stream, err);
     }
     qf_linear_mma_kernel kernel;

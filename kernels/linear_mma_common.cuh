@@ -23,6 +23,7 @@ struct qf_linear_mma_params {
     int32_t group_tiles, larger_groups; /* stream kernel: row tiles of a CTA; the first CTAs have one more */
     int32_t table_offset; /* stream kernel: bytes of shared memory before the CTA's tables */
     int32_t slot_offset; /* stream and batch kernels: bytes of shared memory before the partial sums */
+    int32_t ring_offset; /* stream kernel: bytes of shared memory before the warps' rings, if those are there */
     /* batch kernel: warps along rows and along k, runs over k; a chunk's k blocks, a warp's pieces, bytes of x */
     int32_t row_warps, slices, passes;
     int32_t chunk_blocks, chunk_columns, stage_bytes;

@@ -3,12 +3,13 @@
 #define QF_LINEAR_MMA_PLAN_CUH
 
 #include "linear_mma_batch.cuh"
-#include "linear_mma_stream.cuh"
+#include "linear_mma_stream_ring.cuh"
 #include "linear_mma_tile.cuh"
 
 typedef struct qf_stream_plan {
     int32_t row_groups, warps, ctas_per_sm;
-    int32_t table_offset, slot_offset, shared_bytes;
+    int32_t table_offset, slot_offset, ring_offset, shared_bytes;
+    bool ring; /* weights in flight to shared memory */
 } qf_stream_plan;
 
 typedef struct qf_batch_plan {
@@ -40,6 +41,27 @@ static int32_t qf_stream_warps(double kilobytes, int32_t pieces, int32_t tiles, 
     return shorter || tiles * qf_cuda_tile_tokens(num_tokens) > 16 ? 12 : 8;
 }
 
+static bool qf_stream_fits(const qf_cuda_device *device, const qf_stream_plan *plan)
+{
+    return plan->shared_bytes * plan->ctas_per_sm + 1024 * (plan->ctas_per_sm - 1) <= device->max_shared_bytes;
+}
+
+/* Puts the warps' rings behind the rest of a plan where they pay, if there is room. */
+static void qf_stream_plan_ring(const qf_cuda_device *device, int32_t bits, int32_t group_size, int32_t num_tokens,
+                                qf_stream_plan *plan)
+{
+    if (!device->hopper || bits != 4 || num_tokens > 4) {
+        return;
+    }
+    qf_stream_plan with = *plan;
+    with.ring_offset = (plan->shared_bytes + 127) / 128 * 128;
+    with.shared_bytes = with.ring_offset + plan->warps * QF_STREAM_RING_DEPTH * qf_stream_slot_bytes(128 / group_size);
+    with.ring = true;
+    if (qf_stream_fits(device, &with)) {
+        *plan = with;
+    }
+}
+
 /* False if it does not fit shared memory. */
 static bool qf_stream_plan_make(const qf_cuda_device *device, int32_t row_tiles, int32_t blocks, int32_t bits,
                                 int32_t num_tokens, int32_t num_splits, qf_stream_plan *plan)
@@ -50,6 +72,8 @@ static bool qf_stream_plan_make(const qf_cuda_device *device, int32_t row_tiles,
     const bool two = kilobytes >= 128 && bits == 4 && num_tokens <= 4 &&
                      2 * plan->table_offset <= device->max_shared_bytes * 3 / 4;
     plan->ctas_per_sm = two ? 2 : 1;
+    plan->ring = false;
+    plan->ring_offset = 0;
     for (int32_t waves = 1; waves <= 16; waves *= 2) {
         int32_t groups = device->sm_count * plan->ctas_per_sm * waves / num_splits;
         plan->row_groups = groups < 1 ? 1 : groups < row_tiles ? groups : row_tiles;
@@ -59,7 +83,7 @@ static bool qf_stream_plan_make(const qf_cuda_device *device, int32_t row_tiles,
         plan->slot_offset = (plan->table_offset + table_bytes + 127) / 128 * 128;
         const int32_t bytes = (tiles + plan->warps) * num_tokens * QF_STREAM_TOKEN_STRIDE * 4;
         plan->shared_bytes = plan->slot_offset + bytes;
-        if (plan->shared_bytes * plan->ctas_per_sm + 1024 * (plan->ctas_per_sm - 1) <= device->max_shared_bytes) {
+        if (qf_stream_fits(device, plan)) {
             return true;
         }
     }

@@ -51,6 +51,7 @@ typedef void (*qf_wb_kernel)(qf_wb_params);
 typedef struct qf_wb_plan {
     int32_t cta_tiles, row_groups, slices, stages;
     int32_t grid_rows, weight_offset, shared_bytes;
+    int32_t all_rows; /* each warpgroup has all row tiles of the CTA, so many a warp; or 0 */
     double cost_us;
 } qf_wb_plan;
 
@@ -65,26 +66,19 @@ static double qf_wb_cost_us(const qf_wb_plan *plan, int32_t bits, int32_t num_to
 {
     static const double block_us[2][4] = {{0.40, 0.26, 0.21, 0.19}, {0.40, 0.29, 0.245, 0.245}};
     const int32_t groups = plan->row_groups * plan->slices;
-    const double busy_us = qf_wb_ceil_div(plan->cta_tiles, 4) * share * block_us[num_tokens > 32][groups - 1];
+    const double one_us = plan->all_rows > 0 ? 0.165 : block_us[num_tokens > 32][groups - 1];
+    const double busy_us = qf_wb_ceil_div(plan->cta_tiles, 4) * share * one_us;
     const double memory_us = plan->cta_tiles * share * qf_wb_unit_bytes(bits) / 31.5e3;
     const double x_us = share * qf_cuda_num_tiles(num_tokens) * 0.022;
     return 2.5 + waves * (fmax(busy_us, memory_us) + x_us) +
            num_splits * (0.06 + 1.0 * num_tokens * row_tiles * 64 / 3e6);
 }
 
-/* False if it does not fit shared memory. */
-static bool qf_wb_plan_make(const qf_cuda_device *device, int32_t row_tiles, int32_t blocks, int32_t bits,
-                            int32_t num_tokens, int32_t num_splits, qf_wb_plan *plan)
+/* Sets the stages of x; with fewer slices if those of so many do not fit. False if nothing does. */
+static bool qf_wb_plan_fit(const qf_cuda_device *device, int32_t bits, int32_t num_tokens, int32_t share,
+                           qf_wb_plan *plan)
 {
-    const int32_t tokens = num_tokens <= 32 ? 32 : 64, most = qf_wb_max_groups(tokens);
-    const int32_t share = qf_wb_ceil_div(blocks, num_splits), block_bytes = qf_cuda_num_tiles(num_tokens) * 2048;
-    const int32_t ctas = device->sm_count > num_splits ? device->sm_count / num_splits : 1;
-    const int32_t waves = qf_wb_ceil_div(row_tiles, ctas * most * 8);
-    plan->cta_tiles = qf_wb_ceil_div(row_tiles, ctas * waves);
-    plan->grid_rows = qf_wb_ceil_div(row_tiles, plan->cta_tiles);
-    const int32_t groups = qf_wb_ceil_div(plan->cta_tiles, 4);
-    plan->row_groups = groups <= most ? groups : groups <= 6 ? 3 : most; /* 2, 2, 1 ends before 2, 1, 1, 1 */
-    plan->slices = most / plan->row_groups < share ? most / plan->row_groups : share;
+    const int32_t tokens = num_tokens <= 32 ? 32 : 64, block_bytes = qf_cuda_num_tiles(num_tokens) * 2048;
     for (; plan->slices >= 1; plan->slices--) {
         const int32_t warps = 4 * plan->row_groups * plan->slices;
         const int32_t ring_bytes = warps * QF_WB_DEPTH * qf_wb_unit_bytes(bits);
@@ -95,16 +89,50 @@ static bool qf_wb_plan_make(const qf_cuda_device *device, int32_t row_tiles, int
         plan->stages = wanted < fit ? wanted : fit;
         plan->weight_offset = QF_WB_BARRIER_BYTES + plan->stages * stage_bytes;
         plan->shared_bytes = plan->weight_offset + ring_bytes;
-        const int32_t slot_bytes = (plan->slices - 1) * plan->row_groups * tokens * 256;
+        const int32_t slot_bytes = (plan->slices - 1) * plan->row_groups * tokens * 256 *
+                                   (plan->all_rows > 0 ? plan->all_rows : 1);
         if (plan->shared_bytes < QF_WB_BARRIER_BYTES + slot_bytes) {
             plan->shared_bytes = QF_WB_BARRIER_BYTES + slot_bytes;
         }
         if ((plan->stages == wanted || plan->stages >= 6) && plan->shared_bytes <= device->max_shared_bytes) {
-            plan->cost_us = qf_wb_cost_us(plan, bits, num_tokens, row_tiles, share, num_splits, waves);
             return true;
         }
     }
     return false;
+}
+
+/* False if it does not fit shared memory. */
+static bool qf_wb_plan_make(const qf_cuda_device *device, int32_t row_tiles, int32_t blocks, int32_t bits,
+                            int32_t num_tokens, int32_t num_splits, qf_wb_plan *plan)
+{
+    const int32_t tokens = num_tokens <= 32 ? 32 : 64, most = qf_wb_max_groups(tokens);
+    const int32_t share = qf_wb_ceil_div(blocks, num_splits);
+    const int32_t ctas = device->sm_count > num_splits ? device->sm_count / num_splits : 1;
+    const int32_t waves = qf_wb_ceil_div(row_tiles, ctas * most * 8);
+    plan->cta_tiles = qf_wb_ceil_div(row_tiles, ctas * waves);
+    plan->grid_rows = qf_wb_ceil_div(row_tiles, plan->cta_tiles);
+    const int32_t groups = qf_wb_ceil_div(plan->cta_tiles, 4);
+    plan->row_groups = groups <= most ? groups : groups <= 6 ? 3 : most; /* 2, 2, 1 ends before 2, 1, 1, 1 */
+    plan->slices = most / plan->row_groups < share ? most / plan->row_groups : share;
+    plan->all_rows = 0;
+    bool fits = qf_wb_plan_fit(device, bits, num_tokens, share, plan);
+    if (fits) {
+        plan->cost_us = qf_wb_cost_us(plan, bits, num_tokens, row_tiles, share, num_splits, waves);
+    }
+    if (bits == 4 && tokens == 32 && (groups == 4 || groups == 5) && share >= 9) {
+        qf_wb_plan all = *plan;
+        all.row_groups = 1;
+        all.slices = 3;
+        all.all_rows = groups;
+        if (qf_wb_plan_fit(device, bits, num_tokens, share, &all)) {
+            all.cost_us = qf_wb_cost_us(&all, bits, num_tokens, row_tiles, share, num_splits, waves);
+            if (!fits || all.cost_us < plan->cost_us) {
+                *plan = all;
+                fits = true;
+            }
+        }
+    }
+    return fits;
 }
 
 extern "C" int32_t qf_cuda_linear_wgmma_batch_splits(const qf_cuda_device *device, int32_t n, int32_t k,
@@ -124,6 +152,17 @@ extern "C" int32_t qf_cuda_linear_wgmma_batch_splits(const qf_cuda_device *devic
         }
     }
     return best;
+}
+
+static qf_wb_kernel qf_wb_kernel_of(int32_t bits, int32_t num_tokens, int32_t all_rows)
+{
+    if (bits == 8) {
+        return num_tokens <= 32 ? qf_linear_wgmma_batch_kernel<8, 32, 0> : qf_linear_wgmma_batch_kernel<8, 64, 0>;
+    }
+    return num_tokens > 32 ? qf_linear_wgmma_batch_kernel<4, 64, 0>
+           : all_rows == 5 ? qf_linear_wgmma_batch_kernel<4, 32, 5>
+           : all_rows == 4 ? qf_linear_wgmma_batch_kernel<4, 32, 4>
+                           : qf_linear_wgmma_batch_kernel<4, 32, 0>;
 }
 
 /* --- launcher ----------------------------------------------------------------------------------------------------- */
@@ -212,10 +251,7 @@ extern "C" qf_status qf_cuda_linear_wgmma_batch(const qf_cuda_linear_args *args,
     params.block_bytes = (uint32_t)p->num_tiles * 2048;
     params.stage_bytes = (uint32_t)plan.slices * params.block_bytes;
     params.weight_offset = plan.weight_offset;
-    qf_wb_kernel kernel = w->bits == 4 ? args->num_tokens <= 32 ? qf_linear_wgmma_batch_kernel<4, 32>
-                                                                : qf_linear_wgmma_batch_kernel<4, 64>
-                          : args->num_tokens <= 32 ? qf_linear_wgmma_batch_kernel<8, 32>
-                                                   : qf_linear_wgmma_batch_kernel<8, 64>;
+    qf_wb_kernel kernel = qf_wb_kernel_of(w->bits, args->num_tokens, plan.all_rows);
     /* As in linear_mma.cu: the same settings for every launch, and SMs need not run empty between kernels. */
     QF_CUDA_TRY(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                      cudaSharedmemCarveoutMaxShared));

@@ -7,7 +7,7 @@
 #include "common/wgmma.cuh"
 #include "linear_mma_common.cuh"
 
-#define QF_WB_DEPTH 4        /* units of weights in flight a warp; even: its two row tiles take turns */
+#define QF_WB_DEPTH 4        /* units of weights in flight a warp */
 #define QF_WB_MAX_STAGES 28  /* of x */
 #define QF_WB_BARRIER_BYTES 512
 #define QF_WB_LAG 3 /* stages of x between the one in use and the one that is filled again */
@@ -267,7 +267,7 @@ __device__ __forceinline__ void qf_wb_sum(float (&acc)[rows][tokens / 2], qf_wb_
             from = from == feed.ring + feed.last ? feed.ring : from + feed.unit_bytes;
             qf_wb_unpack<bits>(a[1], high, scales);
             qf_wb_multiply<tokens, false>(c, a[1], x + half);
-            feed.fetch(w, r, lane);
+            feed.fetch(w, (r + QF_WB_DEPTH) % rows, lane);
             qf_wgmma_wait<1>(); /* a[0] is read */
         }
         if (++slot == w.stages) {
@@ -412,9 +412,10 @@ static __device__ __forceinline__ void qf_wb_pad(const qf_linear_mma_params &p)
     }
 }
 
-/* Grid (row tiles / cta_tiles, shares of k); row_groups x slices warpgroups. */
-template <int bits, int tokens>
-static __global__ void __launch_bounds__(128 * qf_wb_max_groups(tokens), 1)
+/* Grid (row tiles / cta_tiles, shares of k); row_groups x slices warpgroups. all_rows: every warpgroup has all row tiles
+ * of the CTA, so many a warp, and there are 3 slices at most; or 0. */
+template <int bits, int tokens, int all_rows>
+static __global__ void __launch_bounds__(all_rows > 0 ? 384 : 128 * qf_wb_max_groups(tokens), 1)
     qf_linear_wgmma_batch_kernel(const __grid_constant__ qf_wb_params w)
 {
 #ifdef QF_SM90A
@@ -429,7 +430,9 @@ static __global__ void __launch_bounds__(128 * qf_wb_max_groups(tokens), 1)
         qf_mbarrier_init_fence();
     }
     __syncthreads();
-    if (w.cta_tiles > (w.row_groups + warp / 4) * 4) { /* then there is one slice */
+    if constexpr (all_rows > 0) {
+        qf_wb_run<bits, tokens, all_rows>(w, shared, warp);
+    } else if (w.cta_tiles > (w.row_groups + warp / 4) * 4) { /* then there is one slice */
         qf_wb_run<bits, tokens, 2>(w, shared, warp);
     } else {
         qf_wb_run<bits, tokens, 1>(w, shared, warp);

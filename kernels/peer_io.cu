@@ -100,14 +100,14 @@ static __global__ void __launch_bounds__(TOKEN_THREADS) qf_share_tokens_kernel(c
 
 extern "C" size_t qf_cuda_peer_region_bytes(size_t exchange_bytes)
 {
-    return QF_PEER_EXCHANGE + QF_PEER_BUFFERS * exchange_bytes;
+    return qf_peer_decode_at(exchange_bytes) + QF_PEER_DECODE_BYTES;
 }
 
 extern "C" qf_status qf_cuda_peer_reset(const qf_cuda_peers *peers, cudaStream_t stream, qf_error *err)
 {
     QF_TRY(qf_peer_check("peer_reset", peers, err));
     char *region = peers->regions[peers->rank];
-    QF_CUDA_TRY(cudaMemsetAsync(region, 0xff, qf_cuda_peer_region_bytes(peers->exchange_bytes), stream));
+    QF_CUDA_TRY(cudaMemsetAsync(region, 0xff, qf_peer_decode_at(peers->exchange_bytes), stream));
     QF_CUDA_TRY(cudaMemsetAsync(region, 0, QF_PEER_HEADER_BYTES, stream));
     return QF_OK;
 }

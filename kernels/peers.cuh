@@ -2,9 +2,9 @@
  *
  * A region, in each rank's memory:
  *
- *     header | flags of gather (ranks, blocks) | tokens | exchange buffer 0 | 1 | 2
+ *     header | flags of gather (ranks, blocks) | tokens | exchange buffer 0 | 1 | 2 | the decode kernel's sums
  *
- * All words but the header's are empty (QF_PEER_EMPTY, a NaN as float32, and as a pair of bf16) until a rank, its owner or
+ * The last part has rules of its own (decode_exchange.cuh). All other words but the header's are empty (QF_PEER_EMPTY, a NaN as float32, and as a pair of bf16) until a rank, its owner or
  * another, stores something else there. The reader polls the very words it needs until none is empty, and stores
  * emptiness into them again: one trip over the link carries flag and data, with no fence, no flag and no barrier. Only
  * that a 4-byte store is seen whole is relied on; 16-byte accesses are four of those, in any order. Values that would look
@@ -15,7 +15,8 @@
  * order of its stream), for which it needed this rank's share of g; this rank sent that after its own e had ended, reads
  * and emptying stores included (its kernel waits for the one before). The launcher gives neighbouring launches different
  * buffers of the three: the first launch of a step takes buffer 2, those that follow 0 and 1 by turns; a step has at least
- * two. So the numbers are the same in every step, and a captured graph needs no counter in memory. Gather's flags and the
+ * two, or one and the decode kernel, which does for an all-reduce here: to end it needs, as g does, what every rank sends
+ * when its own e has ended. So the numbers are the same in every step, and a captured graph needs no counter in memory. Gather's flags and the
  * tokens are used once between two all-reduces, or in turn: rank 0 sends tokens only when it has taken all flags, and the
  * others set flags again only when they have taken the tokens.
  *
@@ -31,6 +32,7 @@
 #define QF_PEER_EMPTY 0xffffffffu
 #define QF_PEER_GATHER_BLOCKS 64
 #define QF_PEER_BUFFERS 3
+#define QF_PEER_DECODE_BYTES ((size_t)2 << 20) /* of the decode kernel's part */
 
 enum { QF_PEER_ERROR = 0, QF_PEER_REPORTED = 1 }; /* words of the header */
 enum {
@@ -164,6 +166,12 @@ __device__ __forceinline__ uint32_t qf_peer_take(const qf_cuda_peers &p, uint32_
     }
     qf_peer_store(word, QF_PEER_EMPTY);
     return v;
+}
+
+/* Host: bytes before the decode kernel's part of a region. */
+static inline size_t qf_peer_decode_at(size_t exchange_bytes)
+{
+    return QF_PEER_EXCHANGE + QF_PEER_BUFFERS * exchange_bytes;
 }
 
 /* Host: what every launcher checks. */

@@ -221,7 +221,7 @@ typedef struct qf_cuda_attention_shape {
     int32_t num_heads, num_kv_heads, head_dim, block_size;
     int32_t sliding_window; /* 0: all */
     int32_t kv_window;      /* of a low-bit cache: the newest positions, which are read from a 16-bit one; 0: none */
-    int32_t decode_ctas;    /* that the decode kernel has on the device at once: 3 a multiprocessor for 16 bits, 1 for low-bit
+    int32_t decode_ctas;    /* that the decode kernel has on the device at once: 2 a multiprocessor for 16 bits, 1 for low-bit
                                caches. 0: two on each of 132, whatever the device */
 } qf_cuda_attention_shape;
 
@@ -408,39 +408,6 @@ qf_status qf_cuda_step_begin(const qf_cuda_step_begin_args *args, cudaStream_t s
 /* The results' way out, after all else on the stream. The bounds size the grid; the header has the true numbers. */
 qf_status qf_cuda_step_publish(const qf_cuda_step_io *io, int32_t max_results, int32_t max_logprobs,
                                const qf_cuda_device *device, cudaStream_t stream, qf_error *err);
-
-/* ---- one decode step in one launch ------------------------------------------------------------------------- */
-
-typedef struct qf_cuda_decode_layer {
-    qf_cuda_weight qkv, o, gate_up, down;
-    const float *input_norm, *post_attention_norm; /* (hidden_size) */
-    void *k, *v;
-    int32_t sliding_window;
-} qf_cuda_decode_layer;
-
-/* A persistent kernel for one sequence of one new token: residual (already embedded) to logits. num_seqs is 1; layers are
- * of 4 bits and groups of 128, the head of 4, 8 (groups of 128) or 16 bits. */
-typedef struct qf_cuda_decode_args {
-    const qf_cuda_decode_layer *layers; /* device: (num_layers) */
-    const qf_cuda_decode_layer *host_layers; /* the same on the host, for planning */
-    int32_t num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, block_size;
-    float eps, scale;
-    qf_cuda_weight head;
-    const float *final_norm;
-    float *residual;                  /* (num_seqs, hidden_size) */
-    float *logits;                    /* (num_seqs, head.n) */
-    const float *cos_sin;             /* (num_seqs, head_dim) */
-    const int32_t *slot_mapping, *seq_lens; /* (num_seqs) */
-    const int32_t *block_tables, *block_table_start;
-    int32_t num_seqs;
-    void *workspace;
-} qf_cuda_decode_args;
-/* True if this shape and these formats are supported on this device. Host. */
-bool qf_cuda_decode_supported(const qf_cuda_decode_args *args, const qf_cuda_device *device);
-size_t qf_cuda_decode_workspace_bytes(const qf_cuda_decode_args *args, const qf_cuda_device *device,
-                                      int32_t max_model_len);
-qf_status qf_cuda_decode(const qf_cuda_decode_args *args, const qf_cuda_device *device, cudaStream_t stream,
-                         qf_error *err);
 
 #ifdef __cplusplus
 }

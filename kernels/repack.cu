@@ -24,7 +24,8 @@
  *       +-----------+
  *
  * quantize: a block makes one unit: 16 threads search the grid of one (row, group); the codes meet in shared memory,
- * from where they are stored as fragments. rows: a block makes one row.
+ * from where they are stored as fragments. A rank's columns may begin and end inside a group, which is rounded whole, so
+ * a unit may lie in one group more than it has columns for. rows: a block makes one row.
  *
  * Measured: see PERF.md. */
 #include "common/launch.cuh"
@@ -153,13 +154,21 @@ static __global__ void __launch_bounds__(32 * QF_REPACK_WARPS, 2)
 
 /* --- quantising --------------------------------------------------------------------------------------------- */
 
-typedef uint8_t qf_repack_codes[16][128 + 4]; /* four bytes more: rows start in different banks */
+/* 4 and 8 bits: integers; 16: bf16. */
+template <int bits> struct qf_repack_codes {
+    typedef uint8_t type;
+};
+template <> struct qf_repack_codes<16> {
+    typedef uint16_t type;
+};
+#define QF_REPACK_CODES_WIDTH (128 + 4) /* four more: rows start in different banks */
 
 /* Fragments from the codes of a unit. */
-template <int bits>
-__device__ __forceinline__ void qf_repack_store_codes(const qf_repack_codes &q, uint32_t thread, uint4 *out)
+template <int bits, typename code_type>
+__device__ __forceinline__ void qf_repack_store_codes(const code_type (&q)[16][QF_REPACK_CODES_WIDTH], uint32_t thread,
+                                                      uint4 *out)
 {
-    uint32_t lane = thread % 32, part = thread / 32; /* half or quarter */
+    uint32_t lane = thread % 32, part = thread / 32; /* half, quarter or eighth */
     if (part >= bits / 2) {
         return;
     }
@@ -169,54 +178,76 @@ __device__ __forceinline__ void qf_repack_store_codes(const qf_repack_codes &q, 
         word[j] = 0;
 #pragma unroll
         for (uint32_t i = 0; i < 16 / bits; i++) {
-            uint32_t step = bits == 4 ? 4 * part + j : 2 * part + j / 2;
-            uint32_t reg = bits == 4 ? i : 2 * (j % 2) + i;
+            uint32_t step = bits == 4 ? 4 * part + j : bits == 8 ? 2 * part + j / 2 : part;
+            uint32_t reg = bits == 4 ? i : bits == 8 ? 2 * (j % 2) + i : j;
             uint32_t column = qf_repack_column(step, lane % 4, reg);
-            const uint8_t *code = &q[lane / 4 + 8 * (reg % 2)][column];
-            word[j] |= bits == 4 ? (uint32_t)code[0] << (4 * i) | (uint32_t)code[1] << (4 * i + 16)
-                                 : (uint32_t)code[0] << (16 * i) | (uint32_t)code[1] << (16 * i + 8);
+            const code_type *code = &q[lane / 4 + 8 * (reg % 2)][column];
+            word[j] |= bits == 4   ? (uint32_t)code[0] << (4 * i) | (uint32_t)code[1] << (4 * i + 16)
+                       : bits == 8 ? (uint32_t)code[0] << (16 * i) | (uint32_t)code[1] << (16 * i + 8)
+                                   : (uint32_t)code[0] | (uint32_t)code[1] << 16;
         }
     }
     out[part * 32 + lane] = make_uint4(word[0], word[1], word[2], word[3]);
 }
 
+/* What a rounded weight is stored as. */
+template <int bits>
+__device__ __forceinline__ typename qf_repack_codes<bits>::type qf_repack_round(const qf_quantize_grid &g, float w)
+{
+    const float nearest = qf_quantize_nearest(g, w);
+    return bits == 16 ? (typename qf_repack_codes<bits>::type)qf_repack_bf16(__fmul_rn(nearest, g.scale))
+                      : (typename qf_repack_codes<bits>::type)__fsub_rn(nearest, g.low);
+}
+
+/* The block's, of a kernel whose blocks make one each. */
+__device__ __forceinline__ size_t qf_repack_unit_of(const qf_repack_args &args)
+{
+    return (size_t)((uint32_t)args.first_row / 16 + blockIdx.y) * ((uint32_t)args.k_packed / 128) + blockIdx.x;
+}
+
 template <int bits>
 static __global__ void __launch_bounds__(256) qf_repack_quantize_kernel(const __grid_constant__ qf_repack_args args)
 {
-    __shared__ qf_repack_codes q;
-    uint32_t member = threadIdx.x % QF_QUANTIZE_THREADS;
-    uint32_t tile = (uint32_t)args.first_row / 16 + blockIdx.y, k0 = 128 * blockIdx.x;
-    uint32_t group_size = (uint32_t)args.group_size, k = (uint32_t)args.k;
-    uint32_t num_groups = 16 * (128 / group_size);
-    size_t unit = (size_t)tile * ((uint32_t)args.k_packed / 128) + blockIdx.x;
+    __shared__ typename qf_repack_codes<bits>::type q[16][QF_REPACK_CODES_WIDTH];
+    const uint32_t member = threadIdx.x % QF_QUANTIZE_THREADS;
+    const uint32_t k0 = 128 * blockIdx.x, group_size = (uint32_t)args.quantize_group_size;
+    /* The first column of the unit's first group, in the unit: 0 or before it. */
+    const int32_t first = -(int32_t)((k0 + (uint32_t)args.parts[0].columns_before) % group_size);
     qf_quantize_group group;
     group.count = (int32_t)(group_size / QF_QUANTIZE_THREADS);
     group.mask = 0xffffu << (threadIdx.x & 16u);
-    group.max = (float)((1 << bits) - 1);
+    group.max = (float)((1 << args.quantize_bits) - 1);
 #pragma unroll 1
-    for (uint32_t item = threadIdx.x / QF_QUANTIZE_THREADS; item < num_groups; item += 256 / QF_QUANTIZE_THREADS) {
-        const qf_repack_row r = qf_repack_find_row(args, (int32_t)(16 * tile + item % 16));
-        uint32_t first = item / 16 * group_size; /* of the group, in the block */
-#pragma unroll
-        for (int i = 0; i < QF_QUANTIZE_VALUES; i++) {
-            uint32_t column = k0 + first + (uint32_t)i * QF_QUANTIZE_THREADS + member;
-            group.w[i] = i < group.count && r.valid && column < k ? qf_repack_value(r, column) : 0.0f;
+    for (uint32_t item = threadIdx.x / QF_QUANTIZE_THREADS;; item += 256 / QF_QUANTIZE_THREADS) {
+        const int32_t begin = first + (int32_t)(item / 16 * group_size); /* of the group, in the unit */
+        if (begin >= 128) {
+            break;
         }
-        qf_quantize_grid g = qf_quantize_search(group);
+        const qf_repack_row r = qf_repack_find_row(args, args.first_row + 16 * (int32_t)blockIdx.y + (int32_t)(item % 16));
 #pragma unroll
         for (int i = 0; i < QF_QUANTIZE_VALUES; i++) {
-            if (i < group.count) {
-                float code = __fsub_rn(qf_quantize_nearest(g, group.w[i]), g.low);
-                q[item % 16][first + (uint32_t)i * QF_QUANTIZE_THREADS + member] = (uint8_t)code;
+            const uint32_t column = k0 + (uint32_t)(begin + i * QF_QUANTIZE_THREADS) + member;
+            const bool there = i < group.count && r.valid && column + r.before < r.num_columns;
+            group.w[i] = there ? qf_repack_value(r, column) : 0.0f;
+        }
+        const qf_quantize_grid g = qf_quantize_search(group);
+#pragma unroll
+        for (int i = 0; i < QF_QUANTIZE_VALUES; i++) {
+            const uint32_t column = (uint32_t)(begin + i * QF_QUANTIZE_THREADS) + member;
+            if (i < group.count && column < 128) {
+                q[item % 16][column] = qf_repack_round<bits>(g, k0 + column < (uint32_t)args.k ? group.w[i] : 0.0f);
             }
         }
-        if (member == 0) {
-            bool padding = !r.valid || k0 + first >= k;
-            args.scales[unit * num_groups + item] = padding ? 0u : qf_repack_scale_word(g.scale, (uint32_t)-g.low);
+        /* Each packed group's scale by a thread of its own. */
+        const uint32_t packed_size = (uint32_t)args.group_size, column = (uint32_t)begin + member * packed_size;
+        if (bits <= 8 && column < 128 && member * packed_size < group_size) {
+            const bool padding = !r.valid || k0 + column >= (uint32_t)args.k;
+            args.scales[qf_repack_unit_of(args) * (2048 / packed_size) + column / packed_size * 16 + item % 16] =
+                padding ? 0u : qf_repack_scale_word(g.scale, (uint32_t)-g.low);
         }
     }
     __syncthreads();
-    qf_repack_store_codes<bits>(q, threadIdx.x, (uint4 *)args.data + unit * (16 * bits));
+    qf_repack_store_codes<bits>(q, threadIdx.x, (uint4 *)args.data + qf_repack_unit_of(args) * (16 * bits));
 }
 
 /* --- rows --------------------------------------------------------------------------------------------------- */
@@ -254,28 +285,57 @@ static qf_status qf_repack_check_part(const qf_repack_args *args, int32_t index,
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "repack: part %d has %d groups of %d: at least 1", index,
                        part->num_groups, part->group_size);
     }
+    if (part->columns_before < 0 || part->num_columns - part->columns_before < args->k) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "repack: part %d has %d columns, %d of them before its own %d", index,
+                       part->num_columns, part->columns_before, args->k);
+    }
     if (part->n < 1 || part->first_row < -7 || part->num_rows < 0) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "repack: part %d has rows %d + %d of %d: from a multiple of 8",
                        index, part->first_row, part->num_rows, part->n);
     }
-    if ((int64_t)part->num_rows * args->k > INT32_MAX && part->format != QF_REPACK_DUMMY) {
+    if ((int64_t)part->num_rows * part->num_columns > INT32_MAX && part->format != QF_REPACK_DUMMY) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "repack: part %d has %d x %d weights at once: fewer than 2^31",
-                       index, part->num_rows, args->k);
+                       index, part->num_rows, part->num_columns);
     }
     bool has_memory = part->weight != NULL && (dense || part->scales != NULL);
     if (part->num_rows > 0 && part->format != QF_REPACK_DUMMY && !has_memory) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "repack: part %d has a null pointer", index);
     }
+    if (args->quantize_bits != 0 && (!floats || part->columns_before != args->parts[0].columns_before)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "repack: part %d of format %d with %d columns before its own cannot be rounded: dense, with %d", index,
+                       (int)part->format, part->columns_before, args->parts[0].columns_before);
+    }
     if (args->rows || args->bits == 16) {
         return QF_OK; /* from anything */
     }
-    if (floats != args->quantize || (!floats && part->bits != args->bits)) {
+    if (floats != (args->quantize_bits != 0) || (!floats && part->bits != args->bits)) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "repack: part %d of format %d and %d bits cannot become %d bits",
                        index, (int)part->format, part->bits, args->bits);
     }
     if (!floats && part->num_groups > 1 && part->group_size % args->group_size != 0) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "repack: part %d has groups of %d, not multiples of %d", index,
                        part->group_size, args->group_size);
+    }
+    return QF_OK;
+}
+
+static qf_status qf_repack_check_rounding(const qf_repack_args *args, qf_error *err)
+{
+    const int32_t bits = args->quantize_bits, group = args->quantize_group_size;
+    if (bits == 0) {
+        return QF_OK;
+    }
+    if ((bits != 4 && bits != 8) || args->rows || (args->bits != bits && args->bits != 16)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "repack: rounded to %d bits and stored in %d, in rows: %d; 4 or 8, stored so or in 16, in fragments",
+                       bits, args->bits, args->rows ? 1 : 0);
+    }
+    if ((group != 32 && group != 64 && group != 128) ||
+        (args->bits <= 8 && (group % args->group_size != 0 || args->parts[0].columns_before % args->group_size != 0))) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "repack: rounded in groups of %d from %d columns before, stored in groups of %d: 32, 64 or 128, "
+                       "whole ones", group, args->parts[0].columns_before, args->group_size);
     }
     return QF_OK;
 }
@@ -300,6 +360,7 @@ static qf_status qf_repack_check(const qf_repack_args *args, qf_error *err)
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "repack: k is %d, %d as packed: a multiple of 128", args->k,
                        args->k_packed);
     }
+    QF_TRY(qf_repack_check_rounding(args, err));
     int32_t unit = fragments ? 16 : 1;
     if (args->first_row < 0 || args->num_rows < 0 || args->first_row % unit != 0 || args->num_rows % unit != 0) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "repack: rows %d + %d: multiples of %d", args->first_row,
@@ -322,9 +383,11 @@ static qf_status qf_repack_launch(const qf_repack_args *args, cudaStream_t strea
         return qf_launch("repack rows", qf_repack_rows_kernel, dim3((unsigned)args->num_rows), dim3(256), 0, false,
                          stream, err, *args);
     }
-    if (args->quantize && args->bits <= 8) {
+    if (args->quantize_bits != 0) {
         return qf_launch("repack quantize",
-                         args->bits == 4 ? qf_repack_quantize_kernel<4> : qf_repack_quantize_kernel<8>,
+                         args->bits == 4   ? qf_repack_quantize_kernel<4>
+                         : args->bits == 8 ? qf_repack_quantize_kernel<8>
+                                           : qf_repack_quantize_kernel<16>,
                          dim3(blocks, tiles), dim3(256), 0, false, stream, err, *args);
     }
     return qf_launch("repack",

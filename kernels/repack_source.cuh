@@ -15,6 +15,7 @@ struct qf_repack_row {
     uint32_t dummy_column;
     qf_repack_format format, scale_format;
     uint32_t k, row, num_rows; /* row: among those in memory */
+    uint32_t before, num_columns; /* columns in memory, and those of them before the part's */
     uint32_t log2_per_word, bits, group_size, num_groups, zero_bias;
     bool valid; /* false: padding */
 };
@@ -78,6 +79,8 @@ __device__ __forceinline__ qf_repack_row qf_repack_find_row(const qf_repack_args
     r.k = (uint32_t)args.k;
     r.row = (uint32_t)(row - part.first_row);
     r.num_rows = (uint32_t)part.num_rows;
+    r.before = (uint32_t)part.columns_before;
+    r.num_columns = (uint32_t)part.num_columns;
     r.bits = (uint32_t)part.bits;
     r.log2_per_word = part.bits == 4 ? 3 : 2;
     r.group_size = (uint32_t)part.group_size;
@@ -112,17 +115,17 @@ __device__ __forceinline__ uint32_t qf_repack_awq_field(uint32_t word, uint32_t 
     return (word >> (4 * nibble)) & 15u;
 }
 
-/* The stored integer at a column of the file. */
+/* The stored integer at a column of the part, in the order of the file. */
 __device__ __forceinline__ uint32_t qf_repack_integer(const qf_repack_row &r, uint32_t column)
 {
     const uint32_t *words = (const uint32_t *)r.weight;
+    const uint32_t at = r.before + column;
     switch (r.format) {
-    case QF_REPACK_AWQ: return qf_repack_awq_field(words[column * (r.num_rows / 8) + r.row / 8], r.row);
-    case QF_REPACK_GPTQ:
-        return qf_repack_field(r, words[(column >> r.log2_per_word) * r.num_rows + r.row], column);
+    case QF_REPACK_AWQ: return qf_repack_awq_field(words[at * (r.num_rows / 8) + r.row / 8], r.row);
+    case QF_REPACK_GPTQ: return qf_repack_field(r, words[(at >> r.log2_per_word) * r.num_rows + r.row], at);
     case QF_REPACK_COMPRESSED: {
-        uint32_t row_words = (r.k + (1u << r.log2_per_word) - 1u) >> r.log2_per_word;
-        return qf_repack_field(r, words[r.row * row_words + (column >> r.log2_per_word)], column);
+        uint32_t row_words = (r.num_columns + (1u << r.log2_per_word) - 1u) >> r.log2_per_word;
+        return qf_repack_field(r, words[r.row * row_words + (at >> r.log2_per_word)], at);
     }
     default: return qf_repack_dummy_nibble(r, column);
     }
@@ -152,11 +155,12 @@ __device__ __forceinline__ uint32_t qf_repack_zero(const qf_repack_row &r, uint3
     }
 }
 
-/* The weight at a column of the model, as qf_linear_source_read_f32() gives it: one rounding. column < k. */
+/* The weight at a column of the model, as qf_linear_source_read_f32() gives it: one rounding. Any column in memory: those
+ * before the part's are negative. */
 __device__ __forceinline__ float qf_repack_value(const qf_repack_row &r, uint32_t column)
 {
     if (r.format <= QF_REPACK_F16) {
-        return qf_repack_f32(r.weight, r.format, r.row * r.k + column);
+        return qf_repack_f32(r.weight, r.format, r.row * r.num_columns + r.before + column);
     }
     if (r.format == QF_REPACK_DUMMY && r.bits == 16) {
         return qf_repack_dummy_value(r, column);
@@ -182,8 +186,8 @@ __device__ __forceinline__ uint32_t qf_repack_bf16_pair(const qf_repack_row &r, 
     if (!r.valid || column >= r.k) {
         return 0;
     }
-    if (r.format == QF_REPACK_BF16 && r.k % 2 == 0) {
-        return ((const uint32_t *)r.weight)[(r.row * r.k + column) / 2];
+    if (r.format == QF_REPACK_BF16 && (r.k | r.num_columns | r.before) % 2 == 0) {
+        return ((const uint32_t *)r.weight)[(r.row * r.num_columns + r.before + column) / 2];
     }
     uint32_t low = qf_repack_bf16(qf_repack_value(r, column));
     uint32_t high = column + 1 < r.k ? qf_repack_bf16(qf_repack_value(r, column + 1)) : 0u;

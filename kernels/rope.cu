@@ -24,7 +24,7 @@
 #include "common/ptx.cuh"
 #include "kv_encode.cuh"
 
-#define THREADS 256
+#define THREADS 128 /* few: what they have in flight lands in an L1 that is small beside the linears */
 #define SPLIT_BATCH 8
 
 template <int width> struct floats {

@@ -164,6 +164,9 @@ class Engine:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         tensor_parallel_size: int = 1,
+        tensor_parallel_comm: str = "auto",  # of GPUs: "auto", "peer", "nccl"
+        nccl_library: str | None = None,  # a file of NCCL, for where the loader finds none
+        watchdog_seconds: float = -1.0,  # of several ranks: a longer step fails the engine; < 0: 120 (GPU), 1800; 0: off
         kv_cache_memory: int = 0,
         kv_cache_tokens: int = 0,
         memory_utilization: float = 0.0,  # 0: not given
@@ -245,6 +248,7 @@ class Layers:
         max_tokens: int = 2048,  # in one call of forward()
         num_threads: int = 0,
         isa: str = "auto",
+        tensor_parallel_size: int = 1,  # more is refused: a rank has only its part of a linear's input
     ) -> Self: ...
     def forward(
         self,

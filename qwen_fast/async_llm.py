@@ -8,7 +8,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._group import Group
@@ -252,7 +252,7 @@ class AsyncLLM(BaseLLM):
         params: SamplingParams | None,
         request_id: str | None = None,
         **extra: Any,
-    ) -> AsyncIterator[StreamOutput]:
+    ) -> AsyncGenerator[StreamOutput, None]:
         grammar = await self._compiled(params)
         tag, event = self._wakeups.add(watch=grammar is None)
         group: Group | None = None

@@ -48,6 +48,8 @@ class BaseLLM:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         tensor_parallel_size: int = 1,
+        tensor_parallel_comm: str = "auto",
+        watchdog_seconds: float | None = None,
         seed: int | None = None,
         kv_cache_memory: int | str | None = None,
         kv_cache_tokens: int | None = None,
@@ -100,6 +102,11 @@ class BaseLLM:
         tensor_parallel_size: ranks that each hold a part of every layer. On the CPU they are groups of threads, which
             share num_threads out: no gain in speed, but the same arithmetic. On GPUs each rank has one, from `device`
             on, of one host: at most 8.
+        tensor_parallel_comm: how these GPUs reach each other: "auto" (each other's memory where they can, else NCCL),
+            "peer" (refused where they cannot), "nccl" (found by the loader or as the package nvidia-nccl-cu13).
+        watchdog_seconds: with several ranks, the longest time of a step: a rank that hangs longer fails the engine, and
+            GPUs wait for each other at most a quarter of it. A rank that fails does so at once: in both cases every
+            request has its error within 5 s. 0: no limit; None: 120 on GPUs, 1800 on the CPU.
         seed: requests without a seed get seeds that follow from it and from their number in order of submission: a
             program run again gives the same outputs. None: fresh seeds.
         kv_cache_memory: bytes, or a text such as "6GiB". kv_cache_tokens: the same in tokens.
@@ -154,6 +161,8 @@ class BaseLLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             tensor_parallel_size=tensor_parallel_size,
+            tensor_parallel_comm=tensor_parallel_comm,
+            watchdog_seconds=watchdog_seconds,
             kv_cache_memory=kv_cache_memory,
             kv_cache_tokens=kv_cache_tokens,
             memory_utilization=memory_utilization,

@@ -58,7 +58,13 @@ _ENGINE = (
     ("max-model-len", int, "prompt and output together, tokens"),
     ("max-num-seqs", int, "sequences in one step"),
     ("max-num-batched-tokens", int, "tokens in one step"),
-    ("tensor-parallel-size", int, "1"),
+    ("tensor-parallel-size", int, "GPUs (or ranks of CPU threads) that each hold a part of every layer (default 1)"),
+    ("tensor-parallel-comm", str, "how these GPUs reach each other: auto, peer, nccl"),
+    (
+        "watchdog-seconds",
+        float,
+        "so long a step hangs: ranks fail, and serve ends the process (default 120, CPU 1800; 0: off)",
+    ),
     ("kv-cache-memory", str, "such as 6GiB"),
     ("kv-cache-tokens", int, "KV cache size in tokens"),
     (

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def run_info(args: argparse.Namespace) -> int:
     return 0
 
 
-def memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
+def memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A memory report as rows: what is taken for what, and, where the device has memory of its own, what it leaves."""
     rows = [
         ("embedding", format_bytes(memory["embedding_bytes"])),

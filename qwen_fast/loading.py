@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,6 +66,17 @@ def end_tokens(
     return found
 
 
+def find_nccl() -> str | None:
+    """libnccl.so.2 of NVIDIA's package, which the system's loader does not look into."""
+    try:
+        package = importlib.util.find_spec("nvidia.nccl")
+    except ModuleNotFoundError:
+        return None
+    folders = package.submodule_search_locations if package is not None else None
+    files = [Path(folder, "lib", "libnccl.so.2") for folder in folders or ()]
+    return next((str(file) for file in files if file.is_file()), None)
+
+
 def load_engine(
     model: str, model_dir: str, options: Mapping[str, Any], tokenizer: Tokenizer | None, progress: bool | None
 ) -> _engine.Engine:
@@ -73,6 +85,8 @@ def load_engine(
     def said(done: int, total: int) -> str:
         return f"{format_bytes(done)} of {format_bytes(total)}"
 
+    if options.get("tensor_parallel_size", 1) > 1:
+        options = {**options, "nccl_library": find_nccl()}
     with Progress(f"Loading {model}", 0, enabled=progress, text=said) as bar:
         # Python runs at every report, so Ctrl-C ends a load even where no bar is shown.
         engine = _engine.Engine(model_dir, **options, progress=lambda done, total: bar.update(done, total))

@@ -81,6 +81,7 @@ def engine_options(
     memory: int | str | None = None,
     cpu_offload: str | None = None,
     cpu_offload_gb: float | None = None,
+    watchdog_seconds: float | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
     hf_overrides: Mapping[str, Any] | None = None,
     **passed: Any,
@@ -130,6 +131,10 @@ def engine_options(
         if not 0 <= _number("cpu_offload_gb", cpu_offload_gb) <= 2**20:
             raise ValueError(f"cpu_offload_gb must be from 0 to {2**20} GiB, got {cpu_offload_gb}")
         options["cpu_offload_gb"] = float(cpu_offload_gb)
+    if watchdog_seconds is not None:
+        if not 0 <= _number("watchdog_seconds", watchdog_seconds) <= 86400:
+            raise ValueError(f"watchdog_seconds must be from 0 (off) to 86400, got {watchdog_seconds}")
+        options["watchdog_seconds"] = float(watchdog_seconds)
     overrides = merged_overrides(rope_scaling, hf_overrides)
     if overrides:
         try:

@@ -12,6 +12,9 @@
 #include "model/checkpoint.h"
 #include "sample/sampler.h"
 
+/* How the ranks of a model over several devices reach each other. */
+typedef enum qf_rank_comm { QF_RANK_COMM_AUTO = 0, QF_RANK_COMM_PEER, QF_RANK_COMM_NCCL } qf_rank_comm;
+
 typedef enum qf_head_bits { QF_HEAD_AUTO = 0, QF_HEAD_4 = 4, QF_HEAD_8 = 8, QF_HEAD_16 = 16 } qf_head_bits;
 
 /* Checked by the engine; the backend may refuse with QF_ERROR_NOT_IMPLEMENTED. */
@@ -38,7 +41,9 @@ typedef struct qf_backend_options {
     int32_t tensor_parallel_size; /* ranks; 0 and 1: one device */
     qf_comm *comm;                /* this rank's, borrowed; NULL: it is alone */
     const struct qf_backend_vtable *rank_backend; /* for the backend that runs the ranks: what each one is */
-    int32_t step_timeout_ms;      /* for the same: a rank that takes longer has failed; 0: no limit */
+    qf_rank_comm rank_comm;       /* for create_comms, of devices */
+    const char *nccl_library;     /* the same: NULL, or where to look for NCCL at last; of the caller of create */
+    int32_t step_timeout_ms;      /* for the backend that runs the ranks: one that takes longer has failed; 0: no limit */
 } qf_backend_options;
 
 /* Bytes, exact, known before anything is allocated. */
@@ -145,6 +150,8 @@ typedef struct qf_backend_vtable {
 struct qf_backend {
     const qf_backend_vtable *vtable;
     const char *isa; /* the instruction set in use, a string literal; NULL: the backend has none to choose */
+    int32_t num_widened; /* linears of a rank that are not held in 4 or 8 bits only because its columns cut their groups, or
+                            their order of columns */
     bool left_behind; /* after collect failed: a thread hangs in a step for good, and may wake up and read its batch yet */
 };
 

@@ -37,7 +37,7 @@ typedef struct parallel_backend {
     bool stop_loading;
     size_t total_bytes;
     int32_t num_blocks;
-    char description[160];
+    char description[384];
 } parallel_backend;
 
 /* --- loading -------------------------------------------------------------------------------------------- */
@@ -173,6 +173,22 @@ static void parallel_destroy(qf_backend *base)
     qf_free(self);
 }
 
+static void describe_ranks(parallel_backend *self)
+{
+    int32_t num_widened = 0;
+    for (int32_t i = 0; i < self->size; i++) {
+        num_widened += self->ranks[i].backend->num_widened;
+    }
+    (void)snprintf(self->description, sizeof self->description, "%d x %s", self->size,
+                   self->inner->describe(self->ranks[0].backend));
+    if (num_widened > 0) {
+        const size_t used = strlen(self->description);
+        (void)snprintf(self->description + used, sizeof self->description - used,
+                       ", %d parts of linears in %s bits: cut inside groups", num_widened,
+                       self->inner->has_own_memory ? "16" : "32");
+    }
+}
+
 static qf_status load(parallel_backend *self, const qf_checkpoint *checkpoint, const qf_backend_options *options,
                       qf_progress_fn progress, void *progress_arg, qf_error *err)
 {
@@ -183,8 +199,7 @@ static qf_status load(parallel_backend *self, const qf_checkpoint *checkpoint, c
     QF_TRY(wait_for_load(self, ticket, progress, progress_arg, err));
     close_views(self);
     self->base.isa = self->ranks[0].backend->isa;
-    (void)snprintf(self->description, sizeof self->description, "%d x %s", self->size,
-                   self->inner->describe(self->ranks[0].backend));
+    describe_ranks(self);
     return QF_OK;
 }
 

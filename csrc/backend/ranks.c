@@ -10,7 +10,7 @@
 #include "base/event.h"
 #include "base/threads.h"
 
-#define MAX_GRACE_MS 5000
+#define MAX_GRACE_MS 4000
 #define NS_PER_MS 1000000
 
 typedef struct posted_call {
@@ -216,12 +216,16 @@ void qf_ranks_pause(qf_ranks *self, unsigned seen)
     (void)qf_event_wait(&self->done, seen, 0, QF_EVENT_FOREVER);
 }
 
-static bool wait_until(qf_ranks *self, uint64_t ticket, int64_t deadline_ns)
+/* True once all ranks are done. With until_failure it is over as soon as one has failed, too. */
+static bool wait_until(qf_ranks *self, uint64_t ticket, int64_t deadline_ns, bool until_failure)
 {
     for (;;) {
         unsigned seen = qf_event_count(&self->done);
         if (qf_ranks_done(self, ticket)) {
             return true;
+        }
+        if (until_failure && atomic_load(&self->failed)) {
+            return false;
         }
         if (!qf_event_wait(&self->done, seen, self->spin_ns, deadline_ns)) {
             return qf_ranks_done(self, ticket);
@@ -244,11 +248,14 @@ static void fail_late(qf_ranks *self, uint64_t ticket, int64_t timeout_ms)
 
 qf_status qf_ranks_wait(qf_ranks *self, uint64_t ticket, int64_t timeout_ms, qf_error *err)
 {
-    int64_t deadline_ns = timeout_ms < 0 ? QF_EVENT_FOREVER : now_ns() + timeout_ms * NS_PER_MS;
-    if (!self->lost && !wait_until(self, ticket, deadline_ns)) {
-        fail_late(self, ticket, timeout_ms);
+    const bool bounded = timeout_ms >= 0;
+    int64_t deadline_ns = bounded ? now_ns() + timeout_ms * NS_PER_MS : QF_EVENT_FOREVER;
+    if (!self->lost && !wait_until(self, ticket, deadline_ns, true)) {
+        if (!atomic_load(&self->failed)) {
+            fail_late(self, ticket, timeout_ms);
+        }
         int64_t grace_ms = timeout_ms < MAX_GRACE_MS ? timeout_ms : MAX_GRACE_MS;
-        self->lost = !wait_until(self, ticket, now_ns() + grace_ms * NS_PER_MS);
+        self->lost = !wait_until(self, ticket, bounded ? now_ns() + grace_ms * NS_PER_MS : QF_EVENT_FOREVER, false);
     }
     if (!atomic_load(&self->failed)) {
         return QF_OK;

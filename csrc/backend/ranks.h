@@ -28,9 +28,9 @@ bool qf_ranks_destroy(qf_ranks *self); /* NULL-safe: true */
 /* From one thread at a time, like wait. Returns the call's ticket. cleanup: the call is made after a failure, too. */
 uint64_t qf_ranks_post(qf_ranks *self, qf_rank_fn fn, const void *arg, bool cleanup);
 
-/* Until every rank has made the call. timeout_ms < 0: for ever. A rank that takes longer counts as failed; if it does
- * not return after on_failure either, within as long again (5 s at most), it is given up. Returns the first failure, if
- * there was one. */
+/* Until every rank has made the call. timeout_ms < 0: for ever. A rank that takes longer counts as failed. Once one has
+ * failed, and on_failure has been called, the others have as long again, 4 s at most; one that has not returned by then is
+ * given up. Returns the first failure, if there was one. */
 qf_status qf_ranks_wait(qf_ranks *self, uint64_t ticket, int64_t timeout_ms, qf_error *err);
 
 /* A wait has given a rank up. From the thread that waits. */

@@ -85,7 +85,8 @@ static bool find_all(qf_nccl *self)
 static qf_status load(qf_nccl *self, const char *path, qf_error *err)
 {
     const char *name = path != NULL ? path : "libnccl.so.2";
-    self->handle = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    /* It stays: threads of its own may still be taking an aborted communicator apart when it is closed. */
+    self->handle = dlopen(name, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
     if (self->handle == NULL) {
         const char *why = dlerror();
         return QF_FAIL(err, QF_ERROR_BACKEND,

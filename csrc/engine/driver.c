@@ -258,6 +258,15 @@ static void meter_last_step(qf_engine *e, qf_meter_step *step, bool ended, uint6
     (void)pthread_mutex_unlock(&e->lock);
 }
 
+/* A thread that hangs in this step knows where its requests' results go. */
+static void leave_requests_behind(const qf_step_plan *plan)
+{
+    for (int32_t i = 0; i < plan->num_entries; i++) {
+        qf_request *r = plan->entries[i].seq->owner;
+        r->left_behind = true;
+    }
+}
+
 /* Ends every request, waits for steps in flight, and leaves nothing with the scheduler. */
 static void end_all(qf_engine *e, qf_finish_reason reason, const qf_error *error)
 {
@@ -273,6 +282,9 @@ static void end_all(qf_engine *e, qf_finish_reason reason, const qf_error *error
         bool ended = e->backend->vtable->collect(e->backend, &step_ns, NULL) == QF_OK;
         e->num_collected++;
         e->num_in_flight--;
+        if (!ended && e->backend->left_behind) {
+            leave_requests_behind(&e->steps[parity].plan);
+        }
         if (e->meter.enabled) {
             meter_last_step(e, &e->steps[parity].meter, ended, step_ns);
         }

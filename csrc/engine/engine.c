@@ -174,7 +174,8 @@ qf_status qf_engine_create_with(const qf_engine_options *options, const qf_backe
     self->config = *qf_checkpoint_config(checkpoint);
     QF_TRY_GOTO(create_machinery(self, options, checkpoint, err), fail);
     qf_checkpoint_close(checkpoint);
-    self->resolved.backend.isa = NULL; /* was the caller's string */
+    self->resolved.backend.isa = NULL; /* were the caller's strings */
+    self->resolved.backend.nccl_library = NULL;
     self->load_seconds = qf_now_seconds() - start;
     *out = self;
     return QF_OK;

@@ -107,6 +107,7 @@ struct qf_request {
     /* The driver's list of requests that it still knows. */
     qf_request *prev_live, *next_live, *next_finishing;
     bool live;
+    bool left_behind; /* a thread of the backend may write its results yet: its memory stays */
 };
 
 /* The arrays behind one step's qf_batch and its plan; alive until the step is collected. */
@@ -148,7 +149,7 @@ struct qf_engine {
     qf_resolved_options resolved;
     qf_model_config config;
     double load_seconds;
-    char description[160];
+    char description[384];
     const char *backend_name;
     const char *isa; /* "": none */
     int event_read_fd, event_write_fd;

@@ -22,7 +22,8 @@ struct qf_layers {
 
 void qf_layers_options_init(qf_layers_options *options)
 {
-    *options = (qf_layers_options){.device = "auto", .dtype = "auto", .max_tokens = 2048, .isa = "auto"};
+    *options = (qf_layers_options){.device = "auto", .dtype = "auto", .max_tokens = 2048, .tensor_parallel_size = 1,
+                                   .isa = "auto"};
 }
 
 void qf_layers_destroy(qf_layers *self)
@@ -58,6 +59,11 @@ static qf_status layers_init(qf_layers *self, const qf_layers_options *options, 
     qf_checkpoint *checkpoint;
     qf_resolved_options *resolved = &self->resolved;
     qf_engine_options o;
+    if (options->tensor_parallel_size != 1) {
+        return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
+                       "tensor_parallel_size=%d for layers alone: only 1, as a tap sees the whole input of a linear and a rank "
+                       "has its part of those of o_proj and down_proj", options->tensor_parallel_size);
+    }
     qf_engine_options_init(&o);
     o.model_dir = options->model_dir;
     o.device = options->device;

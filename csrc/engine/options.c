@@ -12,7 +12,9 @@
 #define MAX_SEQS_LIMIT 4096
 #define MAX_BATCHED_TOKENS_LIMIT (1 << 20)
 #define MAX_KV_WINDOW (1 << 20)
-#define STEP_TIMEOUT_MS 300000 /* of a rank among several: a CPU may take minutes for a long prompt */
+#define MAX_WATCHDOG_SECONDS 86400.0
+#define WATCHDOG_SECONDS 1800.0 /* where none is given: a CPU may compute minutes at a step of a long prompt ... */
+#define DEVICE_WATCHDOG_SECONDS 120.0 /* ... and a GPU seconds, or read layers over the bus as long */
 #define AUTO_UTILIZATION 0.5 /* of the machine's memory; where neither a share of the memory nor a size of the KV cache is given, and then ... */
 #define AUTO_DEVICE_UTILIZATION 0.9 /* the same of a GPU's */
 #define AUTO_KV_TOKENS 65536 /* ... the cache holds at most this many, or two of the longest sequences */
@@ -31,6 +33,8 @@ void qf_engine_options_init(qf_engine_options *options)
                                    .max_num_seqs = 256,
                                    .max_num_batched_tokens = 2048,
                                    .tensor_parallel_size = 1,
+                                   .tensor_parallel_comm = "auto",
+                                   .watchdog_seconds = -1.0,
                                    .enable_prefix_caching = true,
                                    .isa = "auto",
                                    .meter = true};
@@ -69,6 +73,10 @@ static qf_status check_numbers(const qf_engine_options *o, qf_error *err)
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
                        "memory_utilization must be above 0 and at most 1 (or 0: not given); got %g",
                        o->memory_utilization);
+    }
+    if (!(o->watchdog_seconds <= MAX_WATCHDOG_SECONDS)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "watchdog_seconds must be at most %.0f (0: off); got %g",
+                       MAX_WATCHDOG_SECONDS, o->watchdog_seconds);
     }
     if (!(o->cpu_offload_gb >= 0.0 && o->cpu_offload_gb <= 65536.0)) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "cpu_offload_gb must be 0 to 65536; got %g", o->cpu_offload_gb);
@@ -233,15 +241,30 @@ static qf_status check_offload(const qf_engine_options *o, const qf_backend_vtab
 }
 
 /* Several ranks of the backend are a backend, too. */
-static void resolve_ranks(const qf_engine_options *o, const qf_backend_vtable *backend, qf_resolved_options *out)
+static qf_status resolve_ranks(const qf_engine_options *o, const qf_backend_vtable *backend, qf_resolved_options *out,
+                               qf_error *err)
 {
+    static const qf_choice comms[] = {
+        {"auto", QF_RANK_COMM_AUTO}, {"peer", QF_RANK_COMM_PEER}, {"nccl", QF_RANK_COMM_NCCL}, {NULL, 0}};
+    int comm;
+    QF_TRY(qf_choose("tensor_parallel_comm", o->tensor_parallel_comm, comms, &comm, err));
     out->vtable = backend;
     out->backend.tensor_parallel_size = o->tensor_parallel_size;
+    if (comm != QF_RANK_COMM_AUTO && (o->tensor_parallel_size == 1 || !backend->has_own_memory)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "tensor_parallel_comm=\"%.8s\" is for a model over several GPUs; device is %s, tensor_parallel_size "
+                       "%d", o->tensor_parallel_comm, backend->name, o->tensor_parallel_size);
+    }
     if (o->tensor_parallel_size > 1) {
+        const double standard = backend->has_own_memory ? DEVICE_WATCHDOG_SECONDS : WATCHDOG_SECONDS;
+        const double seconds = o->watchdog_seconds < 0.0 ? standard : o->watchdog_seconds;
         out->vtable = qf_parallel_backend_vtable(backend);
         out->backend.rank_backend = backend;
-        out->backend.step_timeout_ms = STEP_TIMEOUT_MS;
+        out->backend.rank_comm = (qf_rank_comm)comm;
+        out->backend.nccl_library = o->nccl_library;
+        out->backend.step_timeout_ms = seconds > 0.0 && seconds < 1e-3 ? 1 : (int32_t)(seconds * 1e3);
     }
+    return QF_OK;
 }
 
 static qf_status open_checkpoint(const qf_engine_options *o, qf_checkpoint **checkpoint, qf_error *err)
@@ -284,7 +307,7 @@ qf_status qf_options_resolve(const qf_engine_options *options, const qf_backend_
     bool on_device = backend->has_own_memory;
     double auto_share = on_device ? AUTO_DEVICE_UTILIZATION : AUTO_UTILIZATION;
     QF_TRY_GOTO(check_offload(options, backend, err), fail);
-    resolve_ranks(options, backend, out);
+    QF_TRY_GOTO(resolve_ranks(options, backend, out, err), fail);
     backend = out->vtable;
     QF_TRY_GOTO(qf_options_resolve_formats(options, config, on_device, out, err), fail);
 

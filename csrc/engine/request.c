@@ -195,6 +195,9 @@ static qf_status fill_seq(qf_request *r, const qf_request_options *o, int32_t ma
 /* Frees what a request owns, not its references. */
 static void free_request(qf_request *r)
 {
+    if (r->left_behind) {
+        return;
+    }
     qf_sample_state_destroy(r->sample);
     qf_detokenizer_destroy(r->detokenizer);
     qf_free(r->seq.token_ids);

@@ -44,7 +44,11 @@ typedef struct qf_engine_options {
     int32_t max_model_len;         /* 0: the checkpoint's, lowered to what the KV cache can hold */
     int32_t max_num_seqs;
     int32_t max_num_batched_tokens;
-    int32_t tensor_parallel_size;  /* 1; ranks that each hold a part of every layer: threads of the CPU; of GPUs 1 */
+    int32_t tensor_parallel_size;  /* 1; ranks that each hold a part of every layer: threads of the CPU, or GPUs */
+    const char *tensor_parallel_comm; /* of GPUs: "auto" (each other's memory if they can reach it, else NCCL), "peer", "nccl" */
+    const char *nccl_library;      /* a file of NCCL, for where the loader finds none; NULL: there is none */
+    double watchdog_seconds;       /* of several ranks: a step that takes longer hangs, and the engine fails; GPUs wait for
+                                      each other a quarter of it. Negative: 120 on GPUs, 1800 on the CPU; 0: no limit */
     uint64_t kv_cache_memory_bytes; /* 0: not given */
     int64_t kv_cache_tokens;        /* 0: not given */
     double memory_utilization;      /* share of the memory available at start that engine and cache may use; where
@@ -291,6 +295,7 @@ typedef struct qf_layers_options {
     const char *device;  /* as in qf_engine_options; activations are never int8 */
     const char *dtype;
     int32_t max_tokens;  /* in one call */
+    int32_t tensor_parallel_size; /* 1: more is refused, as a tap sees whole inputs, of which a rank has a part */
     int32_t num_threads; /* 0: the CPUs of this process */
     const char *isa;
 } qf_layers_options;

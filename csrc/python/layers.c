@@ -28,6 +28,7 @@ typedef struct layers_arguments {
 static const qf_py_field layers_fields[] = {
     OPTION(model_dir, QF_PY_STRING),    OPTION(device, QF_PY_STRING),     OPTION(dtype, QF_PY_STRING),
     OPTION(max_tokens, QF_PY_INT32),    OPTION(num_threads, QF_PY_INT32), OPTION(isa, QF_PY_STRING),
+    OPTION(tensor_parallel_size, QF_PY_INT32),
 };
 
 static PyObject *layers_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -402,9 +403,10 @@ static PyMethodDef layers_methods[] = {
 };
 
 PyDoc_STRVAR(layers_doc,
-"Layers(model_dir, *, device='auto', dtype='auto', max_tokens=2048, num_threads=0, isa='auto')\n--\n\n"
+"Layers(model_dir, *, device='auto', dtype='auto', max_tokens=2048, num_threads=0, isa='auto', tensor_parallel_size=1)\n--\n\n"
 "The layers of a checkpoint without the machinery of requests, for calibration: see forward(). Activations are never int8.\n"
-"max_tokens is the most in one call.\n\n"
+"max_tokens is the most in one call. tensor_parallel_size above 1 is refused: a tap sees the whole input of a linear, and\n"
+"of o_proj's and down_proj's each rank would have only its part.\n\n"
 "Raises ValueError, ModelError, OSError, MemoryError, NotImplementedError, EngineError as Engine does.");
 
 static PyType_Slot layers_slots[] = {

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from .money import Money, Prices, cost_of
     from .planner import Plan, plan
     from .report import Report
-    from .run import Settings
+    from .settings import Settings
     from .workloads import Workload
 
 _HOME = {"Prices": "money", "Money": "money", "cost_of": "money", "Plan": "planner", "plan": "planner",
          "CardPrice": "choice", "Choice": "choice", "choose": "choice",
-         "Report": "report", "Settings": "run", "Workload": "workloads"}  # fmt: skip
+         "Report": "report", "Settings": "settings", "Workload": "workloads"}  # fmt: skip
 __all__ = [
     "CardPrice",
     "Choice",

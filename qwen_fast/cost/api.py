@@ -8,7 +8,8 @@ from typing import Any
 
 from .money import Prices
 from .report import Report
-from .run import Runner, Settings
+from .run import Runner
+from .settings import Settings
 from .workloads import Workload, fixed, from_jsonl, parse_lengths
 
 

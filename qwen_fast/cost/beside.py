@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .section_parallel import NAME, SUMMARY
 from .studies_data import (
     BATCH_A,
     ENERGY_A,
@@ -30,6 +31,8 @@ def comparison(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         tables += [_speed_table(stages), _use_table(found), _energy_table(found), _batch_table(stages), _more_a(found)]
     if parameters != PARAMETERS_0_5B:
         tables += [_chat_table(stages), _more_b(found)]
+        if NAME in found.tables:
+            tables.append(_gpus_table(found))
     return tables
 
 
@@ -297,6 +300,37 @@ def _chat_table(stages: Mapping[str, Any]) -> dict[str, Any]:
         rows,
         "Published rows: Qwen2.5-7B-Instruct, 2,048 in / 512 out.",
     )
+
+
+def _gpus_table(found: _Found) -> dict[str, Any]:
+    """One card against several: the study's two rows of that kind, and ours by number of cards and users."""
+    columns = [
+        column("ttft", "TTFT", "ms", "published; here measured, mean", "ttft"),
+        column("tpot", "TPOT", "ms", "published; here measured, mean", "tpot"),
+        column("tokens", "output", "tokens/s", "published; here measured", "tokens_s"),
+        column(
+            "users", "users with P99 < 3 s", "", "published; here of the first token, of those tried", "concurrency"
+        ),
+        column("per_watt", "output", "tokens/s per W", "published; here of the boards", "tokens_watt"),
+    ]
+    per_watt, none = dict(PER_WATT_B), "not stated"
+    rows = []
+    for one in CLAIMS:
+        if one.card != "RTX 4090D" or one.weight_bits != 16:
+            continue
+        name = f"{one.count}x {one.card}" if one.count > 1 else one.card
+        cells = {
+            "ttft": cell(one.ttft_ms), "tpot": cell(one.tpot_ms), "tokens": cell(one.tokens_per_s), "users": cell(one.users, none),
+            "per_watt": cell(per_watt.get(name), none),
+        }  # fmt: skip
+        rows.append(row(f"{one.name} (published)", none, cells))
+    for entry in found.tables[NAME]["rows"]:
+        label, kept = entry["label"], ("ttft", "tpot", "tokens", "per_watt")
+        cells = {key: found.cell(NAME, label, key) for key in kept}
+        cells["users"] = found.cell(SUMMARY, label.partition(",")[0], "ttft")
+        rows.append(row(f"here, {label}", entry["window"], cells))
+    note = "The study's 125 tokens/s on four cards are of several users at once (see above). The same GPUs, one against several, are ours alone."
+    return table("study-b-gpus", "Study B: one card against several", "machine", columns, rows, note)
 
 
 def _batch_table(stages: Mapping[str, Any]) -> dict[str, Any]:

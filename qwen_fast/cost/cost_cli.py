@@ -34,6 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--users", metavar="N,N,...", help="users at once (default 1,16,32; study B 1,2,4,8,16)")
     work.add_argument("--quick", action="store_true", help="short windows and requests, to see everything in a minute")
     work.add_argument("--no-levers", action="store_true", help="leave out the levers")
+    work.add_argument("--no-sweep", action="store_true", help="leave out the prompt's lengths")
+    work.add_argument(
+        "--gpus",
+        metavar="N,N,...",
+        help="compare the last workload on so many GPUs (default: 1, 2, 4, 8 as this machine has them; with --device cpu ranks of threads, only where given)",
+    )
+    work.add_argument(
+        "--gpus-users", metavar="N,N,...", help="users of that comparison (default: --users, else 1,16,32,64,128)"
+    )
     work.add_argument("--budget-seconds", type=float, metavar="S", help="begin nothing new after so long (--quick: 80)")
     work.add_argument("--window-seconds", type=float, metavar="S", help="shortest window (default 2; --quick: 0.25)")
     work.add_argument(
@@ -141,7 +150,7 @@ def _show(args: argparse.Namespace, report: Any) -> int:
 
 def _settings(args: argparse.Namespace) -> Any:
     from .money import Prices
-    from .run import Settings
+    from .settings import Settings
 
     fields = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name, _ in PRICES}
     default = fields["electricity_per_kwh"] is None and args.currency in DEFAULT_TARIFF
@@ -150,7 +159,7 @@ def _settings(args: argparse.Namespace) -> Any:
     budget = args.budget_seconds
     return Settings(
         workloads=_workloads(args),
-        users=_users(args.users),
+        users=_users(args.users, "users"),
         quick=args.quick,
         budget_s=80.0 if budget is None and args.quick else budget,
         peak_gbs=args.peak_bandwidth,
@@ -159,6 +168,9 @@ def _settings(args: argparse.Namespace) -> Any:
         p99_s=args.p99,
         wall_watts=_wall_watts(args.wall_watts or []),
         with_levers=not args.no_levers,
+        with_sweep=not args.no_sweep,
+        gpus=_users(args.gpus, "gpus"),
+        gpus_users=_users(args.gpus_users, "gpus-users"),
         window_s=args.window_seconds,
         prices=Prices(args.currency, **fields, electricity_is_default=default),
     )
@@ -175,12 +187,12 @@ def _workloads(args: argparse.Namespace) -> tuple[Any, ...] | None:
     return tuple(found) or None
 
 
-def _users(text: str | None) -> tuple[int, ...] | None:
+def _users(text: str | None, name: str) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"--users must be numbers of at least 1, such as 1,16,32, got {text!r}")
+        raise ValueError(f"--{name} must be numbers of at least 1, such as 1,2,4, got {text!r}")
     return tuple(sorted({int(part) for part in parts}))
 
 

@@ -59,7 +59,7 @@ DEFINITIONS: dict[str, tuple[str, str]] = {
         "memory in use",
         (
             "On the CPU the resident set of the process, in which pages count once they are touched; on a GPU what NVML "
-            "says is in use, by all processes."
+            "says is in use, by all processes; of several GPUs the sum, where a figure is not said to be of each."
         ),
     ),
     "jitter": (
@@ -143,6 +143,14 @@ DEFINITIONS: dict[str, tuple[str, str]] = {
     "knee": (
         "knee",
         "Where two straight lines fit the time to first token over the prompt's length with at most half the squared residuals of one line, and the second is at least 1.5 times as steep: where they meet.",
+    ),
+    "tensor_parallel": (
+        "one model over several devices",
+        "tensor_parallel_size: each device holds a part of every layer, and all of them work on every token. Against the same load on the fewest devices that were measured.",
+    ),
+    "load_time": (
+        "loading",
+        "From opening the files (or making random weights up) to an engine that takes requests, once.",
     ),
     "plus100": (
         "+100 tokens",

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from .cards import CARDS
-from .fit_serving import describe_serving, fit_serving, reports, serving_rows
+from .fit_parallel import fit_parallel
+from .fit_serving import COMPARISON, describe_serving, fit_serving, reports, serving_rows
 from .memory import Formats, packed_bytes
 from .roofline import COEFFICIENTS, FAMILIES, Step, family, features, linear_us
 from .shapes import find_shape
@@ -208,6 +209,7 @@ def fit(results: Path) -> dict[str, Any]:
     found["contexts"]["several"] = max(
         [found["contexts"]["several"], *(w.tokens_in + w.tokens_out / 2 for w in several)]
     )
+    fitted["parallel"] = fit_parallel(results, fitted, CARD, newest)
     return fitted | found | sources(results)
 
 
@@ -257,7 +259,15 @@ def describe(rows: list[dict[str, Any]], factors: dict[str, float]) -> dict[str,
 def sources(results: Path) -> dict[str, Any]:
     """The files, and the driver's share of the memory: the largest that was seen."""
     used = []
-    for what in ("gpu-linears", "gpu-decode", "gpu-decode-batch1", "gpu-timeline", "gpu-prefill", "gpu-memory"):
+    for what in (
+        "gpu-linears",
+        "gpu-decode",
+        "gpu-decode-batch1",
+        "gpu-timeline",
+        "gpu-prefill",
+        "gpu-memory",
+        "gpu-tp",
+    ):
         path, data = newest(results, what)
         environment = data["environment"]
         used.append({"file": path.name, "commit": environment["commit"], "date": environment["date"]})
@@ -275,6 +285,8 @@ def measured_power(results: Path) -> list[dict[str, Any]]:
     """From committed cost reports (schema.json): by file the GPU, the model, and the least and most watts over the loads."""
     found = []
     for path in [*sorted(results.glob("*.json")), *sorted(results.glob("*/report.json"))]:
+        if path.parent.name.endswith(COMPARISON):
+            continue
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict) or "sections" not in data or not data["machine"]["gpus"]:
             continue
@@ -304,6 +316,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for one in found["serving"]:
         mark = "held out" if one["held_out"] else "fitted"
         print(f"{mark:8}  {100 * one['error']:+6.1f} %  {one['measured']:12.6g} {one['figure']:6}  {one['what']}")
+    for one in found["parallel"]["residuals"]:
+        mark = "held out" if one["held_out"] else "used"
+        print(f"{mark:8}  {100 * one['error']:+6.1f} %  {one['measured_us']:12,.1f} us  {one['what']} GPUs")
     print(f"worst of requests held out: {found['error']['serving_held_out_worst']:.1%}")
     print(f"worst: fitted {found['error']['fitted_worst']:.1%}, held out {found['error']['held_out_worst']:.1%}")
     return 0

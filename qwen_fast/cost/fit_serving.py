@@ -22,11 +22,15 @@ FACTORS = ("layers_prompt", "layers_long", "kv_long")
 LeastSquares = Callable[[list[list[float]], list[float], list[float]], list[float]]
 
 
+COMPARISON = "-gpus"  # a folder's end: one GPU against several, which no fit takes in
+
+
 def reports(results: Path) -> list[Path]:
     """The newest report of each model."""
     newest: dict[str, Path] = {}
     for path in sorted(results.glob("????-??-??-cost-*/report.json")):
-        newest[path.parent.name[11:]] = path
+        if not path.parent.name.endswith(COMPARISON):
+            newest[path.parent.name[11:]] = path
     return list(newest.values())
 
 

@@ -17,7 +17,12 @@ PEAKS = ("peaks", "peaks-after")
 
 
 def identity(
-    llm: Any, options: Mapping[str, Any], quick: bool, window_s: float | None, workloads: Sequence[tuple[Workload, Any]]
+    llm: Any,
+    options: Mapping[str, Any],
+    quick: bool,
+    window_s: float | None,
+    workloads: Sequence[tuple[Workload, Any]],
+    windows: int | None = None,
 ) -> dict[str, Any]:
     """Plain JSON. workloads: each as it is asked (all its requests count), with its numbers of users. The model is what
     its files are, wherever they lie."""
@@ -30,6 +35,7 @@ def identity(
         ],
         "quick": quick,
         "window_s": window_s,
+        **({} if windows is None else {"windows": windows}),
         "cpu": cpu_name(),
         "gpus": _gpus(llm),
         "version": __version__,

@@ -171,12 +171,16 @@ def _parallel(workload: Workload, users: int, facts: Mapping[str, Any]) -> list[
                 why="it spreads a model over GPUs; this run is on the CPU",
             )
         ]
-    found = [Case("tensor_parallel", f"{current} devices" if current > 1 else "1 device", workload, users, base=True)]
-    for count in (2, 4, 8):
+    found = [Case("tensor_parallel", _devices(current), workload, users, base=True)]
+    for count in (1, 2, 4, 8):
         if count == current:
             continue
         why = None if count <= gpus else f"this machine shows {gpus} GPU{'s' if gpus != 1 else ''}"
         found.append(
-            Case("tensor_parallel", f"{count} devices", workload, users, {"tensor_parallel_size": count}, why=why)
+            Case("tensor_parallel", _devices(count), workload, users, {"tensor_parallel_size": count}, why=why)
         )
     return found
+
+
+def _devices(count: int) -> str:
+    return f"{count} device{'s' if count > 1 else ''}"

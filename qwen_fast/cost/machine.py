@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,22 @@ def machine(llm: Any) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def usable_gpus() -> int:
+    """How many this build can use here."""
+    from ..native import _engine
+
+    return sum(bool(gpu["usable"]) for gpu in _engine.device_info())
+
+
+def device_name(document: Mapping[str, Any]) -> str:
+    """Of a report: "NVIDIA H200", "2 x NVIDIA H200", or the processor."""
+    found = document["machine"]
+    if not found["gpus"]:
+        return f"{found['cpu']}, {found['cpus']} CPUs"
+    count = int(document["engine"].get("tensor_parallel_size") or 1)
+    return f"{count} x {found['gpus'][0]['name']}" if count > 1 else str(found["gpus"][0]["name"])
 
 
 def cpu_name() -> str:

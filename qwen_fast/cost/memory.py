@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .cards import Card
-from .shapes import Shape
+from .shapes import Shape, part_of
 
 MAX_LOGIT_ROWS = 256
 MAX_TOP_LOGPROBS = 64
@@ -21,6 +21,7 @@ ITEM_BYTES, SAMPLE_ROW_BYTES, LOGPROB_BYTES, DECODE_LAYER_BYTES = 40, 88, 12, 26
 MAX_ROW_BIASES = 128
 CUT_TOKENS_HOPPER, CUT_TOKENS = 2048, 1024  # cuts x tokens of the largest step whose linears are cut in k
 SAMPLE_GROUP, SAMPLE_BLOCK, SAMPLE_BINS = 512, 128, 2048
+EXCHANGE_BYTES = 3 * (16 << 20)  # of each of several GPUs: what the others write into it, three buffers by turns
 DEFAULT_BATCHED_TOKENS = 2048
 KV_BITS = {"bfloat16": 16, "float32": 32, "fp8_e4m3": 8, "int8": 8, "int4": 4, "nf4": 4}
 KV_GROUP = 32  # elements to a scale of 16 bits in a 4-bit cache; an 8-bit one has a scale for each row of head_dim
@@ -97,56 +98,55 @@ def packed_bytes(n: int, k: int, bits: int, group_size: int = 128) -> int:
     return _up(n * k * bits // 8, 256) + scales
 
 
-def layer_bytes(shape: Shape, bits: int, group_size: int = 128, ranks: int = 1) -> int:
+def layer_bytes(shape: Shape, bits: int, group_size: int = 128) -> int:
     """One layer: norms, biases, linears."""
     total = 2 * _up(shape.hidden_size * 4, 256)
     for name, n, k in shape.linears:
-        n, k = (n // ranks, k) if name in ("qkv", "gate_up") else (n, k // ranks)
         n, k = _up(n, 16), _up(k, 128)
         total += packed_bytes(n, k, bits, group_size) + (_up(n * 4, 256) if name == "qkv" else 0)
     return total
 
 
-def head_and_embedding_bytes(shape: Shape, formats: Formats, ranks: int = 1) -> tuple[int, int]:
+def head_and_embedding_bytes(shape: Shape, formats: Formats) -> tuple[int, int]:
     n, k = _up(shape.vocab_size, 16), _up(shape.hidden_size, 128)
-    head = _up(shape.hidden_size * 4, 256) + packed_bytes(n, k, formats.head_bits) // ranks
+    head = _up(shape.hidden_size * 4, 256) + packed_bytes(n, k, formats.head_bits)
     shared = shape.tied and formats.head_bits == 16
     embedding = 0 if formats.offload_embedding or shared else _up(shape.vocab_size * shape.hidden_size * 2, 256)
     return head, embedding
 
 
-def kv_token_bytes(shape: Shape, kv: str = "bfloat16", ranks: int = 1) -> float:
+def kv_token_bytes(shape: Shape, kv: str = "bfloat16") -> float:
     """A token's keys and values over all layers."""
     bits: float = KV_BITS[kv]
     if bits < 16:
         bits += 16 / (KV_GROUP if bits == 4 else shape.head_dim)
-    return 2 * shape.num_layers * max(1, shape.num_kv_heads // ranks) * shape.head_dim * bits / 8
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * bits / 8
 
 
 # --- workspace ----------------------------------------------------------------------------------------------
 
 
-def _partial_words(shape: Shape, tokens: int, card: Card, ranks: int) -> tuple[int, int]:
+def _partial_words(shape: Shape, tokens: int, card: Card) -> tuple[int, int]:
     """float32 words for the partial sums of qkv, and of o or down. Small steps cut k in two or more, large ones do not:
     so the room is that of the largest step, or of the largest one that is cut."""
-    rows = [_up(n // ranks if name == "qkv" else n, 16) for name, n, _ in shape.linears]
+    rows = [_up(n, 16) for _, n, _ in shape.linears]
     cut_tokens = CUT_TOKENS_HOPPER if card.hopper else CUT_TOKENS
     room = max(tokens, min(2 * tokens, cut_tokens))
     return rows[0] * room, rows[1] * room
 
 
-def _activation_bytes(shape: Shape, sizes: Sizes, card: Card, ranks: int) -> int:
+def _activation_bytes(shape: Shape, sizes: Sizes, card: Card) -> int:
     tokens = sizes.max_num_batched_tokens
     padded = _up(tokens, 8)
     rows = logit_rows(sizes)
-    hidden_k, q_k = _up(shape.hidden_size, 128), _up(shape.q_width // ranks, 128)
-    inter_k = _up(shape.intermediate_size // ranks, 128)
-    qkv, delta = _partial_words(shape, tokens, card, ranks)
+    hidden_k, q_k = _up(shape.hidden_size, 128), _up(shape.q_width, 128)
+    inter_k = _up(shape.intermediate_size, 128)
+    qkv, delta = _partial_words(shape, tokens, card)
     parts = (
         tokens * shape.hidden_size * 4,  # residual
         tokens * shape.head_dim * 4,  # rotations
         qkv * 4,
-        tokens * shape.q_width // ranks * 2,
+        tokens * shape.q_width * 2,
         delta * 4,
         hidden_k * padded * 2,
         q_k * padded * 2,
@@ -160,7 +160,7 @@ def logit_rows(sizes: Sizes) -> int:
     return min(max(sizes.max_num_seqs, 16), MAX_LOGIT_ROWS)
 
 
-def _meta_bytes(shape: Shape, sizes: Sizes) -> int:
+def _meta_bytes(shape: Shape, sizes: Sizes, vocab_size: int) -> int:
     """A step's description: per token, per sequence, attention's items, block tables, masks."""
     seqs = _up(sizes.max_num_seqs, 16)
     tokens = max(sizes.max_num_batched_tokens, seqs)
@@ -170,7 +170,7 @@ def _meta_bytes(shape: Shape, sizes: Sizes) -> int:
         tiles + 2 * seqs + WORK_ITEMS // shape.num_kv_heads + 1 + SPLIT_ITEMS,
         tiles * -(-sizes.max_model_len // UNIT_POSITIONS),
     )
-    words = seqs * (-(-sizes.max_model_len // sizes.block_size) + -(-shape.vocab_size // 32) + 2 * MAX_ROW_BIASES + 1)
+    words = seqs * (-(-sizes.max_model_len // sizes.block_size) + -(-vocab_size // 32) + 2 * MAX_ROW_BIASES + 1)
     return _up(32 + tokens * (16 + SAMPLE_ROW_BYTES) + seqs * 12 + 64 + items * ITEM_BYTES + words * 4, 256)
 
 
@@ -180,9 +180,9 @@ def _sample_bytes(vocab_size: int, rows: int) -> int:
     return rows * (groups * (SAMPLE_GROUP * 4 + 8 + 8 + 16) + SAMPLE_BINS * 12 + blocks * 8)
 
 
-def _attention_bytes(shape: Shape, sizes: Sizes, ranks: int) -> int:
-    heads, kv_heads = shape.num_heads // ranks, max(1, shape.num_kv_heads // ranks)
-    words = _up(2 * heads, 4) + heads * shape.head_dim + _up(kv_heads, 4)
+def _attention_bytes(shape: Shape, sizes: Sizes) -> int:
+    heads = shape.num_heads
+    words = _up(2 * heads, 4) + heads * shape.head_dim + _up(shape.num_kv_heads, 4)
     splits = -(-sizes.max_model_len // UNIT_POSITIONS)
     units = min(SPARE_UNITS + 2 * sizes.max_num_seqs, sizes.max_num_batched_tokens * splits)
     return units * words * 4
@@ -197,15 +197,17 @@ def _decode_bytes(shape: Shape, card: Card) -> int:
 
 
 def workspace_bytes(shape: Shape, formats: Formats, sizes: Sizes, card: Card, ranks: int = 1) -> int:
-    """Everything of a step that is neither weight nor cache."""
+    """Everything of a step that is neither weight nor cache, of the first of `ranks` GPUs: the one that samples."""
+    part, vocab_size = part_of(shape, ranks), shape.vocab_size
     rows, seqs = logit_rows(sizes), sizes.max_num_seqs
-    meta = _meta_bytes(shape, sizes)
-    total = _activation_bytes(shape, sizes, card, ranks)
-    total += rows * _up(shape.vocab_size, 16) * 4 + shape.vocab_size * 8 + sizes.max_num_batched_tokens * 4
+    total = _activation_bytes(part, sizes, card)
+    total += rows * _up(part.vocab_size, 16) * 4 + vocab_size * 8 + sizes.max_num_batched_tokens * 4
     total += (sizes.max_num_batched_tokens + seqs) * (1 + MAX_TOP_LOGPROBS) * LOGPROB_BYTES
-    total += 3 * meta + shape.num_layers * DECODE_LAYER_BYTES + seqs * (4 + shape.vocab_size * 2)
-    total += _attention_bytes(shape, sizes, ranks) + _sample_bytes(shape.vocab_size, rows)
-    if formats.weight_bits == 4 and formats.group_size == 128 and ranks == 1:
+    total += 3 * _meta_bytes(part, sizes, vocab_size) + shape.num_layers * DECODE_LAYER_BYTES
+    total += seqs * (4 + vocab_size * 2) + _attention_bytes(part, sizes) + _sample_bytes(vocab_size, rows)
+    if ranks > 1:  # all ranks' logits, and what the others write here
+        total += rows * _up(vocab_size, 16) * 4 + EXCHANGE_BYTES
+    elif formats.weight_bits == 4 and formats.group_size == 128:
         total += _decode_bytes(shape, card)
     return total
 
@@ -213,13 +215,14 @@ def workspace_bytes(shape: Shape, formats: Formats, sizes: Sizes, card: Card, ra
 def plan_memory(
     shape: Shape, formats: Formats, sizes: Sizes, card: Card, overhead_bytes: int, ranks: int = 1
 ) -> Memory:
-    """What one of `ranks` GPUs holds. With ranks above 1 the layers, the head and the cache are cut into equal parts."""
-    head, embedding = head_and_embedding_bytes(shape, formats, ranks)
-    per_token = kv_token_bytes(shape, formats.kv, ranks)
+    """What the first of `ranks` GPUs holds, which has the largest part of layers, head, embedding and cache."""
+    part = part_of(shape, ranks)
+    head, embedding = head_and_embedding_bytes(part, formats)
+    per_token = kv_token_bytes(part, formats.kv)
     blocks = -(-sizes.kv_cache_tokens // sizes.block_size)
     return Memory(
         embedding_bytes=embedding,
-        layers_bytes=shape.num_layers * layer_bytes(shape, formats.weight_bits, formats.group_size, ranks),
+        layers_bytes=shape.num_layers * layer_bytes(part, formats.weight_bits, formats.group_size),
         head_bytes=head,
         workspace_bytes=workspace_bytes(shape, formats, sizes, card, ranks),
         kv_cache_bytes=int(blocks * sizes.block_size * per_token),

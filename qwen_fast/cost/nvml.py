@@ -21,12 +21,16 @@ class GpuMemory:
 
     def used_bytes(self) -> int:
         """Of all these GPUs together, by all processes. OSError where a read fails."""
-        total = 0
+        return sum(self.used_bytes_each())
+
+    def used_bytes_each(self) -> list[int]:
+        """Of each GPU, by all processes. OSError where a read fails."""
+        found = []
         for handle in self._handles:
             memory = _Memory()
             self._check(self._nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)), "nvmlDeviceGetMemoryInfo")
-            total += memory.used
-        return total
+            found.append(int(memory.used))
+        return found
 
     def _handle(self, index: int) -> ctypes.c_void_p:
         handle = ctypes.c_void_p()

@@ -115,10 +115,7 @@ def _largest(fits: Any, most: int) -> int:
 def _notes(plan: Plan) -> tuple[str, ...]:
     said = []
     if plan.parallel == "tensor":
-        said.append(
-            "several cards as one: the exchange between them is an assumption "
-            f"({roofline.EXCHANGE_US['nvlink']:g} us over NVLink, {roofline.EXCHANGE_US['pcie']:g} over PCIe, two a layer)"
-        )
+        said.append(_exchange_note(plan))
     if plan.parallel == "replicas":
         said.append("each card runs an engine of its own, and users are spread evenly")
     if plan.workload.context > plan.shape.max_positions:
@@ -133,6 +130,21 @@ def _notes(plan: Plan) -> tuple[str, ...]:
         said.append(f"this build of the engine does not run it: {refused}")
     said.append(f"card figures: {plan.card.source}")
     return tuple(said)
+
+
+def _exchange_note(plan: Plan) -> str:
+    """Where the time of the sums over the cards comes from."""
+    known = roofline.load_coefficients()["parallel"]
+    if plan.card.link_gbs < roofline.NVLINK_GBS:
+        us, share = roofline.PCIE_EXCHANGE["us"], roofline.PCIE_EXCHANGE["share"]
+        where = "an assumption; over PCIe nothing was measured"
+    else:
+        us, share = known["exchange"]["us"], known["exchange"]["share"]
+        counts = " and ".join(map(str, known["ranks"]))
+        where = f"measured between {counts} {roofline.load_coefficients()['card']}s"
+        if plan.count not in known["ranks"]:
+            where += f"; of {plan.count} cards an assumption"
+    return f"several cards as one: a sum over them takes {us:.2g} us and {share:.0%} of the link's rate, two a layer ({where})"
 
 
 def engine_refuses(plan: Plan) -> str:
@@ -187,7 +199,7 @@ def plan(
 
     model: "0.5B" ... "72B", a checkpoint directory, or a Shape. card: such as "H200" or "4x RTX 4090", or a Card.
     count: number of cards, 1 to 8 (default: as the card's text says, else 1). parallel: "replicas" (an engine on each
-    card), "tensor" (the model cut over all cards; an assumption), or "auto" (replicas where the model fits one card).
+    card), "tensor" (the model cut over all cards; two H200s were measured), or "auto" (replicas where the model fits one card).
     weights, head: bits of the layers' and the head's weights, 4, 8 or 16 (weights default: the checkpoint's, or 4).
     kv: "bfloat16", "float32", "fp8_e4m3", "int8", "int4", "nf4". tokens_in, tokens_out: of a request. users: at once
     (default: the target's, or 1). context: positions for each user (default: tokens_in + tokens_out).
@@ -251,7 +263,8 @@ def _check(tokens_in: int, tokens_out: int, users: int, room: int, chunk: int, b
 
 
 def _cuts(shape: Shape, count: int) -> bool:
-    return shape.num_kv_heads % count == 0 and shape.num_heads % count == 0 and shape.intermediate_size % count == 0
+    """Parts need not be even (csrc/model/parallel.h), but each has a query head."""
+    return count <= shape.num_heads
 
 
 def power_note(card: Card) -> str:
@@ -270,8 +283,7 @@ def _draft(shape: Shape, card: Card, count: int, kind: str, formats: Formats, wo
     """What was asked, with nothing computed yet."""
     if kind == "tensor" and not _cuts(shape, count):
         raise ValueError(
-            f"parallel: {shape.name} has {shape.num_kv_heads} KV heads, {shape.num_heads} heads and intermediate size "
-            f"{shape.intermediate_size}, which {count} cards do not share evenly"
+            f"parallel: {shape.name} has {shape.num_heads} query heads, fewer than {count} cards: each needs one"
         )
     users = users_per_card(workload.users, count, kind)
     note = "given by you" if watts is not None else power_note(card)

@@ -22,13 +22,18 @@ class Peaks:
         return asdict(self)
 
 
-def gpu_peaks(bandwidth_gbs: float | None, tflops: float | None, source: str = "given on the command line") -> Peaks:
-    """What was measured elsewhere (benchmarks/probe.cu; a large matrix product), or why there is nothing."""
+def gpu_peaks(
+    bandwidth_gbs: float | None, tflops: float | None, source: str = "given on the command line", count: int = 1
+) -> Peaks:
+    """What was measured elsewhere (benchmarks/probe.cu; a large matrix product) on one GPU, times so many GPUs, or why there
+    is nothing."""
+    if count > 1:
+        source = f"{count} times one GPU's: {source}"
     why = "not measured: this package has no probe for a GPU; give --peak-bandwidth (GB/s) and --peak-flops (TFLOP/s)"
     return Peaks(
-        None if bandwidth_gbs is None else bandwidth_gbs * 1e9,
+        None if bandwidth_gbs is None else count * bandwidth_gbs * 1e9,
         why if bandwidth_gbs is None else source,
-        None if tflops is None else tflops * 1e12,
+        None if tflops is None else count * tflops * 1e12,
         why if tflops is None else source,
     )
 

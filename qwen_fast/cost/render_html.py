@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .machine import device_name
 from .svg import draw, legend
 from .tables import number
 
@@ -18,8 +19,8 @@ LEFT = ' class="left"'  # columns of text have no unit
 
 def page(document: Mapping[str, Any]) -> str:
     """The whole document."""
-    model, machine = document["model"], document["machine"]
-    where = machine["gpus"][0]["name"] if machine["gpus"] else f"{machine['cpu']}, {machine['cpus']} CPUs"
+    model = document["model"]
+    where = device_name(document)
     head = (
         f'<header><div class="in"><div class="kicker">qwen_fast cost report</div><h1>What {escape(model["name"])} costs</h1>'
         f"<p>On {escape(where)}: {escape(document['engine']['description'])}. {model['parameters']:,} parameters, "

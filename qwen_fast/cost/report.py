@@ -11,6 +11,7 @@ from typing import Any
 from .definitions import DEFINITIONS
 from .section_levers import concurrency_section, levers_section
 from .section_memory import memory_section
+from .section_parallel import with_comparison
 from .section_power import power_section
 from .section_time import time_section
 from .section_use import use_section
@@ -113,7 +114,7 @@ def build(data: Mapping[str, Any]) -> dict[str, Any]:
         "notes": _notes(data),
         "sections": [
             memory_section(data), time_section(data), use_section(data), power_section(data), levers_section(data),
-            concurrency_section(data),
+            with_comparison(concurrency_section(data), data),
         ],
         "definitions": {key: {"title": title, "text": text} for key, (title, text) in DEFINITIONS.items()},
         "measurements": {"stages": data["stages"], "skipped": data["skipped"]},
@@ -140,6 +141,12 @@ def _notes(data: Mapping[str, Any]) -> list[str]:
             "the start. Figures are worse and less steady than this machine's best."
         )
     notes += _cached(data)
+    count = int(data["info"].get("tensor_parallel_size") or 1)
+    if count > 1 and data["info"]["backend"] != "cpu":
+        notes.append(
+            f"{count} GPUs hold the model together: planned memory and KV cache are those of the GPU with the most, memory in use, "
+            "bytes moved, power and energy those of all of them."
+        )
     preempted = sum(
         window["preemptions"]
         for load in data["stages"].values()

@@ -24,16 +24,18 @@ from typing import Any
 
 from .cards import Card
 from .memory import KV_BITS, Formats, kv_token_bytes, packed_bytes
-from .shapes import Shape
+from .shapes import Shape, part_of
 
 COEFFICIENTS = Path(__file__).with_name("coefficients.json")
 FAMILIES = (("stream", 8), ("batch", 32), ("many", 512))  # a linear's kernels and the most tokens of each
 GRAPH_TOKENS = 512
 LONG_CONTEXT = 512  # positions; beyond, the cache of several sequences has terms of its own
 PROMPT_TILE = 128  # tokens: a piece of a prompt of more is computed in whole tiles
-# Several GPUs as one were never measured: what an exchange of partial sums between them is taken to cost.
-EXCHANGE_US = {"nvlink": 12.0, "pcie": 25.0}
-EXCHANGE_SHARE = 0.7  # of the link's rate
+# A sum over several GPUs: what it takes at its shortest, and the share of the link's rate that a long one reaches. Of NVLink
+# both come from measured runs (fit_parallel.py), for more GPUs than were measured the same is assumed; PCIe was never
+# measured: assumed (2026-11).
+PCIE_EXCHANGE = {"us": 25.0, "share": 0.7}
+NVLINK_GBS = 200.0  # a faster link than that is taken for NVLink
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,10 @@ def linear_us(
     return kernels * (fitted["kernel_us"] + fitted["token_us"] * tokens) + work
 
 
-def layer_linears_us(shape: Shape, bits: int, tokens: int, card: Card, fitted: dict[str, Any], ranks: int = 1) -> float:
+def layer_linears_us(shape: Shape, bits: int, tokens: int, card: Card, fitted: dict[str, Any]) -> float:
     """The four linears of one layer at so many tokens."""
-    size = sum(packed_bytes(n, k, bits) for _, n, k in shape.linears) / ranks
-    flops = 2.0 * shape.layer_parameters / ranks
+    size = sum(packed_bytes(n, k, bits) for _, n, k in shape.linears)
+    flops = 2.0 * shape.layer_parameters
     return _linears_us(len(shape.linears), size, flops, bits, tokens, card, fitted)
 
 
@@ -110,53 +112,61 @@ def _linears_us(
     return longest
 
 
-def head_us(shape: Shape, formats: Formats, rows: int, card: Card, fitted: dict[str, Any], ranks: int = 1) -> float:
-    size = packed_bytes(shape.vocab_size, shape.hidden_size, formats.head_bits) / ranks
-    flops = 2.0 * shape.vocab_size * shape.hidden_size / ranks
+def head_us(shape: Shape, formats: Formats, rows: int, card: Card, fitted: dict[str, Any]) -> float:
+    size = packed_bytes(shape.vocab_size, shape.hidden_size, formats.head_bits)
+    flops = 2.0 * shape.vocab_size * shape.hidden_size
     return _linears_us(1, size, flops, formats.head_bits, rows, card, fitted)
 
 
-def activation_bytes(shape: Shape, tokens: int, ranks: int = 1) -> float:
+def activation_bytes(shape: Shape, tokens: int) -> float:
     """What the kernels of one layer hand each other: residual, normed input, q, k, v, attention, partial sums, silu."""
     wide = 4 * (shape.q_width + 2 * shape.kv_width) * 2 + 2 * shape.q_width * 2 + 2 * shape.intermediate_size * 2
-    return tokens * (shape.hidden_size * (16 + 4 + 8) + wide / ranks)
+    return tokens * (shape.hidden_size * (16 + 4 + 8) + wide)
 
 
-def attention_flops(shape: Shape, step: Step, ranks: int = 1) -> float:
+def attention_flops(shape: Shape, step: Step) -> float:
     """Queries by keys and weights by values, of a piece of a prompt: a token sees what is before it."""
     seen = step.context - step.new_tokens / 2 if not step.decode else step.context
-    return 4.0 * shape.num_layers * shape.q_width * seen * step.new_tokens / ranks
+    return 4.0 * shape.num_layers * shape.q_width * seen * step.new_tokens
 
 
-def exchange_us(shape: Shape, tokens: int, card: Card, ranks: int) -> float:
-    """Two sums over all GPUs a layer. An assumption: see EXCHANGE_US."""
-    if ranks == 1:
-        return 0.0
-    latency = EXCHANGE_US["nvlink" if card.link_gbs >= 200 else "pcie"]
-    moved = 2.0 * (ranks - 1) / ranks * tokens * shape.hidden_size * 2
-    return 2 * shape.num_layers * (latency + moved / (card.link_gbs * 1e3 * EXCHANGE_SHARE))
+def exchanges(shape: Shape) -> int:
+    """Sums over all GPUs in a step: two a layer, and the embeddings'."""
+    return 2 * shape.num_layers + 1
+
+
+def sent_bytes(shape: Shape, tokens: int, ranks: int) -> float:
+    """By one GPU in a sum, of float32; as much comes in."""
+    return 2.0 * (ranks - 1) / ranks * tokens * shape.hidden_size * 4
+
+
+def exchange_us(shape: Shape, tokens: int, card: Card, fitted: dict[str, Any], ranks: int) -> float:
+    link = fitted["parallel"]["exchange"] if card.link_gbs >= NVLINK_GBS else PCIE_EXCHANGE
+    moved_us = sent_bytes(shape, tokens, ranks) / (card.link_gbs * 1e3 * link["share"])
+    return exchanges(shape) * (link["us"] + moved_us)
 
 
 def features(
     shape: Shape, formats: Formats, step: Step, card: Card, fitted: dict[str, Any], ranks: int = 1
 ) -> dict[str, float]:
-    """Microseconds of each term with a factor of 1. What the fit found multiplies them: see terms()."""
-    kind = way(shape, formats, step, ranks)
+    """Microseconds of each term with a factor of 1, of the GPU with the largest part. What the fit found multiplies them: see
+    terms()."""
+    kind, part = way(shape, formats, step, ranks), part_of(shape, ranks)
     bandwidth, layers, t = card.bandwidth_gbs * 1e3, shape.num_layers, step.new_tokens
     found = {"step": 1.0}
     wide = t if step.decode or t <= PROMPT_TILE else -(-t // PROMPT_TILE) * PROMPT_TILE
-    found["linears_" + kind] = layers * layer_linears_us(shape, formats.weight_bits, wide, card, fitted, ranks)
+    found["linears_" + kind] = layers * layer_linears_us(part, formats.weight_bits, wide, card, fitted)
     if kind == "chunk":
         found["layer_tokens_chunk"] = layers * t / 1000
     else:
         found["layers_" + kind] = float(layers)
     if kind != "one":
-        found["activations"] = layers * activation_bytes(shape, t, ranks) / bandwidth
+        found["activations"] = layers * activation_bytes(part, t) / bandwidth
     if step.rows:
-        found["head"] = head_us(shape, formats, step.rows, card, fitted, ranks)
+        found["head"] = head_us(part, formats, step.rows, card, fitted)
         found["logits"] = step.rows * shape.vocab_size * 4 / bandwidth
     if step.decode:
-        one_position = kv_token_bytes(shape, formats.kv, ranks) * step.num_seqs / bandwidth
+        one_position = kv_token_bytes(part, formats.kv) * step.num_seqs / bandwidth
         near = step.context if kind == "one" else min(step.context, LONG_CONTEXT)
         found["kv_" + kind] = one_position * near
         if step.context > near:
@@ -164,9 +174,9 @@ def features(
     else:
         if kind == "graph":  # no prompt is part of a captured graph: every kernel is launched
             found["layers_prompt"] = float(layers)
-        found["attention"] = attention_flops(shape, step, ranks) / (card.tflops * 1e6)
+        found["attention"] = attention_flops(part, step) / (card.tflops * 1e6)
     if ranks > 1:
-        found["exchange"] = exchange_us(shape, t, card, ranks)
+        found["exchange"] = exchange_us(shape, t, card, fitted, ranks)
     return found
 
 

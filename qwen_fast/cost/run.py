@@ -12,17 +12,17 @@ import datetime
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import levers
+from . import levers, parallel
 from .identity import earlier_run, identity
-from .machine import machine
-from .measure import FULL, QUICK, Effort, measure_idle, meter_of, run_load, why_no_meter
-from .money import Prices
+from .machine import machine, usable_gpus
+from .measure import Effort, measure_idle, meter_of, run_load, why_no_meter
 from .probe import Peaks, cpu_peaks, gpu_peaks
+from .settings import Settings, plain
 from .workloads import QUICK_TOKENS, STUDY_A, STUDY_A_USERS, STUDY_B, STUDY_B_USERS, Workload, fixed, scaled, tokenised
 
 PARTS = ("embedding", "layers", "head", "workspace", "kv_cache")
@@ -30,56 +30,6 @@ QUICK_USERS = (1, 4, 16)
 # An engine's and a checkpoint's errors are of these.
 _FAILURES = (NotImplementedError, ValueError, MemoryError, RuntimeError)
 _SIZES = ("kv_cache_tokens", "kv_cache_memory", "memory", "memory_utilization", "gpu_memory_utilization")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a report is asked to measure.
-
-    workloads: None: the three of study A and the one of study B. users: None: 1, 16 and 32 for study A and own workloads
-    (quick: 1, 4, 16), 1 to 16 for study B. quick: short windows, and requests cut to QUICK_TOKENS tokens. budget_s: no
-    stage begins later than so many seconds after the start (None: no limit). peak_gbs, peak_tflops: a GPU's measured
-    peaks. tokens_per_day: your volume of output tokens, for money per day and month. p99_s: the bound that concurrency is
-    found for. wall_watts: what a meter at the wall showed, by the number of users of the first workload. with_levers: False leaves the levers out. window_s: shortest length of a
-    window (None: 2 s, quick 0.25 s).
-    """
-
-    workloads: tuple[Workload, ...] | None = None
-    users: tuple[int, ...] | None = None
-    quick: bool = False
-    budget_s: float | None = None
-    peak_gbs: float | None = None
-    peak_tflops: float | None = None
-    peak_source: str = "given on the command line"
-    tokens_per_day: float = 5e6
-    p99_s: float = 3.0
-    wall_watts: Mapping[int, float] = field(default_factory=dict)
-    with_levers: bool = True
-    window_s: float | None = None
-    prices: Prices = field(default_factory=Prices)
-
-    def __post_init__(self) -> None:
-        for name in ("budget_s", "peak_gbs", "peak_tflops", "tokens_per_day", "p99_s", "window_s"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be above 0 and finite, got {value}")
-        for users, watts in self.wall_watts.items():
-            if users < 1 or not 0 < watts < float("inf"):
-                raise ValueError(f"wall_watts must be watts above 0 by users of at least 1, got {users}: {watts}")
-        if self.users is not None and (not self.users or min(self.users) < 1):
-            raise ValueError(f"users must be numbers of at least 1, got {self.users}")
-        if self.workloads is not None and not self.workloads:
-            raise ValueError("workloads must be None or at least one")
-
-    @property
-    def effort(self) -> Effort:
-        effort = QUICK if self.quick else FULL
-        return effort if self.window_s is None else replace(effort, window_s=self.window_s)
-
-    @property
-    def lever_effort(self) -> Effort:
-        """Levers are many: fewer and shorter windows."""
-        return replace(self.effort, windows=min(3, self.effort.windows), window_s=0.6 * self.effort.window_s)
 
 
 class Runner:
@@ -108,7 +58,7 @@ class Runner:
             "stages": {},
             "skipped": {},
         }
-        self.data["settings"], self.data["prices"] = _plain(settings), asdict(settings.prices)
+        self.data["settings"], self.data["prices"] = plain(settings), asdict(settings.prices)
 
     def run(self) -> dict[str, Any]:
         if self._given is not None:
@@ -124,6 +74,7 @@ class Runner:
                 self._say("a larger KV cache: the prompts are tokenised now")
                 with self._engine({}) as llm:
                     self._measure(llm)
+        self._other_counts()
         if self._settings.with_levers:
             self._other_engines()
         self.data["seconds"] = self.data.get("seconds", 0.0) + time.monotonic() - self._began
@@ -160,6 +111,8 @@ class Runner:
                 key = f"load:{workload.name}:{users}"
                 self._stage(key, partial(run_load, llm, workload, users, settings.effort))
         self._sweep(llm, workloads[0])
+        self._plan_comparison(llm)
+        self._compare(llm, int(data["info"]["tensor_parallel_size"]))
         if data["info"]["backend"] == "cpu":
             self._stage("peaks-after", lambda: self._peaks(llm))
         with contextlib.suppress(RuntimeError):  # an engine that has failed: the sources stay as they were at the start
@@ -177,6 +130,10 @@ class Runner:
         lengths = (32, 64, 128, 256, 512, 1024) if quick else (64, 128, 256, 512, 1024, 2048, 4096, 8192)
         output = 4 if quick else 8
         effort = replace(settings.effort, window_s=0.4 * settings.effort.window_s)
+        if not settings.with_sweep:
+            for key in (*(f"sweep:{length}" for length in lengths), "plus:in", "plus:out"):
+                self.data["skipped"][key] = "not measured: left out (--no-sweep)"
+            return
         for length in lengths:
             if length + output <= llm.max_model_len:
                 workload = fixed("sweep", "input sweep", length, output)
@@ -207,6 +164,59 @@ class Runner:
             if one.why is not None:
                 self.data["skipped"][one.key] = f"not measured: {one.why}"
         self._cases = found
+
+    def _plan_comparison(self, llm: Any) -> None:
+        """Which numbers of devices the last workload is run on, and with how many users."""
+        info, settings, last = self.data["info"], self._settings, self._workloads[-1]
+        on_gpu, own = info["backend"] != "cpu", int(info["tensor_parallel_size"])
+        devices = len(self.data["machine"]["gpus"])
+        counts = parallel.compared(settings.gpus, own, devices, on_gpu, self._given is not None)
+        users = parallel.users_of(settings.gpus_users or settings.users, info["max_num_seqs"])
+        if not counts or not users:
+            return
+        self.data["gpus"] = {
+            "workload": last.name, "label": last.label, "own": own, "users": list(users), "unit": "GPU" if on_gpu else "rank",
+            "counts": [asdict(one) for one in counts],
+        }  # fmt: skip
+        for one in counts:
+            if one.why is not None:
+                for key in (parallel.key(one.count, "engine"), *(parallel.key(one.count, n) for n in users)):
+                    self.data["skipped"][key] = f"not measured: {one.why}"
+
+    def _compare(self, llm: Any, count: int) -> None:
+        """One number of devices of the comparison, on an engine over them."""
+        said = self.data.get("gpus")
+        if said is None or {"count": count, "why": None} not in said["counts"]:
+            return
+        effort, workload = parallel.effort_of(self._settings.effort), self._workloads[-1]
+        self._stage(parallel.key(count, "engine"), lambda: parallel.engine_stage(llm))
+        if count != said["own"]:
+            idle_s = 1.0 if self._settings.quick else 2.0
+            self._stage(parallel.key(count, "idle"), lambda: {"watts": measure_idle(llm, idle_s)})
+        for users in said["users"]:
+            tried = count == said["own"] and f"load:{workload.name}:{users}" in self.data["skipped"]
+            if not tried and parallel.load_of(self.data, count, users) is None:
+                run = partial(parallel.load_stage, llm, workload, users, effort)
+                self._stage(parallel.key(count, users), run)
+
+    def _other_counts(self) -> None:
+        for one in self.data.get("gpus", {}).get("counts", ()):
+            keys = [parallel.key(one["count"], what) for what in ("engine", "idle", *self.data["gpus"]["users"])]
+            missing = [key for key in keys if key not in self.data["stages"]]
+            if one["count"] == self.data["gpus"]["own"] or one["why"] is not None or not missing:
+                continue
+            if self._out_of_time():
+                for key in missing:
+                    self._skip(key)
+                continue
+            try:
+                with self._engine({"tensor_parallel_size": one["count"]}) as llm:
+                    self._compare(llm, one["count"])
+            except _FAILURES as error:
+                for key in missing:
+                    if key not in self.data["stages"]:
+                        self.data["skipped"].setdefault(key, _why(error))
+                self._keep()
 
     def _other_engines(self) -> None:
         """The levers that need other options than the report's: one engine for each set of options."""
@@ -256,7 +266,16 @@ class Runner:
             if self._settings.quick:
                 length = min(length, QUICK_TOKENS)
             most = max(most, (max(self._users(workload)) + 1) * (length + 128))
+            if workload is self._asked[-1] and self._may_compare():
+                wanted = self._settings.gpus_users or self._settings.users or parallel.USERS
+                most = max(most, (max(wanted) + 1) * (length + 128))
         return most
+
+    def _may_compare(self) -> bool:
+        """Whether several numbers of devices may be compared; asked before there is an engine."""
+        if self._settings.gpus is not None or self._options.get("device") == "cpu":
+            return bool(self._settings.gpus)
+        return usable_gpus() > 1
 
     @staticmethod
     def _sized(options: Mapping[str, Any]) -> bool:
@@ -308,7 +327,8 @@ class Runner:
     def _peaks(self, llm: Any) -> dict[str, Any]:
         settings = self._settings
         if llm.info()["backend"] != "cpu" or settings.peak_gbs is not None or settings.peak_tflops is not None:
-            return gpu_peaks(settings.peak_gbs, settings.peak_tflops, settings.peak_source).as_dict()
+            count = int(llm.info()["tensor_parallel_size"]) if llm.info()["backend"] != "cpu" else 1
+            return gpu_peaks(settings.peak_gbs, settings.peak_tflops, settings.peak_source, count).as_dict()
         found: Peaks = cpu_peaks(llm.info()["num_threads"], min(1.5, settings.effort.window_s))
         return found.as_dict()
 
@@ -317,7 +337,9 @@ class Runner:
     def _take_up(self, llm: Any) -> None:
         settings = self._settings
         asked = [(one, self._users(one)) for one in self._workloads]
-        now = self.data["identity"] = identity(llm, self._options, settings.quick, settings.window_s, asked)
+        now = self.data["identity"] = identity(
+            llm, self._options, settings.quick, settings.window_s, asked, settings.windows
+        )
         if self._path is not None:
             given = settings.peak_gbs is not None or settings.peak_tflops is not None
             self.data |= earlier_run(self._path, now, given, self._say) or {}
@@ -381,16 +403,8 @@ def _parameters(llm: Any) -> int:
     return count_parameters(llm.config)
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
-    shown = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    for name in ("workloads", "prices"):
-        del shown[name]
-    shown["wall_watts"] = {str(users): watts for users, watts in settings.wall_watts.items()}
-    return {**shown, "effort": asdict(settings.effort)}
-
-
 def repriced(data: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Measurements with other prices, volume, bound and readings at the wall: what needs no measuring."""
-    changed = _plain(settings)
+    changed = plain(settings)
     kept = {name: changed[name] for name in ("tokens_per_day", "p99_s", "wall_watts")}
     return {**data, "prices": asdict(settings.prices), "settings": {**data["settings"], **kept}}

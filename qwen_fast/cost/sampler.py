@@ -20,7 +20,7 @@ def resident_bytes() -> int:
 
 METHODS = {
     "rss": "resident set of this process, /proc/self/statm",
-    "gpu": "memory in use on the GPU, by all processes, by NVML",
+    "gpu": "memory in use on the GPU (of several: together), by all processes, by NVML",
     "host": "resident set of the host's process, /proc/self/statm; the GPU's memory: not measured, NVML cannot be read",
 }
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+INTERMEDIATE_UNIT, VOCAB_UNIT = 128, 64  # what a rank of several holds a whole number of
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,34 @@ class Shape:
         layer = self.layer_parameters + biases + 2 * self.hidden_size
         tables = 1 if self.tied else 2
         return tables * self.vocab_size * self.hidden_size + self.num_layers * layer + self.hidden_size
+
+
+def part_of(shape: Shape, ranks: int) -> Shape:
+    """The largest part of a model that one of `ranks` devices holds, as a shape of its own (csrc/model/parallel.h). Heads
+    go with their KV head; with more devices than KV heads several share one."""
+    if ranks == 1:
+        return shape
+    group = shape.num_heads // shape.num_kv_heads
+    if ranks <= shape.num_kv_heads:
+        kv_heads = -(-shape.num_kv_heads // ranks)
+        heads = kv_heads * group
+    else:
+        kv_heads, heads = 1, -(-group // (ranks // shape.num_kv_heads))
+    return replace(
+        shape,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        intermediate_size=_first_part(shape.intermediate_size, INTERMEDIATE_UNIT, ranks),
+        vocab_size=_first_part(shape.vocab_size, VOCAB_UNIT, ranks),
+    )
+
+
+def _first_part(total: int, unit: int, ranks: int) -> int:
+    """In whole units, as even as they are; units are halved until there is one for every rank."""
+    while unit > 1 and -(-total // unit) < ranks:
+        unit //= 2
+    units = -(-total // unit)
+    return min(total, -(-units // ranks) * unit)
 
 
 _BUILT_IN = {

@@ -67,19 +67,25 @@ def ranks_of(count: int, parallel: str) -> int:
 
 
 def ranges(
-    shape: Shape, formats: Formats, card: Card, parallel: str, step: roofline.Step, fitted: dict[str, Any]
+    shape: Shape, formats: Formats, card: Card, count: int, parallel: str, step: roofline.Step, fitted: dict[str, Any]
 ) -> tuple[float, str]:
-    """The factor by which a time may be off, and why."""
+    """The factor by which a time may be off, and why. Of several cards as one (parallel "tensor") those numbers were measured
+    that fit_parallel.py has rows of."""
     missing = roofline.is_measured(shape, formats, card, fitted)
     if step.decode and is_long(step, fitted):
         missing.append(f"{step.num_seqs} users beyond {fitted['contexts']['several']:g} positions")
-    if parallel == "tensor":
-        missing.append("several cards as one")
     worst = fitted["error"]["held_out_factor"] - 1
+    if parallel == "tensor":
+        known = fitted["parallel"]
+        worst = max(worst, known["factor"] - 1)
+        if f"{shape.name}, {formats.weight_bits} bits" in known["models"] and formats.head_bits == 16:
+            missing = [one for one in missing if one not in ("shape", "weights")]
+        if count not in known["ranks"]:
+            missing.append(f"{count} cards as one")
     if not missing:
         return 1 + worst, f"as measured: held-out runs were off by a factor of at most {1 + worst:.3f}"
     said = f"never measured: {', '.join(missing)}"
-    if "card" in missing or "several cards as one" in missing:
+    if "card" in missing or any(one.endswith("as one") for one in missing):
         return UNMEASURED_CARD * (
             1 + worst
         ), f"{said}; a factor of {UNMEASURED_CARD:g} is assumed beside the fit's error"
@@ -141,8 +147,8 @@ def predict(
     out = workload.tokens_out
     step = roofline.Step(users, users, workload.tokens_in + out / 2, True, users)
     prompt = roofline.Step(workload.tokens_in, 1, workload.tokens_in, False, 1)
-    factor, basis = ranges(shape, formats, card, parallel, step, fitted)
-    prompt_factor, prompt_basis = ranges(shape, formats, card, parallel, prompt, fitted)
+    factor, basis = ranges(shape, formats, card, count, parallel, step, fitted)
+    prompt_factor, prompt_basis = ranges(shape, formats, card, count, parallel, prompt, fitted)
     found = steady(shape, formats, card, replace(workload, users=users), chunk, fitted, ranks)
     terms, step_s, prompt_s = found.terms_us, found.step_s, found.prompt_s
     quick = factor * _long_gain(terms, step, fitted)

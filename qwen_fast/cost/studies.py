@@ -9,7 +9,9 @@ from html import escape
 from typing import Any
 
 from .beside import comparison
+from .machine import device_name
 from .render_html import table_html, wrap
+from .render_markdown import markdown
 from .studies_data import (
     BATCH_A,
     EMBEDDING_0_5B,
@@ -24,7 +26,7 @@ from .studies_data import (
     YUAN_PER_KWH_A,
 )
 from .study_b import CLAIMS
-from .tables import Cell, cell, column, number, row, table
+from .tables import cell, column, row, table
 
 
 @dataclass(frozen=True)
@@ -254,8 +256,9 @@ def _lead() -> str:
 
 
 def _heading(document: Mapping[str, Any]) -> str:
-    machine = document["machine"]["gpus"][0]["name"] if document["machine"]["gpus"] else document["machine"]["cpu"]
-    return f"{document['model']['name']}, weights {document['engine']['quantization']}, on one {machine}"
+    count = int(document["engine"].get("tensor_parallel_size") or 1)
+    where = device_name(document) if count > 1 or not document["machine"]["gpus"] else f"one {device_name(document)}"
+    return f"{document['model']['name']}, weights {document['engine']['quantization']}, on {where}"
 
 
 def studies_html(reports: list[Mapping[str, Any]]) -> str:
@@ -287,20 +290,5 @@ def studies_markdown(reports: list[Mapping[str, Any]]) -> str:
     for document in reports:
         lines += ["", f"## {_heading(document)}"]
         for one in comparison(document):
-            heads = [
-                one["first"],
-                *(
-                    f"{', '.join(filter(None, (entry['title'], entry['unit'])))} ({entry['method']})"
-                    for entry in one["columns"]
-                ),
-                "window",
-            ]
-            lines += ["", f"### {one['title']}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-            for entry in one["rows"]:
-                texts = [_text(entry["cells"][key["key"]]) for key in one["columns"]]
-                lines.append(f"| {' | '.join([entry['label'], *texts, entry['window']])} |")
+            lines += markdown(one)
     return "\n".join(lines) + "\n"
-
-
-def _text(entry: Cell) -> str:
-    return entry["why"] if entry["value"] is None else number(entry["value"])

@@ -42,10 +42,6 @@ _NUMBERS = {
     "max-num-queued-reqs": (int, "running and waiting sequences beyond which requests get 429 (default 1024)"),
     "max-num-queued-tokens": (int, "waiting prompt tokens beyond which requests get 429 (default 0: no limit)"),
     "shutdown-timeout": (float, "seconds that requests may take to finish after SIGTERM (default 30)"),
-    "watchdog-seconds": (
-        float,
-        "end the process after so long without a step while requests run (default 120, CPU 1800; 0: off)",
-    ),
 }
 _SWITCHES = {
     "enable-auto-tool-choice": "accepted; tool calls need no switch",

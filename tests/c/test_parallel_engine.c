@@ -1,9 +1,10 @@
 /* sources: base/ model/ kv/ sched/ sample/ backend/cpu/ engine/batch.c engine/commands.c engine/detokenizer.c */
 /* sources: engine/driver.c engine/engine.c engine/options.c engine/output.c engine/request.c engine/utf8.c */
 /* sanitizers: address thread */
-/* The engine over several ranks: a rank that fails ends every request at once, with its error, and a new engine can be
- * made in the same process. */
+/* The engine over several ranks: a rank that fails ends every request at once, with its error; one that hangs does after the
+ * time that a step may take, and what it may still write stays; a new engine can be made in the same process. */
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -13,6 +14,7 @@
 enum { NUM_REQUESTS = 6, MAX_TOKENS = 150, RANKS = 3, LIMIT_US = 5000000 };
 
 static char dir[64];
+static double watchdog_seconds = -1.0;
 
 static void write_config(void)
 {
@@ -51,6 +53,7 @@ static qf_engine *start(const qf_backend_vtable *backend, int32_t ranks, int32_t
     options.max_steps_in_flight = depth;
     options.tensor_parallel_size = ranks;
     options.num_threads = 2;
+    options.watchdog_seconds = watchdog_seconds;
     CHECK_OK(qf_engine_create_with(&options, backend, &engine, &err));
     return engine;
 }
@@ -68,6 +71,7 @@ static qf_request *submit(qf_engine *engine, int32_t index)
     options.prompt_token_ids = ids;
     options.num_prompt_tokens = 3 + 2 * index;
     options.sampling.temperature = 0.0f;
+    options.sampling.num_logprobs = index % 3 - 1;
     options.max_tokens = MAX_TOKENS;
     CHECK_OK(qf_engine_submit(engine, &options, &request, &err));
     return request;
@@ -173,11 +177,70 @@ static void test_a_rank_fails(void)
     }
 }
 
+/* Rank 0 samples: when it is given up it knows where the requests' results go, and it may write them long after they and
+ * the engine are gone. */
+static void test_rank_0_hangs(void)
+{
+    static int32_t tokens[NUM_REQUESTS][MAX_TOKENS];
+    static qf_backend_vtable faulty; /* the rank that hangs keeps what it was given */
+    faulty = faulty_vtable(0, -1, -1);
+    fault.hangs = true;
+    fault.goes_on = true;
+    watchdog_seconds = 0.3;
+    __lsan_disable();
+    qf_engine *engine = start(&faulty, RANKS, 1);
+    check_failed(engine, &fault.submits_left, "3 of 3 ranks have not finished their step within 300 ms");
+    __lsan_enable();
+    qf_engine_destroy(engine);
+    atomic_store(&hang_released, true);
+    for (int32_t i = 0; i < LIMIT_US / 1000 && !atomic_load(&hang_over); i++) {
+        struct timespec time = {.tv_nsec = 1000000};
+        (void)nanosleep(&time, NULL);
+    }
+    CHECK(atomic_load(&hang_over));
+    watchdog_seconds = 60.0;
+    engine = start(qf_cpu_backend_vtable(), RANKS, 2);
+    run_all(engine, tokens);
+    qf_engine_destroy(engine);
+}
+
+/* Not for the CPU, nor for one device. */
+static void test_comm_is_refused(void)
+{
+    static const struct {
+        const char *comm;
+        int32_t ranks;
+        const char *message;
+    } cases[] = {
+        {"nccl", 1, "tensor_parallel_comm=\"nccl\" is for a model over several GPUs; device is cpu, tensor_parallel_size 1"},
+        {"peer", 2, "tensor_parallel_comm=\"peer\" is for a model over several GPUs; device is cpu, tensor_parallel_size 2"},
+        {"mpi", 2, "tensor_parallel_comm must be"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        qf_engine_options options;
+        qf_engine *engine = NULL;
+        qf_error err;
+        qf_engine_options_init(&options);
+        options.model_dir = dir;
+        options.load_format = "dummy";
+        options.tensor_parallel_size = cases[i].ranks;
+        options.tensor_parallel_comm = cases[i].comm;
+        CHECK_STATUS(qf_engine_create_with(&options, qf_cpu_backend_vtable(), &engine, &err), QF_ERROR_INVALID_ARGUMENT);
+        CHECK(strncmp(err.message, cases[i].message, strlen(cases[i].message)) == 0);
+        options.tensor_parallel_comm = "auto";
+        options.watchdog_seconds = 86401.0;
+        CHECK_STATUS(qf_engine_create_with(&options, qf_cpu_backend_vtable(), &engine, &err), QF_ERROR_INVALID_ARGUMENT);
+        CHECK(strstr(err.message, "watchdog_seconds must be at most 86400") != NULL);
+    }
+}
+
 int main(void)
 {
     write_config();
     RUN(test_same_tokens);
     RUN(test_a_rank_fails);
+    RUN(test_rank_0_hangs);
+    RUN(test_comm_is_refused);
     remove_config();
     return check_report();
 }

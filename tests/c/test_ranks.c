@@ -189,6 +189,44 @@ static void test_lost(void)
     CHECK_INT(lost_owner.num_calls[bad], 0);
 }
 
+static owner failed_owner;
+static qf_ranks *failed_ranks;
+static atomic_bool hangs; /* the one that hangs is in its call: after a failure none is made */
+
+static qf_status fail_or_hang(void *arg, int32_t rank, const void *value, qf_error *err)
+{
+    static const int32_t fails = 3;
+    if (rank == fails) {
+        while (!atomic_load(&hangs)) {
+            pause_ms(1);
+        }
+        return fail_one(arg, rank, &fails, err);
+    }
+    if (rank == *(const int32_t *)value) {
+        atomic_store(&hangs, true);
+    }
+    return hang_one(arg, rank, value, err);
+}
+
+/* One fails and another does not return: the call's own time has nothing to do with it. */
+static void test_failed_and_lost(void)
+{
+    qf_error err;
+    static const int32_t bad = 1;
+    struct timespec begin, end;
+    CHECK_OK(start(&failed_owner, &failed_ranks, &err));
+    (void)clock_gettime(CLOCK_MONOTONIC, &begin);
+    uint64_t ticket = qf_ranks_post(failed_ranks, fail_or_hang, &bad, false);
+    CHECK_INT(qf_ranks_wait(failed_ranks, ticket, 60000, &err), QF_ERROR_BACKEND);
+    (void)clock_gettime(CLOCK_MONOTONIC, &end);
+    CHECK(end.tv_sec - begin.tv_sec >= 3 && end.tv_sec - begin.tv_sec <= 10);
+    CHECK(strcmp(err.message, "rank 3 is out of order") == 0);
+    CHECK(qf_ranks_lost(failed_ranks));
+    CHECK(!qf_ranks_destroy(failed_ranks));
+    atomic_store(&failed_owner.released, true);
+    pause_ms(100);
+}
+
 static void test_pause(void)
 {
     owner self;
@@ -240,6 +278,7 @@ int main(void)
     RUN(test_failure);
     RUN(test_late);
     RUN(test_lost);
+    RUN(test_failed_and_lost);
     RUN(test_pause);
 #ifdef CHECK_ALLOC_FAULTS
     RUN(test_out_of_memory);

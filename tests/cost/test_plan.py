@@ -11,7 +11,7 @@ from qwen_fast.cost import CardPrice, Plan, Prices, choose, plan
 from qwen_fast.cost.cards import CARDS, GIB, custom_card, find_card
 from qwen_fast.cost.choice import parse_card_price, study_b_prices
 from qwen_fast.cost.planner import MAX_TOKENS, curve
-from qwen_fast.cost.shapes import NAMES, find_shape
+from qwen_fast.cost.shapes import NAMES, Shape, find_shape, part_of
 from qwen_fast.cost.study_b import CLAIMS
 from qwen_fast.cost.targets import parse_target
 from qwen_fast.utils import DEMO_DIR
@@ -122,7 +122,7 @@ def test_arguments_are_checked():
         ({"users": 0}, "users"), ({"users": 2.0}, "users"), ({"tokens_in": 0}, "tokens_in"), ({"tokens_out": True}, "tokens_out"),
         ({"context": 100}, "context 100"), ({"block_size": 24}, "block_size"), ({"parallel": "data"}, "parallel"),
         ({"watts": -5.0}, "watts"), ({"watts": math.nan}, "watts"), ({"weights": 5}, "weight_bits"), ({"head": 3}, "head_bits"),
-        ({"kv": "fp4"}, "kv"), ({"count": 9}, "1 to 8"), ({"count": 3, "parallel": "tensor"}, "evenly"),
+        ({"kv": "fp4"}, "kv"), ({"count": 9}, "1 to 8"), ({"count": 9, "parallel": "tensor"}, "1 to 8"),
         ({"users": 4, "target": "8 users"}, "users is 4"),
     ]  # fmt: skip
     for options, said in cases:
@@ -203,8 +203,13 @@ def test_what_was_never_measured_is_said_and_ranges_widen():
     assert "weights" in bf16.speed.step_s.basis
     assert width(measured) < width(other_shape) < width(other_card)
     tensor = plan("7B", "4x H200", parallel="tensor")
-    assert "several cards as one" in tensor.speed.step_s.basis
-    assert any("assumption" in note for note in tensor.notes)
+    assert "4 cards as one" in tensor.speed.step_s.basis
+    assert any("of 4 cards an assumption" in note for note in tensor.notes)
+    two = plan("7B", "2x H200", parallel="tensor", tokens_in=128, tokens_out=256, users=16)
+    assert "as measured" in two.speed.step_s.basis and width(two) < width(tensor)
+    assert any("measured between 2 H200s" in note for note in two.notes)
+    pcie = plan("7B", "2x RTX 4090", parallel="tensor")
+    assert "never measured: card" in pcie.speed.step_s.basis and any("nothing was measured" in n for n in pcie.notes)
     assert all(any(card.source in note for note in plan("0.5B", card).notes) for card in CARDS.values())
 
 
@@ -243,6 +248,22 @@ def test_a_model_too_large_for_one_card_is_cut_over_all():
     assert not plan("72B", "4x A100-80G", weights=16, parallel="replicas").fits
     one = plan("72B", "H200", weights=16)
     assert made.memory.layers_bytes == pytest.approx(one.memory.layers_bytes / 4, rel=0.01)
+    narrow = Shape("narrow", 256, 512, 2, 2, 1, 4096, True)
+    with pytest.raises(ValueError, match="2 query heads, fewer than 4 cards"):
+        plan(narrow, "H200", count=4, parallel="tensor")
+    assert plan("7B", "H200", count=3, parallel="tensor").fits  # parts need not be even
+
+
+def test_a_part_is_the_largest_one_of_a_rank():
+    """As csrc/model/parallel.c shares heads, features (by 128) and rows of the vocabulary (by 64) out."""
+    seven = find_shape("7B")
+    two, three, eight = (part_of(seven, ranks) for ranks in (2, 3, 8))
+    assert (two.num_heads, two.num_kv_heads, two.intermediate_size, two.vocab_size) == (14, 2, 9472, 76032)
+    assert (three.num_heads, three.num_kv_heads, three.intermediate_size) == (14, 2, 50 * 128)
+    assert (eight.num_heads, eight.num_kv_heads, eight.intermediate_size) == (4, 1, 19 * 128)
+    assert part_of(seven, 1) is seven
+    tiny = part_of(Shape("tiny", 256, 100, 1, 4, 2, 70, True), 3)
+    assert (tiny.intermediate_size, tiny.vocab_size) == (64, 32)
 
 
 # -- study B -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_fast.cost import fit, plan, roofline
+from qwen_fast.cost import fit, fit_parallel, plan, roofline
 from qwen_fast.cost.cards import CARDS
 from qwen_fast.cost.fit_serving import reports, serving_rows
 from qwen_fast.cost.memory import Formats, Sizes, plan_memory
@@ -73,6 +73,9 @@ def test_power_comes_from_committed_reports_alone(tmp_path, monkeypatch):
     (tmp_path / "a-report.json").write_text(json.dumps(report))
     (tmp_path / "b-report.json").write_text(json.dumps({**report, "machine": {"gpus": []}}))
     (tmp_path / "c-rows.json").write_text('{"rows": []}')
+    (tmp_path / "2026-01-01-cost-7b-gpus").mkdir()  # one GPU against several: no fit takes it in
+    (tmp_path / "2026-01-01-cost-7b-gpus" / "report.json").write_text(json.dumps(report))
+    assert reports(tmp_path) == []
     found = fit.measured_power(tmp_path)
     assert found == [
         {"file": "a-report.json", "gpu": "NVIDIA H200", "model": "Qwen2.5-7B", "least": 312.4, "most": 540.0}
@@ -229,6 +232,96 @@ def test_memory_of_the_engine_s_own_plans():
         assert made.kv_cache_bytes == row["kv_block_bytes"], row
         total = sum(row[f"{part}_bytes"] for part in ("embedding", "layers", "head", "workspace"))
         assert abs(made.fixed_bytes - total) <= allowed(total), row
+
+
+def test_memory_of_the_engine_s_own_plans_for_several_gpus():
+    """Weights, head, embedding and cache to the byte; the workspace within what is allowed of the whole."""
+    columns = [*PLANS["columns"][:9], "ranks", *PLANS["columns"][9:]]
+    assert {row[9] for row in PLANS["parallel_rows"]} == {2, 4, 8}
+    for values in PLANS["parallel_rows"]:
+        row = dict(zip(columns, values, strict=True))
+        formats = Formats(row["weight_bits"], row["head_bits"], offload_embedding=bool(row["offload_embedding"]))
+        sizes = Sizes(row["max_model_len"], row["max_num_seqs"], row["block_size"],
+                      row["max_num_batched_tokens"], row["block_size"])  # fmt: skip
+        made = plan_memory(find_shape(row["shape"]), formats, sizes, CARDS[row["card"]], 0, row["ranks"])
+        for part in ("embedding", "layers", "head"):
+            assert getattr(made, f"{part}_bytes") == row[f"{part}_bytes"], row
+        assert made.kv_cache_bytes == row["kv_block_bytes"], row
+        total = sum(row[f"{part}_bytes"] for part in ("embedding", "layers", "head", "workspace"))
+        assert abs(made.fixed_bytes - total) <= allowed(total), row
+
+
+def test_memory_of_measured_engines_over_several_gpus():
+    """What the engines of gpu_tp.py planned for their fullest card, and what NVML counted on it."""
+    path, data = fit.newest(RESULTS, "gpu-tp")
+    found = [(row["row"].split("-")[0], row["row"].split("-")[1], row["gpus"], row["memory"]) for row in data["rows"]
+             if "memory" in row]  # fmt: skip
+    for one in data["environment"].get("engines", ()):
+        found.append((one["shape"].rpartition("-")[2], one["quantization"] or "bf16", one["gpus"], one["memory"]))
+    assert {gpus for _, _, gpus, _ in found} >= {1, 2}, path
+    for model, weights, gpus, memory in found:
+        tokens = memory["kv_cache_bytes"] / plan_memory(
+            find_shape(model), Formats(), Sizes(8192, 64, 32, 8192), CARDS["H200"], 0, gpus).kv_token_bytes  # fmt: skip
+        formats = Formats(4 if weights == "w4" else 16, 16)
+        made = plan_memory(find_shape(model), formats, Sizes(8192, 64, int(tokens), 8192), CARDS["H200"], 0, gpus)
+        for part in ("embedding", "layers", "head", "kv_cache"):
+            assert getattr(made, f"{part}_bytes") == memory[f"{part}_bytes"], (model, gpus, part)
+        planned = sum(memory[f"{part}_bytes"] for part in ("embedding", "layers", "head", "workspace", "kv_cache"))
+        assert abs(made.planned_bytes - planned) <= allowed(planned), (model, gpus)
+        counted = memory.get("nvml_bytes")
+        if counted:
+            total = made.planned_bytes + memory["overhead_bytes"]
+            assert abs(total - max(counted)) <= allowed(max(counted)), (model, gpus)
+
+
+# -- several GPUs ------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_several_gpus_within_15_percent():
+    """Times of one model over two GPUs, predicted with one GPU's coefficients and two figures of the sums between them."""
+    path, data = fit.newest(RESULTS, "gpu-tp")
+    rows, known = fit_parallel.parallel_rows(data), roofline.load_coefficients()["parallel"]
+    assert rows and known["file"] == path.name and len(known["residuals"]) == len(rows)
+    assert 1 < known["exchange"]["us"] < 20 and 0.3 < known["exchange"]["share"] < 1
+    for row, residual in zip(rows, known["residuals"]):
+        predicted = fit_parallel.predicted_seconds(row, roofline.load_coefficients(), CARDS["H200"])
+        assert predicted == pytest.approx(row["seconds"], rel=WITHIN), row["what"]
+        assert residual["error"] == pytest.approx(predicted / row["seconds"] - 1, abs=1e-3)
+        assert max(predicted / row["seconds"], row["seconds"] / predicted) <= known["factor"] * 1.001
+
+
+def test_the_sums_are_taken_from_steps_where_there_are_some():
+    """By hand: 57 sums of 7B's step in 228 us; 161 of 72B's prompt, 67.1 MB each, in 161 x (4 + 200) us."""
+    programs = {
+        "2": [{"hidden_size": 3584, "rows": 1, "ours_us": 3.5}, {"hidden_size": 8192, "rows": 2048, "ours_us": 203.5}]
+    }
+    card = CARDS["H200"]
+    found, used = fit_parallel.exchange([], programs, card)
+    share = 2048 * 8192 * 4 / 200e-6 / 1e9 / card.link_gbs
+    assert found == {"us": 3.5, "share": pytest.approx(share, rel=1e-4)} and used == set()
+
+    def row(name, gpus, tokens, *messages_us):
+        ranks = {str(rank): {"messages_us": us} for rank, us in enumerate(messages_us)}
+        return {
+            "row": name,
+            "gpus": gpus,
+            "batch": 1,
+            "prompt_tokens": tokens,
+            "seconds": {"median": 1.0},
+            "split": {"ranks": ranks},
+        }
+
+    data = {
+        "rows": [
+            row("7b-w4-1", 2, 128, 218, 238),
+            row("72b-w4-prefill", 2, 2048, 161 * 204, 161 * 204),
+            row("7b-w4-1", 1, 128, 0),
+        ]
+    }
+    rows = fit_parallel.parallel_rows(data)
+    assert [one["what"] for one in rows] == ["7b-w4-1 on 2", "72b-w4-prefill on 2"]
+    found, used = fit_parallel.exchange(rows, {}, card)
+    assert found == {"us": 4.0, "share": pytest.approx(share, rel=1e-4)} and used == {"7b-w4-1", "72b-w4-prefill"}
 
 
 @pytest.mark.gpu

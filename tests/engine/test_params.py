@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import sys
 
 import pytest
 
 from qwen_fast import SamplingParams
+from qwen_fast.loading import find_nccl
 from qwen_fast.options import VLLM_OPTIONS, engine_options, refuse_unknown
 from qwen_fast.params import generation_defaults
 from qwen_fast.utils import derived_seed, format_bytes, fresh_seed, parse_bytes
@@ -180,6 +182,9 @@ def test_seeds():
         ({"cpu_offload_gb": -1}, ValueError, "cpu_offload_gb must be from 0 to 1048576 GiB, got -1"),
         ({"cpu_offload_gb": math.nan}, ValueError, "cpu_offload_gb must be from 0 to 1048576 GiB, got nan"),
         ({"cpu_offload_gb": "4"}, TypeError, "cpu_offload_gb must be a number, got '4'"),
+        ({"watchdog_seconds": -1}, ValueError, r"watchdog_seconds must be from 0 \(off\) to 86400, got -1"),
+        ({"watchdog_seconds": math.nan}, ValueError, r"watchdog_seconds must be from 0 \(off\) to 86400, got nan"),
+        ({"watchdog_seconds": "60"}, TypeError, "watchdog_seconds must be a number, got '60'"),
         ({"rope_scaling": "yarn"}, TypeError, "rope_scaling must be a dict"),
         ({"hf_overrides": {"a": math.nan}}, ValueError, "hf_overrides must hold JSON values"),
         ({"hf_overrides": {"a": object()}}, TypeError, "hf_overrides must hold JSON values"),
@@ -202,6 +207,29 @@ def test_engine_options_passed():
         "hf_overrides": '{"rope_scaling": {"factor": 4.0}}',
         "isa": "auto",
     }
+
+
+def test_engine_options_of_several_ranks():
+    options = engine_options(tensor_parallel_size=2, tensor_parallel_comm="nccl", watchdog_seconds=5)
+    assert options == {
+        "quantization": "auto",
+        "tensor_parallel_size": 2,
+        "tensor_parallel_comm": "nccl",
+        "watchdog_seconds": 5.0,
+    }
+    assert "watchdog_seconds" not in engine_options(watchdog_seconds=None)
+
+
+def test_nccl_is_found_in_its_package(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nvidia"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert find_nccl() is None
+    library = tmp_path / "nvidia" / "nccl" / "lib" / "libnccl.so.2"
+    library.parent.mkdir(parents=True)
+    assert find_nccl() is None
+    library.touch()
+    assert find_nccl() == str(library)
 
 
 def test_engine_options_of_a_gpu():

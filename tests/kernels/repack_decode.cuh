@@ -80,33 +80,58 @@ static inline bool same_scale(float actual, float expected, qf_dtype dtype)
     return dtype == QF_DTYPE_F32 ? fabsf(actual - expected) <= 0x1p-11f * expected : actual == expected;
 }
 
+/* A row's integers, scales and zero points: as stored, or rounded in whole groups of the whole linear. */
+struct Quantized {
+    int k, group, skip = 0; /* skip: columns of the first group that belong to another rank */
+    std::vector<uint8_t> q, zeros;
+    std::vector<float> scales;
+
+    Quantized(const qf_linear_source *part, const qf_cuda_linear_layout *linear, int row)
+    {
+        qf_linear_source wide = *part;
+        group = part->group_size;
+        if (linear->quantize_bits != 0) {
+            const int all = part->whole != nullptr ? part->whole->k : part->k;
+            group = linear->quantize_group_size;
+            skip = part->first_column % group;
+            wide.first_column -= skip;
+            wide.k = std::min((part->first_column + part->k + group - 1) / group * group, all) - wide.first_column;
+        }
+        k = wide.k;
+        q.resize((size_t)k);
+        zeros.resize((size_t)k);
+        scales.resize((size_t)k);
+        if (linear->quantize_bits != 0) {
+            std::vector<float> values((size_t)k);
+            qf_linear_source_read_f32(&wide, row, 1, values.data());
+            qf_quantize_rows(values.data(), 1, k, linear->quantize_bits, group, q.data(), scales.data(), zeros.data());
+        } else {
+            qf_linear_source_read_quantized(part, row, 1, q.data(), scales.data(), zeros.data());
+        }
+    }
+    int code(int column) const { return q[(size_t)(column + skip)]; }
+    int zero(int column) const { return zeros[(size_t)((column + skip) / group)]; }
+    float scale(int column) const { return scales[(size_t)((column + skip) / group)]; }
+    float value(int column) const { return scale(column) * (float)(code(column) - zero(column)); }
+};
+
 static inline void compare_quantized(const qf_linear_source *part, const Packed &p, int row, int fused, Differences &d)
 {
     const qf_cuda_linear_layout *linear = p.linear;
-    int k = part->k, group = linear->quantize ? linear->group_size : part->group_size;
-    std::vector<uint8_t> q((size_t)k), zeros((size_t)k);
-    std::vector<float> scales((size_t)k), values((size_t)k);
-    if (linear->quantize) {
-        qf_linear_source_read_f32(part, row, 1, values.data());
-        qf_quantize_rows(values.data(), 1, k, linear->bits, group, q.data(), scales.data(), zeros.data());
-    } else {
-        qf_linear_source_read_quantized(part, row, 1, q.data(), scales.data(), zeros.data());
-    }
+    const Quantized expected(part, linear, row);
+    const bool fp16 = linear->quantize_bits != 0 || part->format == QF_LINEAR_DUMMY;
     for (int i = 0; i < linear->k; i++) {
-        size_t g = (size_t)(i / group);
-        if (i >= k) { /* padding adds nothing */
+        if (i >= part->k) { /* padding adds nothing */
             bool none = p.scale(fused, i) == 0.0f || p.zero(fused, i) == (float)p.code(fused, i);
             if (!none) {
                 d.add("padding", row, i, p.scale(fused, i), 0);
             }
-        } else if (p.code(fused, i) != q[(size_t)i]) {
-            d.add("code", row, i, p.code(fused, i), q[(size_t)i]);
-        } else if (p.zero(fused, i) != (float)zeros[g]) {
-            d.add("zero point", row, i, p.zero(fused, i), zeros[g]);
-        } else if (!same_scale(p.scale(fused, i), scales[g],
-                               linear->quantize ? QF_DTYPE_F16 : part->format == QF_LINEAR_DUMMY ? QF_DTYPE_F16
-                                                                                                 : part->scales.dtype)) {
-            d.add("scale", row, i, p.scale(fused, i), scales[g]);
+        } else if (p.code(fused, i) != (uint32_t)expected.code(i)) {
+            d.add("code", row, i, p.code(fused, i), expected.code(i));
+        } else if (p.zero(fused, i) != (float)expected.zero(i)) {
+            d.add("zero point", row, i, p.zero(fused, i), expected.zero(i));
+        } else if (!same_scale(p.scale(fused, i), expected.scale(i), fp16 ? QF_DTYPE_F16 : part->scales.dtype)) {
+            d.add("scale", row, i, p.scale(fused, i), expected.scale(i));
         }
     }
 }
@@ -115,6 +140,12 @@ static inline void compare_values(const qf_linear_source *part, const Packed &p,
 {
     std::vector<float> values((size_t)part->k);
     qf_linear_source_read_f32(part, row, 1, values.data());
+    if (p.linear->quantize_bits != 0) {
+        const Quantized rounded(part, p.linear, row);
+        for (int i = 0; i < part->k; i++) {
+            values[(size_t)i] = rounded.value(i);
+        }
+    }
     for (int i = 0; i < p.linear->k; i++) {
         float expected = i < part->k ? values[(size_t)i] : 0.0f;
         if (p.linear->bits == 32) {

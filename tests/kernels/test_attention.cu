@@ -358,6 +358,28 @@ static void test_decode()
     }
 }
 
+/* Devices whose shared memory takes smaller rings, or fewer of them: of compute capability 8.0, 8.6, and less than any.
+ * The arithmetic, and so every bit, is the same. */
+static void test_little_shared_memory()
+{
+    const int32_t bytes = options.device.max_shared_bytes;
+    for (const auto &m : {models[0], models[1], models[4], models[7]}) {
+        if (check_brief && m != models[1]) {
+            continue;
+        }
+        const int longest = m == models[7] ? 16 : 257;
+        World w(m[0], m[1], m[2], 32, 0, {1, longest, 700, 3001}, 250);
+        std::vector<Piece> pieces = {{0, 0, 1}, {1, longest - 1, 1}, {2, 699, 1}, {3, 3000, 1}};
+        std::vector<uint16_t> rows = attend(w, pieces, false);
+        check_rows(w, pieces, rows);
+        for (int32_t little : {163 * 1024, 99 * 1024, 48 * 1024}) {
+            options.device.max_shared_bytes = little;
+            CHECK(same_bits(rows, attend(w, pieces, false)));
+        }
+        options.device.max_shared_bytes = bytes;
+    }
+}
+
 static void test_prefill()
 {
     const int rows[] = {2, 3, 7, 17, 18, 19, 64, 130, 300};
@@ -557,6 +579,7 @@ static void bench(const int *m, int num_seqs, int rows, int context, bool invari
     const int tokens = num_seqs * rows, num_blocks = copies * num_seqs * blocks;
     const int out_k = (m[0] * m[2] + 127) / 128 * 128;
     qf_cuda_attention_shape shape = {m[0], m[1], m[2], block_size, 0};
+    shape.decode_ctas = 2 * options.device.sm_count;
     Random random(9);
     std::vector<uint16_t> noise((size_t)1 << 22);
     for (uint16_t &x : noise) {
@@ -669,6 +692,7 @@ int main(int argc, char **argv)
     test_plans();
     test_rope();
     test_decode();
+    test_little_shared_memory();
     test_prefill();
     test_window();
     test_invariance();

@@ -764,7 +764,7 @@ static void bench_one(const int *model, int num_seqs, int length, int format, bo
 {
     qf_cuda_attention_shape shape = {model[0], model[1], model[2], 32, 0};
     const int head_dim = shape.head_dim;
-    shape.decode_ctas = options.device.sm_count * (format == QF_CUDA_KV_16 ? 3 : 1);
+    shape.decode_ctas = options.device.sm_count * (format == QF_CUDA_KV_16 ? 2 : 1);
     qf_cuda_attention_args args = attention_args(shape, num_seqs);
     const int blocks = num_seqs * (length / 32);
     const int64_t block_bytes = format == QF_CUDA_KV_16 ? (int64_t)shape.num_kv_heads * 32 * head_dim * 2

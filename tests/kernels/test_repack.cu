@@ -234,6 +234,13 @@ static const Model models[] = {
     {"compressed 8, act-order", 256, 333, 4, 1, 64, 300, 1, true, QF_DTYPE_F16, COMPRESSED, 8, 64, true, true, true, false, QF_DTYPE_F16, "", false},
     {"compressed 4, act-orders", 256, 333, 4, 1, 64, 300, 1, true, QF_DTYPE_F16, COMPRESSED, 4, 64, false, true, false, false, QF_DTYPE_F16, "", false},
     {"compressed 4, rows", 256, 333, 4, 1, 64, 300, 1, true, QF_DTYPE_F16, COMPRESSED, 4, -1, true, false, false, false, QF_DTYPE_F32, "", false},
+    /* ranks' columns begin and end inside words of the file, inside groups, and in groups of no size that can be packed */
+    {"gptq 4, cut words", 256, 24, 6, 6, 20, 300, 1, true, QF_DTYPE_F16, GPTQ, 4, 32, false, false, false, false, QF_DTYPE_F16, "", true},
+    {"gptq 4, act-order, cut words", 256, 24, 6, 6, 20, 300, 1, true, QF_DTYPE_F16, GPTQ, 4, 32, false, true, false, true, QF_DTYPE_F16, "", true},
+    {"gptq 8, cut words", 256, 20, 6, 6, 22, 300, 1, true, QF_DTYPE_F16, GPTQ, 8, 32, false, false, false, false, QF_DTYPE_F16, "", true},
+    {"compressed 4, cut words", 256, 21, 6, 3, 26, 300, 1, true, QF_DTYPE_BF16, COMPRESSED, 4, 32, false, false, false, false, QF_DTYPE_BF16, "", false},
+    {"compressed 8, cut groups", 256, 330, 6, 3, 50, 300, 1, true, QF_DTYPE_BF16, COMPRESSED, 8, 32, false, false, false, false, QF_DTYPE_BF16, "", false, 33},
+    {"awq 4, cut groups", 256, 480, 6, 6, 20, 304, 1, true, QF_DTYPE_F16, AWQ, 4, 32, false, false, false, false, QF_DTYPE_F16, "", false, 36},
 };
 
 static void check_formats(const qf_cuda_device &gpu, qf_thread_pool *pool)
@@ -262,7 +269,8 @@ static void check_formats(const qf_cuda_device &gpu, qf_thread_pool *pool)
 /* Ranks' parts of models (model/parallel.h). */
 static void check_parts(const qf_cuda_device &gpu, qf_thread_pool *pool)
 {
-    int loaded = 0;
+    static const int quantize_bits[] = {4, 0, 4, 8, 8};
+    int loaded = 0, widened = 0;
     for (const Model &m : models) {
         Model plain = m;
         plain.read_as_group = 0;
@@ -275,16 +283,14 @@ static void check_parts(const qf_cuda_device &gpu, qf_thread_pool *pool)
                     }
                     qf_checkpoint *part = nullptr;
                     CHECK_OK(qf_checkpoint_shard(whole, rank, size, &part, &check_error));
-                    qf_backend_options options = options_of(m.format == DENSE && rank % 2 == 1 ? 4 : 0, 64, 8);
-                    qf_cuda_weights_layout layout;
-                    qf_error error;
-                    qf_status status = qf_cuda_weights_plan(part, &options, &layout, &error);
-                    qf_cuda_weights_layout_deinit(&layout);
-                    CHECK(status == QF_OK || (status == QF_ERROR_NOT_IMPLEMENTED && m.head_dim % 8 != 0));
-                    for (int float32 = 0; status == QF_OK && float32 < 2; float32++) {
+                    qf_backend_options options =
+                        options_of(m.format == DENSE ? quantize_bits[rank] : 0, size == 3 ? 128 : 64, 8);
+                    for (int float32 = 0; float32 < 2; float32++) {
                         options.float32 = float32 == 1;
                         Loaded l(part, options, gpu, pool);
                         CHECK(l.status == QF_OK && compare_model(m.name, part, options.float32, l) == 0);
+                        CHECK(float32 == 0 || l.layout.num_widened == 0);
+                        widened += l.layout.num_widened;
                         loaded++;
                     }
                     qf_checkpoint_close(part);
@@ -292,7 +298,7 @@ static void check_parts(const qf_cuda_device &gpu, qf_thread_pool *pool)
             }
         }
     }
-    CHECK(loaded > 90);
+    CHECK(loaded > 150 && widened > 20);
 }
 
 static void check_dummy(const qf_cuda_device &gpu, qf_thread_pool *pool)
@@ -400,7 +406,8 @@ static void bench_kernel(const BenchCase &c)
     args.num_parts = 2;
     args.interleave = c.bits != 32;
     args.rows = c.bits == 32;
-    args.quantize = c.quantize;
+    args.quantize_bits = c.quantize ? c.bits : 0;
+    args.quantize_group_size = group;
     args.bits = c.bits;
     args.group_size = group;
     args.k = args.k_packed = k;
@@ -419,6 +426,7 @@ static void bench_kernel(const BenchCase &c)
         part.scale_format = QF_REPACK_F16;
         part.row_start = i * n;
         part.n = part.num_rows = n;
+        part.num_columns = k;
         part.group_size = group;
         part.num_groups = groups;
     }

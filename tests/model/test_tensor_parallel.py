@@ -160,6 +160,35 @@ def test_formats(name, tmp_path):
     check_sizes(tmp_path, prompt_for(config), (2, 4, 6))
 
 
+# 12 heads of 22, and a few features between: ranks' columns of o_proj and down_proj begin and end inside words of the file,
+# inside groups, and in pieces that no kernel packs.
+AWKWARD = {
+    "awq": ("awq", {"group_size": 32}, 8),
+    "gptq4": ("gptq", {"group_size": 32, "sym": False}, 8),
+    "gptq4-act-order": ("gptq", {"group_size": 32, "desc_act": True}, 40),
+    "gptq8": ("gptq", {"bits": 8, "group_size": 64}, 4),
+    "ct4": ("compressed-tensors", {"group_size": 128, "sym": False}, 7),
+    "ct8": ("compressed-tensors", {"bits": 8, "group_size": 32}, 7),
+    "w4": ("bf16", {}, 24),
+}
+
+
+def awkward_model(path, name, **changes):
+    """Writes it; returns its config and the options that it wants."""
+    fmt, options, features = AWKWARD[name]
+    config = small_config(**{**shape(12, 12, 22, intermediate_size=features), **changes})
+    write_checkpoint(path, config, fmt, seed=12, **options)
+    return config, {"quantization": "w4"} if name == "w4" else {}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_cuts(name, tmp_path):
+    config, options = awkward_model(tmp_path, name)
+    check_sizes(tmp_path, prompt_for(config), (2, 3, 4), **options)
+    with open_engine(tmp_path, tensor_parallel_size=4, **options) as engine:  # 3 heads: 66 columns
+        assert "parts of linears in 32 bits: cut inside groups" in engine.info()["description"]
+
+
 @pytest.mark.parametrize("head", ["model", "int8", "int4"])
 def test_weights_rounded_while_loading(head, tmp_path):
     """Groups that a cut splits are rounded as on one rank: the weights are the same."""
@@ -260,6 +289,25 @@ def test_more_ranks_than_heads(demo):
         _engine.Engine(str(demo), device="cpu", tensor_parallel_size=7)
     with pytest.raises(ValueError, match="tensor_parallel_size"):
         _engine.Engine(str(demo), device="cpu", tensor_parallel_size=0)
+
+
+def test_comm_and_watchdog_are_checked(demo):
+    for options, message in (
+        ({"tensor_parallel_comm": "nccl"}, "device is cpu, tensor_parallel_size 1"),
+        ({"tensor_parallel_comm": "peer", "tensor_parallel_size": 2}, "device is cpu, tensor_parallel_size 2"),
+        ({"tensor_parallel_comm": "mpi", "tensor_parallel_size": 2}, "tensor_parallel_comm must be"),
+        ({"watchdog_seconds": 1e6}, "watchdog_seconds must be at most 86400"),
+        ({"watchdog_seconds": float("nan")}, "watchdog_seconds must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _engine.Engine(str(demo), device="cpu", **options)
+    with open_engine(demo, tensor_parallel_size=2, watchdog_seconds=0.0) as engine:
+        assert len(tokens(engine, [1, 2, 3])) == 24
+
+
+def test_layers_alone_are_whole(demo):
+    with pytest.raises(NotImplementedError, match="tensor_parallel_size=2 for layers alone: only 1, as a tap"):
+        _engine.Layers(str(demo), device="cpu", tensor_parallel_size=2)
 
 
 def test_memory_is_the_sum_of_the_ranks(demo):

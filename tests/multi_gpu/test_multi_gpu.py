@@ -1,4 +1,4 @@
-"""The GPUs of one host together: tests/multi_gpu/test_all_reduce.cu, built as the kernels' tests are (tests/kernels/run.py).
+"""The GPUs of one host together: tests/multi_gpu/test_*.cu, built as the kernels' tests are (tests/kernels/run.py).
 
 --kernel-programs names a folder of programs built before, for a machine without the compiler.
 """
@@ -19,27 +19,30 @@ _spec = importlib.util.spec_from_file_location("qf_kernel_tests_run", HERE.paren
 runner = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(runner)
 
-SOURCE = HERE / "test_all_reduce.cu"
-KERNELS = ["all_reduce", "device", "peer_io", "rmsnorm"]
+KERNELS = {  # that each program needs
+    "test_all_reduce": ["all_reduce", "device", "peer_io", "rmsnorm"],
+    "test_decode_ranks": ["all_reduce", "decode_step", "device", "peer_io"],
+}
 
 
-def build(arch: str | None = None) -> pathlib.Path:
-    """The test with the kernels that it needs, linked anew; BuildError has the compiler's words."""
+def build(name: str, arch: str | None = None) -> pathlib.Path:
+    """The test with its kernels, linked anew; BuildError has the compiler's words."""
     arch = arch or runner.present_arch()
-    sources = [runner.KERNELS / f"{name}.cu" for name in KERNELS]
-    sources += [runner.CSRC / path for path in runner.read_sources(SOURCE)]
-    objects = [str(runner.compile_object(path, arch)) for path in [SOURCE, *sources]]
-    program = runner.BUILD / "test_all_reduce"
+    source = HERE / f"{name}.cu"
+    sources = [runner.KERNELS / f"{kernel}.cu" for kernel in KERNELS[name]]
+    sources += [runner.CSRC / path for path in runner.read_sources(source)]
+    objects = [str(runner.compile_object(path, arch)) for path in [source, *sources]]
+    program = runner.BUILD / name
     runner.run_compiler(["nvcc", *objects, "-Xcompiler", "-pthread", "-ldl", "-lm", "-o", str(program)])
     return program
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=sorted(KERNELS))
 def program(request):
     folder = request.config.getoption("--kernel-programs")
     if folder is None and shutil.which("nvcc") is None:
         pytest.skip("no nvcc, and no --kernel-programs")
-    return pathlib.Path(folder, "test_all_reduce") if folder else build()
+    return pathlib.Path(folder, request.param) if folder else build(request.param)
 
 
 def run(program: pathlib.Path, ranks: int, *options: str) -> None:
@@ -93,10 +96,11 @@ def test_the_table_is_read():
 
 
 @pytest.mark.long
-def test_compiles(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_compiles(name, tmp_path, monkeypatch):
     """For Hopper and for what came before it."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     monkeypatch.setattr(runner, "BUILD", tmp_path)
     for arch in ("80", "90a"):
-        assert build(arch).exists()
+        assert build(name, arch).exists()

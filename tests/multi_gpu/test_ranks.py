@@ -4,6 +4,7 @@ In float32 sums over ranks move logits by a few millionths of the largest. With 
 other side of a rounding boundary: distributions are compared, and greedy tokens may part only at a near-tie.
 """
 
+import os
 import time
 
 import numpy as np
@@ -20,7 +21,20 @@ from model_helpers import (
     write_dummy,
 )
 from quant_writers import write_checkpoint
-from test_tensor_parallel import FORMATS, SHAPES, bits, prompt_for, requests_for, shape, tokens
+from test_tensor_parallel import (
+    AWKWARD,
+    CACHES,
+    FORMATS,
+    SHAPES,
+    awkward_model,
+    bits,
+    prompt_for,
+    requests_for,
+    shape,
+    tokens,
+)
+
+from qwen_fast.loading import find_nccl
 
 AUTO = dict.fromkeys(("dtype", "activation_dtype", "kv_cache_dtype", "lm_head_dtype"), "auto")
 FLOAT32 = {"device": "cuda"}
@@ -102,6 +116,36 @@ def test_formats(name, size, tmp_path):
 
 
 @every_size
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_cuts(name, size, tmp_path):
+    """Columns that begin and end inside words of the file and inside groups: never refused, and what becomes of them is told.
+    Heads of 64 leave that to down_proj."""
+    config, options = awkward_model(tmp_path / "float32", name)
+    if name != "w4":
+        check_float32(tmp_path / "float32", prompt_for(config), size)
+    fewer = shape(4, 4, 64, intermediate_size=config["intermediate_size"])
+    config, options = awkward_model(tmp_path / "fast", name, **fewer)
+    check_fast(tmp_path / "fast", prompt_for(config), size, **options)
+    with open_engine(tmp_path / "fast", tensor_parallel_size=size, **FAST, **options) as engine:
+        description = engine.info()["description"]
+        print(description)
+        told = "parts of linears in 16 bits: cut inside groups" in description
+        assert told == (name in ("w4", "gptq4-act-order"))
+
+
+@every_size
+@pytest.mark.parametrize("group", [32, 128])
+def test_weights_rounded_while_loading(group, size, tmp_path):
+    """As 0.5B has it: o_proj's heads of 64 are cut inside groups of 128, which are rounded whole: the weights are the same."""
+    config = small_config(**shape(14, 2, 64, intermediate_size=19 * 128))
+    write_checkpoint(tmp_path, config, "bf16", seed=4)
+    rounded = {"quantization": "w4", "quantization_group_size": group}
+    check_fast(tmp_path, prompt_for(config), size, **rounded)
+    with open_engine(tmp_path, tensor_parallel_size=size, **FAST, **rounded) as engine:
+        assert "cut inside groups" not in engine.info()["description"]
+
+
+@every_size
 @pytest.mark.parametrize("options", [{}, {"quantization": "w4"}], ids=["bf16", "w4"])
 def test_made_up_weights(options, size, tmp_path):
     """Each rank makes up its part of the same model; 14 heads on 2 kv heads, as 0.5B has."""
@@ -109,6 +153,94 @@ def test_made_up_weights(options, size, tmp_path):
     prompt = prompt_for({"vocab_size": 2000})
     check_float32(model, prompt, size, load_format="dummy")
     check_fast(model, prompt, size, load_format="dummy", limit=1e-2, **options)
+
+
+# --- caches and memory -------------------------------------------------------------------------------------------------
+
+
+@every_size
+@pytest.mark.parametrize("name", CACHES)
+def test_rounded_kv_caches(name, size, demo):
+    """Apart by what rounding to the cache's format costs, and no more: codes flip where arithmetic differs."""
+    ids = heldout_ids(demo, 300)
+    rows = []
+    for ranks, cache in ((1, {}), (1, CACHES[name]), (size, CACHES[name])):
+        with open_engine(demo, tensor_parallel_size=ranks, **{**FAST, **cache}) as engine:
+            rows.append(logits(engine, ids))
+            if ranks == size:
+                prompts = [ids[:50], ids[100:217], ids[3:4]]
+                first = run_together(engine, prompts)
+                assert [len(token_ids) for token_ids, _ in first] == [SAMPLED["max_tokens"]] * 3
+    plain, alone, ours = rows
+    cost, apart = mean_kl(plain, alone), mean_kl(alone, ours)
+    print(f"{name} over {size} ranks: mean KL {apart:.1e}; the cache costs {cost:.1e}")
+    assert apart < 1e-3 + 0.5 * cost
+
+
+OFFLOADS = {
+    "embeddings": {"cpu_offload": "embeddings"},
+    "layers": {"cpu_offload_gb": 0.002},
+    "all": {"cpu_offload": "embeddings", "cpu_offload_gb": 64.0},
+}
+
+
+@every_size
+def test_offload(demo, size):
+    """Weights in the host's memory: not a bit changes."""
+    options = {**FAST, "batch_invariant": True, "lm_head_dtype": "int8", "tensor_parallel_size": size}
+    prompts = requests_for(8000)
+    with open_engine(demo, **options) as engine:
+        expected = run_together(engine, prompts)
+        whole = engine.stats()["memory"]
+    for name, offload in OFFLOADS.items():
+        with open_engine(demo, **options, **offload) as engine:
+            assert run_together(engine, prompts) == expected, name
+            memory = engine.stats()["memory"]
+            assert memory["embedding_bytes"] + memory["layers_bytes"] < whole["embedding_bytes"] + whole["layers_bytes"]
+
+
+# --- one kernel a decode step -----------------------------------------------------------------------------------------
+
+
+SPLITTABLE = shape(24, 12, 64, intermediate_size=3072, vocab_size=3000, num_hidden_layers=3)  # by 2, 3 and 4
+
+
+@every_size
+def test_decode_in_one_kernel(size, tmp_path):
+    """A sequence alone takes the decode kernel on all ranks; steps with others, before and after, take graphs of kernels."""
+    model = write_dummy(tmp_path / "model", **SPLITTABLE)
+    options = {"load_format": "dummy", "quantization": "w4"}
+    prompt = prompt_for({"vocab_size": 3000})
+    check_fast(model, prompt, size, limit=1e-2, **options)
+    greedy = {"temperature": 0.0, "ignore_eos": True}
+    found = []
+    for _ in range(2):
+        with open_engine(model, tensor_parallel_size=size, enable_prefix_caching=False, **FAST, **options) as engine:
+            assert "decode in one kernel" in engine.info()["description"]
+            alone = finish(engine.submit(prompt, max_tokens=100, **greedy))["token_ids"]
+            together = [engine.submit(prompt[i:], max_tokens=30, **greedy) for i in range(5)]
+            for request in together:
+                finish(request)
+            assert finish(engine.submit(prompt, max_tokens=100, **greedy))["token_ids"] == alone
+            found.append(alone)
+    assert found[0] == found[1]
+
+
+@every_size
+@pytest.mark.parametrize(
+    "change",
+    [{"quantization": None}, {"batch_invariant": True}, {"enforce_eager": True}, {"heads": (14, 2)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_not_in_one_kernel(change, size, tmp_path):
+    """Ranks agree on it, whatever keeps one of them from it: 14 heads of 64 are cut inside a group of o_proj's columns."""
+    change = dict(change)
+    heads = change.pop("heads", (24, 12))
+    model = write_dummy(tmp_path / "model", **{**SPLITTABLE, **shape(*heads, 64)})
+    options = {"load_format": "dummy", **FAST, "quantization": "w4", **change}
+    with open_engine(model, tensor_parallel_size=size, **options) as engine:
+        assert "decode in one kernel" not in engine.info()["description"]
+        assert len(tokens(engine, prompt_for({"vocab_size": 3000}))) == 24
 
 
 # --- what runs beside it --------------------------------------------------------------------------------------------
@@ -136,6 +268,24 @@ def test_the_same_bits_twice(demo, size):
         assert run_together(engine, prompts) == alone
     with open_engine(demo, **{**invariant, "max_num_batched_tokens": 32, "enforce_eager": True}) as engine:
         assert run_together(engine, prompts) == alone
+
+
+@every_size
+@pytest.mark.parametrize("cache", [{}, {"kv_cache_dtype": "int4", "kv_cache_16bit_window": 32}], ids=["bf16", "int4"])
+def test_prefix_cache_and_preemption(demo, size, cache):
+    """The same bits from the prefix cache, in small chunks, and computed again after a preemption."""
+    prompts = requests_for(8000)
+    options = {**FAST, "batch_invariant": True, "tensor_parallel_size": size, "block_size": 16, **cache}
+    with open_engine(demo, enable_prefix_caching=False, **options) as engine:
+        alone = [bits(finish(engine.submit(prompt, seed=i, **SAMPLED))) for i, prompt in enumerate(prompts)]
+    with open_engine(demo, **options) as engine:
+        for _ in range(2):
+            assert run_together(engine, prompts) == alone
+        assert engine.stats()["prefix_hit_tokens"] > 0 or cache  # the window is longer than these prompts
+    tight = {"max_num_batched_tokens": 24, "kv_cache_tokens": 256, "max_model_len": 256, "max_num_seqs": 8}
+    with open_engine(demo, **{**options, **tight}) as engine:
+        assert run_together(engine, prompts) == alone
+        assert engine.stats()["num_preemptions"] > 0
 
 
 @every_size
@@ -185,9 +335,55 @@ def test_cancels(demo, size):
             for other in others:
                 other.cancel()
             assert finish(stays)["token_ids"] == expected
+        stats = engine.stats()
+        assert not stats["failed"] and stats["num_finished_abort"] > 0
+        assert stats["num_free_blocks"] == engine.info()["num_blocks"]
+
+
+# --- NCCL -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    """Options of an engine whose GPUs use NCCL though they reach each other's memory."""
+    monkeypatch.setitem(os.environ, "NCCL_NVLS_ENABLE", "0")  # multicast stays off
+    path = find_nccl()
+    if path is None:
+        pytest.skip("NCCL's package is not there")
+    return {"tensor_parallel_comm": "nccl", "nccl_library": path}
+
+
+@every_size
+def test_nccl(demo, size, nccl):
+    """Sums in NCCL's order: near enough, in graphs and without; a first request of one token, which is captured at once."""
+    ids = heldout_ids(demo, 120)
+    with open_engine(demo, **FAST) as engine:
+        alone, one_token = logits(engine, ids), tokens(engine, ids[:1])
+    for options in ({}, {"enforce_eager": True}):
+        with open_engine(demo, tensor_parallel_size=size, **{**FAST, **nccl, **options}) as engine:
+            assert "ranks over NCCL 2." in engine.info()["description"]
+            ours_one_token = tokens(engine, ids[:1])
+            ours = logits(engine, ids)
+            together = [run_together(engine, requests_for(8000)) for _ in range(2)]
+        same = sum(a == b for a, b in zip(one_token, ours_one_token, strict=True))
+        print(f"{size} ranks, {options}: mean KL {mean_kl(alone, ours):.1e}; {same} of {len(one_token)} tokens")
+        assert mean_kl(alone, ours) < 1e-3
+        assert all(len(a[0]) == len(b[0]) for a, b in zip(*together, strict=True))
+    with open_engine(demo, **FLOAT32) as engine:
+        alone = logits(engine, ids)
+    with open_engine(demo, tensor_parallel_size=size, **FLOAT32, **nccl) as engine:
+        assert relative_difference(alone, logits(engine, ids)) < SAME
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu2
+def test_comm_is_chosen(demo):
+    with open_engine(demo, tensor_parallel_size=2, tensor_parallel_comm="peer", **FAST) as engine:
+        assert "ranks over peer memory" in engine.info()["description"]
+    with pytest.raises(ValueError, match=r'tensor_parallel_comm="nccl" is for .* device is cuda, tensor_parallel_size 1'):
+        _engine.Engine(str(demo), device="cuda", tensor_parallel_comm="nccl")
 
 
 @pytest.mark.gpu2

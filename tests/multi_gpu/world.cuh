@@ -153,6 +153,55 @@ static __global__ void delay_kernel(uint32_t ns)
     } while (now - start < ns);
 }
 
+/* Microseconds of one of `count` calls in a graph: of each launch the slowest rank's, of 15 launches the median. */
+static double time_ranks(World &world, int count, const std::function<void(Rank &, int)> &enqueue)
+{
+    const int repeats = 15, warm = 3;
+    std::vector<std::vector<float>> times(world.size());
+    world.each([&](Rank &rank) {
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        cudaEvent_t start, stop;
+        CHECK_CUDA(cudaEventCreate(&start));
+        CHECK_CUDA(cudaEventCreate(&stop));
+        rank.calls = 0;
+        world.wait();
+        CHECK_CUDA(cudaStreamBeginCapture(rank.stream, cudaStreamCaptureModeThreadLocal));
+        for (int i = 0; i < count; i++) {
+            enqueue(rank, i);
+        }
+        CHECK_CUDA(cudaStreamEndCapture(rank.stream, &graph));
+        CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+        CHECK_CUDA(cudaGraphUpload(exec, rank.stream));
+        CHECK_CUDA(cudaStreamSynchronize(rank.stream));
+        for (int i = 0; i < repeats + warm; i++) {
+            float ms;
+            world.wait();
+            CHECK_CUDA(cudaEventRecord(start, rank.stream));
+            CHECK_CUDA(cudaGraphLaunch(exec, rank.stream));
+            CHECK_CUDA(cudaEventRecord(stop, rank.stream));
+            CHECK_CUDA(cudaEventSynchronize(stop));
+            CHECK_CUDA(cudaEventElapsedTime(&ms, start, stop));
+            times[rank.rank].push_back(ms);
+        }
+        world.wait();
+        CHECK_CUDA(cudaGraphExecDestroy(exec));
+        CHECK_CUDA(cudaGraphDestroy(graph));
+        CHECK_CUDA(cudaEventDestroy(start));
+        CHECK_CUDA(cudaEventDestroy(stop));
+    });
+    std::vector<float> slowest;
+    for (int i = warm; i < repeats + warm; i++) {
+        float most = 0;
+        for (int r = 0; r < world.size(); r++) {
+            most = std::max(most, times[r][i]);
+        }
+        slowest.push_back(most);
+    }
+    std::sort(slowest.begin(), slowest.end());
+    return slowest[slowest.size() / 2] * 1000.0 / count;
+}
+
 static inline double seconds()
 {
     struct timespec time;

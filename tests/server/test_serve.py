@@ -42,6 +42,13 @@ def test_options_reach_the_configuration():
     assert server_config(parsed()).limits.n == 8
 
 
+def test_one_watchdog_for_server_and_ranks():
+    args = parsed("--watchdog-seconds", "7.5", "--tensor-parallel-comm", "nccl")
+    assert server_config(args).watchdog_seconds == 7.5
+    assert engine_arguments(args) == {"watchdog_seconds": 7.5, "tensor_parallel_comm": "nccl"}
+    assert server_config(parsed()).watchdog_seconds is None and engine_arguments(parsed()) == {}
+
+
 def test_options_of_vllm_that_ask_for_nothing():
     words = "--disable-log-requests --swap-space 4 --enable-prefix-caching --enable-chunked-prefill --task generate"
     words += " --max-log-len 100 --disable-uvicorn-access-log --enable-prompt-tokens-details --tokenizer-mode auto"

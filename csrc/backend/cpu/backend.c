@@ -194,6 +194,7 @@ static qf_status load_weights(qf_cpu_backend *self, const qf_checkpoint *checkpo
             const qf_linear_source source = packed_source(checkpoint, &self->options, i, (qf_linear_id)id);
             QF_TRY(qf_cpu_linear_create(&source, &options, self->pool, &layer->linears[id], err));
             done_bytes += qf_cpu_linear_bytes(&source, &options);
+            self->base.num_widened += qf_cpu_linear_is_widened(layer->linears[id], &source, &options) ? 1 : 0;
         }
         if (progress != NULL && !progress(progress_arg, done_bytes, total_bytes)) {
             return QF_FAIL(err, QF_ERROR_STATE, "loading was stopped at %zu of %zu bytes", done_bytes, total_bytes);

@@ -62,6 +62,9 @@ void qf_cpu_linear_destroy(qf_cpu_linear *self); /* NULL-safe */
 /* Bytes that qf_cpu_linear_create will allocate for the packed weights: exact, before allocation. */
 size_t qf_cpu_linear_bytes(const qf_linear_source *source, const qf_cpu_linear_options *options);
 qf_weight_kind qf_cpu_linear_kind(const qf_cpu_linear *self);
+/* Made of a rank's part, and not packed in 4 or 8 bits as the whole would be: see num_widened in backend.h. */
+bool qf_cpu_linear_is_widened(const qf_cpu_linear *self, const qf_linear_source *source,
+                              const qf_cpu_linear_options *options);
 
 typedef enum qf_activation { QF_ACTIVATION_F32 = 0, QF_ACTIVATION_I8 } qf_activation;
 

@@ -20,7 +20,8 @@
  *
  * 16 and 32 bits: (tiles, k, 16) in the source's type.
  *
- * A group size that is no multiple of 8 cannot be packed so: those layers are dequantised to float32. */
+ * A group size that is no multiple of 8 cannot be packed so: those layers are dequantised to float32. The same goes for
+ * a rank's columns (model/parallel.h) that cut groups into such pieces, or cut an act-order layer. */
 #include "backend/cpu/kernels.h"
 
 #include <string.h>
@@ -47,7 +48,7 @@ int32_t qf_cpu_packed_group(int32_t group_size, int32_t num_groups)
 /* What will be built from a source: every size, before any allocation. */
 typedef struct pack_plan {
     qf_weight_kind kind;
-    bool quantize;            /* round float rows here */
+    int32_t round_bits;       /* 4, 8: round float rows here */
     bool wide_scales;
     int32_t group_size, num_groups;               /* packed */
     int32_t source_group_size, source_num_groups; /* of the rows as read or as rounded */
@@ -112,10 +113,10 @@ static pack_plan make_plan(const qf_linear_source *source, const qf_cpu_linear_o
 {
     pack_plan plan = {.num_tiles = (source->n + QF_TILE - 1) / QF_TILE, .read_k = source->k};
     const bool dense = source->bits > 8;
-    plan.quantize = dense && options != NULL && options->quantize_bits != 0;
+    plan.round_bits = dense && options != NULL ? options->quantize_bits : 0;
     int32_t bits = 0, group_size = 0;
-    if (plan.quantize) {
-        bits = options->quantize_bits;
+    if (plan.round_bits != 0) {
+        bits = plan.round_bits;
         group_size = widen(source, options->group_size, &plan);
     } else if (!dense) {
         bits = source->bits;
@@ -126,7 +127,7 @@ static pack_plan make_plan(const qf_linear_source *source, const qf_cpu_linear_o
     plan.group_size = bits != 0 ? qf_cpu_packed_group(group_size, plan.source_num_groups) : 0;
     if (plan.group_size != 0) {
         plan.kind = bits == 4 ? QF_WEIGHT_W4 : QF_WEIGHT_W8;
-        plan.wide_scales = !plan.quantize && !scales_fit_f16(&source->scales);
+        plan.wide_scales = plan.round_bits == 0 && !scales_fit_f16(&source->scales);
         plan.num_groups = (source->k + plan.group_size - 1) / plan.group_size;
         plan.header_bytes = plan.wide_scales ? 128 : 64;
         plan.tile_bytes = plan.header_bytes + (size_t)plan.group_size * QF_TILE / (plan.kind == QF_WEIGHT_W4 ? 2 : 1);
@@ -134,8 +135,7 @@ static pack_plan make_plan(const qf_linear_source *source, const qf_cpu_linear_o
         plan.tile_bytes *= (size_t)plan.num_groups;
         plan.num_tiles = (plan.num_tiles + 1) / 2 * 2;
     } else {
-        plan.kind = dense ? dense_kind(source) : QF_WEIGHT_F32;
-        plan.quantize = false;
+        plan.kind = dense && plan.round_bits == 0 ? dense_kind(source) : QF_WEIGHT_F32;
         plan.tile_bytes = (size_t)source->k * QF_TILE * (plan.kind == QF_WEIGHT_F32 ? 4 : 2);
     }
     plan.weights_bytes = (size_t)plan.num_tiles * plan.tile_bytes;
@@ -168,8 +168,8 @@ static size_t round_up_64(size_t bytes) { return (bytes + 63) / 64 * 64; }
 static size_t carve_scratch(const pack_plan *plan, int32_t k, int32_t rows_at_once, char *base, pack_scratch *out)
 {
     const size_t rows = (size_t)rows_at_once, values = rows * (size_t)k;
-    const bool quantized = plan->group_size != 0;
-    const size_t rows_bytes = !quantized || plan->quantize ? round_up_64(values * sizeof(float)) : 0;
+    const bool quantized = plan->group_size != 0 || plan->round_bits != 0;
+    const size_t rows_bytes = !quantized || plan->round_bits != 0 ? round_up_64(values * sizeof(float)) : 0;
     const size_t q_bytes = quantized ? round_up_64(values) : 0;
     const size_t groups = quantized ? rows * (size_t)plan->source_num_groups : 0;
     if (base != NULL) {
@@ -237,6 +237,20 @@ static void pack_float_row(const pack_task *task, const float *values, int32_t n
     }
 }
 
+/* Rounded rows, in s->rows again as what they stand for: of the part's columns alone, (count, k). */
+static void dequantize_rows(const pack_plan *plan, int32_t k, int32_t count, const pack_scratch *s)
+{
+    float *out = s->rows;
+    for (size_t row = 0; row < (size_t)count; row++) {
+        const uint8_t *q = s->q + row * (size_t)plan->read_k + plan->skip;
+        const size_t groups = row * (size_t)plan->source_num_groups;
+        for (int32_t i = 0; i < k; i++) {
+            const size_t at = groups + (size_t)((plan->skip + i) / plan->source_group_size);
+            *out++ = s->scales[at] * (float)(q[i] - s->zeros[at]);
+        }
+    }
+}
+
 /* Units are rows_at_once rows: whole tiles, so that each byte is written by one thread. */
 static void pack_units(void *arg, int64_t begin, int64_t end, int32_t worker)
 {
@@ -251,12 +265,15 @@ static void pack_units(void *arg, int64_t begin, int64_t end, int32_t worker)
     for (int64_t unit = begin; unit < end; unit++) {
         const int32_t n0 = (int32_t)unit * task->rows_at_once;
         const int32_t count = source->n - n0 < task->rows_at_once ? source->n - n0 : task->rows_at_once;
-        if (plan->group_size == 0) {
-            qf_linear_source_read_f32(source, n0, count, s.rows);
-        } else if (plan->quantize) {
+        if (plan->round_bits != 0) {
             qf_linear_source_read_f32(plan->read_k == source->k ? source : &wide, n0, count, s.rows);
-            qf_quantize_rows(s.rows, count, plan->read_k, plan->kind == QF_WEIGHT_W4 ? 4 : 8, plan->source_group_size,
-                             s.q, s.scales, s.zeros);
+            qf_quantize_rows(s.rows, count, plan->read_k, plan->round_bits, plan->source_group_size, s.q, s.scales,
+                             s.zeros);
+            if (plan->group_size == 0) {
+                dequantize_rows(plan, source->k, count, &s);
+            }
+        } else if (plan->group_size == 0) {
+            qf_linear_source_read_f32(source, n0, count, s.rows);
         } else {
             qf_linear_source_read_quantized(source, n0, count, s.q, s.scales, s.zeros);
         }
@@ -303,7 +320,7 @@ qf_status qf_cpu_linear_create(const qf_linear_source *source, const qf_cpu_line
     QF_TRY(check_options(source, options, err));
     const pack_plan plan = make_plan(source, options);
     pack_task task = {.source = source, .plan = &plan,
-                      .rows_at_once = plan.group_size != 0 && !plan.quantize ? QF_QUANTIZED_ROWS : QF_FLOAT_ROWS};
+                      .rows_at_once = plan.group_size != 0 && plan.round_bits == 0 ? QF_QUANTIZED_ROWS : QF_FLOAT_ROWS};
     void *scratch = NULL;
     qf_status status;
     qf_cpu_linear *self = qf_calloc(1, sizeof *self);
@@ -357,3 +374,9 @@ void qf_cpu_linear_destroy(qf_cpu_linear *self)
 }
 
 qf_weight_kind qf_cpu_linear_kind(const qf_cpu_linear *self) { return self->kind; }
+
+bool qf_cpu_linear_is_widened(const qf_cpu_linear *self, const qf_linear_source *source,
+                              const qf_cpu_linear_options *options)
+{
+    return self->group_size == 0 && source->whole != NULL && make_plan(source->whole, options).group_size != 0;
+}

@@ -49,7 +49,7 @@ static qf_status submit_graph(qf_cuda_backend *self, qf_cuda_step *step, const q
     cudaGraphExec_t graph;
     qf_cuda_meta_layout(self, step->meta, padded, padded, padded, qf_cuda_step_max_items(self, NULL, padded), &host);
     QF_TRY(qf_cuda_step_build(self, step, batch, &host, &made, err));
-    QF_TRY(qf_cuda_graph_get(self, padded, made.all_greedy, &graph, err));
+    QF_TRY(qf_cuda_graph_get(self, padded, &made, &graph, err));
     QF_TRY(send_meta(self, step, made.meta_bytes, err));
     QF_CUDA_CHECK(cudaGraphLaunch(graph, self->stream));
     return QF_OK;

@@ -5,13 +5,16 @@
 #include <cuda_runtime_api.h>
 #include <pthread.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "backend/cuda/peers.h"
 #include "base/alloc.h"
 #include "comm/comm_nccl.h"
 
-/* For another rank: they are never further apart than a layer, the host's time for a step, or a kernel's first loading. */
-#define LIMIT_MS 5000
+/* A rank on the device waits for another for a share of the time that a step may take, so that its error says whom it
+ * waited for. They are apart by a layer, the host's time for a step, or a kernel's first loading. */
+#define SHARE_OF_STEP 4
+#define NO_LIMIT_MS 86400000u /* abort ends a wait all the same */
 #define CONNECT_LIMIT_MS 60000
 
 /* What the ranks share. */
@@ -26,6 +29,7 @@ typedef struct comm_group {
     qf_nccl_comm *nccl[QF_CUDA_MAX_RANKS];
     int32_t first_column[QF_CUDA_MAX_RANKS], num_columns[QF_CUDA_MAX_RANKS]; /* of each rank: written by it alone */
     float *root_matrix; /* rank 0's, device */
+    char notes[QF_CUDA_MAX_RANKS][QF_CUDA_COMM_NOTE_BYTES]; /* of qf_cuda_comm_tell: of each rank, written by it alone */
     char description[256];
 } comm_group;
 
@@ -139,12 +143,10 @@ static void cuda_destroy(qf_comm *base)
         return;
     }
     comm_group *group = self->group;
+    qf_cuda_comm_disconnect(base);
     (void)pthread_mutex_lock(&group->lock);
-    qf_nccl_comm *nccl = nccl_of(self);
-    group->nccl[base->rank] = NULL;
     bool last = --group->num_handles == 0;
     (void)pthread_mutex_unlock(&group->lock);
-    qf_nccl_comm_destroy(nccl);
     if (self->host != NULL) {
         self->host->vtable->destroy(self->host);
     }
@@ -166,7 +168,21 @@ static const qf_comm_vtable *vtable(void)
     return &table;
 }
 
-/* Peer memory if it can be had, else NCCL. */
+/* As the loader finds it, else where the caller says. */
+static qf_status open_nccl(comm_group *group, const qf_backend_options *options, const char *why, qf_error *err)
+{
+    qf_status status = qf_nccl_open(NULL, &group->library, err);
+    if (status != QF_OK && options->nccl_library != NULL) {
+        status = qf_nccl_open(options->nccl_library, &group->library, err);
+    }
+    QF_TRY(status);
+    const int32_t version = qf_nccl_version(group->library);
+    (void)snprintf(group->description, sizeof group->description, "NCCL %d.%d.%d, %s", version / 10000,
+                   version / 100 % 100, version % 100, why);
+    return qf_nccl_make_id(group->library, &group->id, err);
+}
+
+/* Peer memory if it can be had, else NCCL, unless one of them is wanted. */
 static qf_status open_group(comm_group *group, const qf_backend_options *options, qf_error *err)
 {
     int32_t ordinals[QF_CUDA_MAX_RANKS];
@@ -176,18 +192,22 @@ static qf_status open_group(comm_group *group, const qf_backend_options *options
         ordinals[i] = options->device_ordinal + i;
         QF_TRY(qf_cuda_device_get(ordinals[i], &device, err)); /* says which is not there */
     }
-    const uint32_t step_ms = options->step_timeout_ms > 0 ? (uint32_t)options->step_timeout_ms : UINT32_MAX;
-    group->limit_ms = step_ms / 4 * 3 < LIMIT_MS ? step_ms / 4 * 3 + 1 : LIMIT_MS;
+    const uint32_t step_ms = (uint32_t)options->step_timeout_ms;
+    group->limit_ms = step_ms > 0 ? step_ms / SHARE_OF_STEP + 1 : NO_LIMIT_MS;
+    if (options->rank_comm == QF_RANK_COMM_NCCL) {
+        return open_nccl(group, options, "as asked for", err);
+    }
     if (qf_cuda_peers_enable(ordinals, group->size, note, sizeof note)) {
         (void)snprintf(group->description, sizeof group->description, "peer memory");
         return qf_cuda_group_create(ordinals, group->size, QF_CUDA_EXCHANGE_BYTES, (uint64_t)group->limit_ms * 1000000,
                                     &group->memory, err);
     }
-    QF_TRY(qf_nccl_open(NULL, &group->library, err));
-    const int32_t version = qf_nccl_version(group->library);
-    (void)snprintf(group->description, sizeof group->description, "NCCL %d.%d.%d, as %s", version / 10000,
-                   version / 100 % 100, version % 100, note);
-    return qf_nccl_make_id(group->library, &group->id, err);
+    if (options->rank_comm == QF_RANK_COMM_PEER) {
+        return QF_FAIL(err, QF_ERROR_BACKEND, "tensor_parallel_comm=\"peer\": %s", note);
+    }
+    char why[176];
+    (void)snprintf(why, sizeof why, "as %s", note);
+    return open_nccl(group, options, why, err);
 }
 
 static qf_status create_handles(comm_group *group, qf_comm **out, qf_error *err)
@@ -244,6 +264,45 @@ qf_status qf_cuda_create_comms(const qf_backend_options *options, int32_t size, 
     return status;
 }
 
+/* The first collective of each kind connects the ranks, which is no matter for a graph's capture. */
+static qf_status warm_up(qf_nccl_comm *nccl, int32_t size, float *buffer, qf_error *err)
+{
+    size_t first_byte[QF_CUDA_MAX_RANKS], size_bytes[QF_CUDA_MAX_RANKS];
+    for (int32_t i = 0; i < size; i++) {
+        first_byte[i] = (size_t)i * sizeof *buffer;
+        size_bytes[i] = sizeof *buffer;
+    }
+    const qf_nccl_columns columns = {.num_rows = 1,
+                                     .in = (const char *)(buffer + QF_CUDA_MAX_RANKS),
+                                     .out = (char *)buffer,
+                                     .first_byte = first_byte,
+                                     .size_bytes = size_bytes};
+    QF_TRY(qf_nccl_all_reduce(nccl, buffer, buffer, QF_CUDA_MAX_RANKS, QF_DTYPE_F32, NULL, err));
+    QF_TRY(qf_nccl_gather(nccl, &columns, NULL, err));
+    QF_TRY(qf_nccl_broadcast(nccl, 0, buffer, sizeof *buffer, NULL, err));
+    const cudaError_t result = cudaStreamSynchronize(NULL);
+    return result == cudaSuccess ? QF_OK
+                                 : QF_FAIL(err, QF_ERROR_BACKEND, "NCCL's first calls: %s", cudaGetErrorString(result));
+}
+
+static qf_status allocate_and_warm_up(qf_comm *comm, qf_nccl_comm *nccl, qf_error *err)
+{
+    float *buffer;
+    const size_t bytes = 2 * QF_CUDA_MAX_RANKS * sizeof *buffer;
+    cudaError_t result = cudaMalloc((void **)&buffer, bytes);
+    if (result != cudaSuccess) {
+        (void)cudaGetLastError();
+        return QF_FAIL(err, QF_ERROR_OUT_OF_MEMORY, "%zu bytes for NCCL's first calls: %s", bytes,
+                       cudaGetErrorString(result));
+    }
+    qf_status status = cuda_barrier(comm, err); /* an allocation may wait for kernels of other ranks: they begin later */
+    if (status == QF_OK) {
+        status = warm_up(nccl, comm->size, buffer, err);
+    }
+    (void)cudaFree(buffer);
+    return status;
+}
+
 /* --- what the backend asks ------------------------------------------------------------------------------------- */
 
 size_t qf_cuda_comm_bytes(void) { return qf_cuda_peer_region_bytes(QF_CUDA_EXCHANGE_BYTES); }
@@ -266,7 +325,17 @@ qf_status qf_cuda_comm_connect(qf_comm *comm, int32_t first_column, int32_t num_
         qf_nccl_comm_abort(nccl);
     }
     (void)pthread_mutex_unlock(&group->lock);
-    return QF_OK;
+    return allocate_and_warm_up(comm, nccl, err);
+}
+
+void qf_cuda_comm_disconnect(qf_comm *comm)
+{
+    comm_group *group = ((cuda_comm *)comm)->group;
+    (void)pthread_mutex_lock(&group->lock);
+    qf_nccl_comm *nccl = group->nccl[comm->rank];
+    group->nccl[comm->rank] = NULL;
+    (void)pthread_mutex_unlock(&group->lock);
+    qf_nccl_comm_destroy(nccl);
 }
 
 qf_status qf_cuda_comm_share_root(qf_comm *comm, float *own, float **out, qf_error *err)
@@ -278,6 +347,21 @@ qf_status qf_cuda_comm_share_root(qf_comm *comm, float *own, float **out, qf_err
     QF_TRY(cuda_barrier(comm, err));
     *out = group->memory != NULL ? group->root_matrix : NULL;
     return QF_OK;
+}
+
+qf_status qf_cuda_comm_tell(qf_comm *comm, const void *own, size_t bytes, void *all, qf_error *err)
+{
+    comm_group *group = ((cuda_comm *)comm)->group;
+    if (bytes > QF_CUDA_COMM_NOTE_BYTES) {
+        return QF_FAIL(err, QF_ERROR_INTERNAL, "%zu bytes to tell the other ranks; there is room for %d", bytes,
+                       QF_CUDA_COMM_NOTE_BYTES);
+    }
+    memcpy(group->notes[comm->rank], own, bytes);
+    QF_TRY(cuda_barrier(comm, err));
+    for (int32_t i = 0; i < group->size; i++) {
+        memcpy((char *)all + (size_t)i * bytes, group->notes[i], bytes);
+    }
+    return cuda_barrier(comm, err); /* nobody writes the next ones before all have read these */
 }
 
 const qf_cuda_peers *qf_cuda_comm_peers(const qf_comm *comm)

@@ -19,7 +19,7 @@ static bool wants_decode_kernel(const qf_cuda_backend *self)
 {
     const qf_backend_options *options = &self->options;
     const qf_model_config *config = &self->config;
-    if (self->shard.size > 1 || options->float32 || options->batch_invariant || options->enforce_eager || self->any_low_bit ||
+    if (options->float32 || options->batch_invariant || options->enforce_eager || self->any_low_bit ||
         self->layout.num_host_layers > 0 ||
         config->hidden_size % 128 != 0 || config->hidden_size < 256 ||
         config->num_heads > 8 * config->num_kv_heads) {
@@ -151,6 +151,9 @@ void qf_cuda_destroy(qf_backend *base)
         (void)cudaStreamSynchronize(self->meta_stream);
     }
     qf_cuda_graphs_destroy(self);
+    if (self->rank.comm != NULL) {
+        qf_cuda_comm_disconnect(self->rank.comm);
+    }
     qf_cuda_energy_deinit(&self->energy);
     for (int i = 0; i < QF_CUDA_STEPS_IN_FLIGHT; i++) {
         if (self->steps[i].sent != NULL) {
@@ -277,12 +280,35 @@ static qf_status load(qf_cuda_backend *self, const qf_checkpoint *checkpoint, qf
     return status;
 }
 
-/* The decode kernel's own table of layers; it is used only if it takes these shapes and formats. */
-static qf_status prepare_decode(qf_cuda_backend *self, qf_error *err)
+/* Ranks decode in one kernel all together or not at all: first they tell each other how, then whether they can. */
+static qf_status agree_on_decode(qf_cuda_backend *self, qf_error *err)
 {
-    if (!self->decode_kernel) {
-        return QF_OK;
+    qf_cuda_rank *rank = &self->rank;
+    qf_cuda_decode_args args;
+    qf_cuda_decode_rank own = {0};
+    bool can = false, all[QF_CUDA_MAX_RANKS];
+    if (self->decode_kernel) {
+        qf_cuda_decode_fill(self, 1, &args);
+        qf_cuda_decode_describe(&args, &self->device, &own);
     }
+    QF_TRY(qf_cuda_comm_tell(rank->comm, &own, sizeof own, rank->decode, err));
+    if (own.supported && rank->peers != NULL && qf_cuda_decode_supported(&args, &self->device)) {
+        can = true;
+        QF_TRY(qf_cuda_decode_load(err));
+        QF_TRY(qf_cuda_decode_reset(&args, &self->device, self->stream, err));
+        QF_CUDA_CHECK(cudaStreamSynchronize(self->stream));
+    }
+    QF_TRY(qf_cuda_comm_tell(rank->comm, &can, sizeof can, all, err));
+    self->decode_kernel = can;
+    for (int32_t i = 0; i < self->shard.size; i++) {
+        self->decode_kernel = self->decode_kernel && all[i];
+    }
+    return QF_OK;
+}
+
+/* The decode kernel's own table of layers. */
+static qf_status fill_decode_layers(qf_cuda_backend *self, qf_error *err)
+{
     size_t count = (size_t)self->config.num_layers;
     for (int32_t i = 0; i < self->config.num_layers; i++) {
         const qf_cuda_layer *layer = &self->weights.layers[i];
@@ -299,9 +325,23 @@ static qf_status prepare_decode(qf_cuda_backend *self, qf_error *err)
     }
     QF_CUDA_CHECK(cudaMemcpyAsync(self->ws.decode_layers, self->decode_layers, count * sizeof *self->decode_layers,
                                   cudaMemcpyHostToDevice, self->stream));
-    qf_cuda_decode_args args;
-    qf_cuda_decode_fill(self, 1, &args);
-    self->decode_kernel = qf_cuda_decode_supported(&args, &self->device);
+    return QF_OK;
+}
+
+/* The decode kernel is used only if it takes these shapes and formats. */
+static qf_status prepare_decode(qf_cuda_backend *self, qf_error *err)
+{
+    if (self->decode_kernel) {
+        QF_TRY(fill_decode_layers(self, err));
+    }
+    if (self->rank.comm != NULL) {
+        return agree_on_decode(self, err);
+    }
+    if (self->decode_kernel) {
+        qf_cuda_decode_args args;
+        qf_cuda_decode_fill(self, 1, &args);
+        self->decode_kernel = qf_cuda_decode_supported(&args, &self->device);
+    }
     return QF_OK;
 }
 
@@ -358,6 +398,7 @@ static qf_status init(qf_cuda_backend *self, const qf_checkpoint *checkpoint, co
     }
     QF_TRY(load(self, checkpoint, progress, progress_arg, err));
     QF_TRY(prepare_workspace(self, err));
+    self->base.num_widened = self->layout.num_widened;
     struct cudaDeviceProp properties;
     QF_CUDA_CHECK(cudaGetDeviceProperties(&properties, self->device.ordinal));
     self->l2_bytes = (uint64_t)properties.l2CacheSize;
@@ -369,8 +410,8 @@ static qf_status init(qf_cuda_backend *self, const qf_checkpoint *checkpoint, co
     self->options.kv_16bit_layers = NULL; /* the caller's: self->caches has what it said */
     if (self->rank.comm != NULL) {
         const size_t used = strlen(self->description);
-        (void)snprintf(self->description + used, sizeof self->description - used, ", ranks over %s",
-                       qf_cuda_comm_describe(self->rank.comm));
+        (void)snprintf(self->description + used, sizeof self->description - used, ", ranks over %s%s",
+                       qf_cuda_comm_describe(self->rank.comm), self->decode_kernel ? ", decode in one kernel" : "");
     }
     return QF_OK;
 }

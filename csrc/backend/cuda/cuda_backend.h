@@ -7,11 +7,14 @@
 #include "backend/cuda/weights.h"
 #include "base/threads.h"
 #include "model/parallel.h"
+#include "qf_decode.h"
 #include "qf_kernels.h"
 
 #define QF_CUDA_STEPS_IN_FLIGHT 2
 #define QF_CUDA_MAX_GRAPHS 64 /* more than the ladder has sizes, greedy and not */
 #define QF_CUDA_MAX_TOP_LOGPROBS 64
+/* A sequence of more positions decodes faster through the chain of kernels: its attention has the better merge. */
+#define QF_CUDA_ONE_KERNEL_POSITIONS 32768
 
 #define QF_CUDA_CHECK(call)                                                                                        \
     do {                                                                                                           \
@@ -110,7 +113,7 @@ typedef struct qf_cuda_slot {
 
 typedef struct qf_cuda_graph {
     int32_t num_seqs; /* padded; 0: not captured */
-    bool greedy;
+    bool greedy, one_kernel;
     cudaGraphExec_t exec;
 } qf_cuda_graph;
 
@@ -131,6 +134,7 @@ typedef struct qf_cuda_rank {
     qf_comm *comm;                   /* NULL: alone */
     const qf_cuda_peers *peers;      /* NULL: alone, or through comm's vtable */
     float *root_logits;              /* rank 0's all_logits */
+    qf_cuda_decode_rank decode[QF_CUDA_MAX_RANKS]; /* how each rank's decode kernel cuts its work */
 } qf_cuda_rank;
 
 typedef struct qf_cuda_backend {
@@ -170,7 +174,7 @@ typedef struct qf_cuda_backend {
     float *tap_rows;     /* pinned: what a tap sees, (max_num_batched_tokens, the widest input); NULL before the first */
     qf_cuda_graph graphs[QF_CUDA_MAX_GRAPHS];
     qf_cuda_decode_layer *decode_layers; /* (num_layers), as ws.decode_layers */
-    bool decode_kernel;  /* a sequence alone decodes in one kernel */
+    bool decode_kernel;  /* a sequence alone decodes in one kernel, on every rank */
     uint64_t l2_bytes;
     uint64_t last_end_ns; /* of the step collected last, by the device's clock */
     qf_cuda_energy energy;
@@ -218,6 +222,7 @@ typedef struct qf_cuda_plan {
     qf_cuda_attention_plan full, sliding;
     size_t meta_bytes;  /* to send */
     bool all_greedy;
+    bool one_kernel; /* a sequence alone that the decode kernel takes */
 } qf_cuda_plan;
 /* Fills the step's metadata (padded to meta's capacities) and results. Host rows get slot -1 in their sample row. */
 qf_status qf_cuda_step_build(qf_cuda_backend *self, qf_cuda_step *step, const qf_batch *batch, const qf_cuda_meta *host,
@@ -282,7 +287,9 @@ void qf_cuda_traffic(const qf_backend *base, int32_t num_tokens, int32_t num_row
 /* graph.c */
 /* The padded batch size that serves num_seqs; 0: none does. */
 int32_t qf_cuda_graph_size(const qf_cuda_backend *self, int32_t num_seqs);
-qf_status qf_cuda_graph_get(qf_cuda_backend *self, int32_t num_seqs, bool greedy, cudaGraphExec_t *out, qf_error *err);
+/* plan: of a step of so many sequences, padding included. */
+qf_status qf_cuda_graph_get(qf_cuda_backend *self, int32_t num_seqs, const qf_cuda_plan *plan, cudaGraphExec_t *out,
+                            qf_error *err);
 void qf_cuda_graphs_destroy(qf_cuda_backend *self);
 
 #endif

@@ -322,16 +322,21 @@ qf_status qf_cuda_sample_rows(qf_cuda_backend *self, const qf_cuda_forward *f, i
     return qf_cuda_sample(&args, &self->device, self->stream, err);
 }
 
-/* Every layer in one kernel. */
+/* Every layer in one kernel. The ranks' parts of the embedding are added up before, their logits come together behind. */
 static qf_status decode_kernel(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err)
 {
     qf_cuda_decode_args args;
+    if (self->rank.comm != NULL) {
+        self->rank.form = QF_CUDA_ONE_SHOT; /* every rank needs the row */
+        QF_TRY(norm(self, self->weights.final_norm, 1, 0, NULL, err));
+    }
     qf_cuda_decode_fill(self, f->meta->num_seqs, &args);
     args.slot_mapping = f->meta->slot_mapping;
     args.seq_lens = f->meta->seq_lens;
     args.block_tables = f->meta->words;
     args.block_table_start = f->meta->block_table_start;
-    return qf_cuda_decode(&args, &self->device, self->stream, err);
+    QF_TRY(qf_cuda_decode(&args, &self->device, self->stream, err));
+    return qf_cuda_gather_logits(self, 1, err);
 }
 
 void qf_cuda_decode_fill(const qf_cuda_backend *self, int32_t num_seqs, qf_cuda_decode_args *out)
@@ -354,7 +359,9 @@ void qf_cuda_decode_fill(const qf_cuda_backend *self, int32_t num_seqs, qf_cuda_
                                  .logits = self->ws.logits,
                                  .cos_sin = self->ws.cos_sin,
                                  .num_seqs = num_seqs,
-                                 .workspace = self->ws.decode};
+                                 .workspace = self->ws.decode,
+                                 .peers = self->rank.peers,
+                                 .ranks = self->rank.decode};
 }
 
 /* A graph's rows fit the logits' buffer (qf_cuda_graph_size). */
@@ -362,7 +369,7 @@ qf_status qf_cuda_decode_forward(qf_cuda_backend *self, const qf_cuda_forward *f
 {
     int32_t rows = f->meta->num_rows;
     QF_TRY(qf_cuda_begin(self, f, true, err));
-    if (self->decode_kernel && f->meta->num_seqs == 1) {
+    if (f->plan.one_kernel) {
         QF_TRY(decode_kernel(self, f, err));
     } else {
         int32_t delta_splits;

@@ -1,4 +1,5 @@
-/* Captured decode steps: one graph for each padded batch size and kind of sampling, made when it is first needed. Ranks
+/* Captured decode steps: one graph for each padded batch size and kind of sampling (and of one sequence, for the decode
+ * kernel and for the chain of kernels), made when it is first needed. Ranks
  * make it together, with no step in flight on any of them: making it may wait for memory that another rank's kernel,
  * waiting for this rank, keeps busy. */
 #include "backend/cuda/cuda_backend.h"
@@ -29,8 +30,9 @@ static qf_status meet(qf_cuda_backend *self, qf_error *err)
     return comm->vtable->barrier(comm, err);
 }
 
-static qf_status capture(qf_cuda_backend *self, int32_t num_seqs, bool greedy, cudaGraphExec_t *out, qf_error *err)
+static qf_status capture(qf_cuda_backend *self, const qf_cuda_graph *of, cudaGraphExec_t *out, qf_error *err)
 {
+    const int32_t num_seqs = of->num_seqs;
     qf_cuda_meta meta;
     int32_t max_items = qf_cuda_step_max_items(self, NULL, num_seqs);
     qf_cuda_meta_layout(self, self->ws.meta, num_seqs, num_seqs, num_seqs, max_items, &meta);
@@ -39,7 +41,7 @@ static qf_status capture(qf_cuda_backend *self, int32_t num_seqs, bool greedy, c
                                     .num_prefill_items = invariant ? max_items : 0,
                                     .num_window_items = invariant || self->kv_window == 0 ? 0 : num_seqs};
     qf_cuda_forward f = {.meta = &meta,
-                         .plan = {.full = bound, .sliding = bound, .all_greedy = greedy},
+                         .plan = {.full = bound, .sliding = bound, .all_greedy = of->greedy, .one_kernel = of->one_kernel},
                          .captured = true};
     cudaGraph_t graph = NULL;
     QF_CUDA_CHECK(cudaStreamBeginCapture(self->stream, cudaStreamCaptureModeThreadLocal));
@@ -61,7 +63,7 @@ static qf_status capture(qf_cuda_backend *self, int32_t num_seqs, bool greedy, c
 
 /* A rank of several makes what it will need of this size: how rank 0's rows are sampled is its own affair, so the others
  * cannot tell when it wants which. */
-static qf_status capture_together(qf_cuda_backend *self, int32_t num_seqs, qf_cuda_graph *graphs, qf_error *err)
+static qf_status capture_together(qf_cuda_backend *self, qf_cuda_graph wanted, qf_cuda_graph *graphs, qf_error *err)
 {
     const int count = qf_cuda_samples(self) ? 2 : 1;
     QF_TRY(meet(self, err));
@@ -69,31 +71,33 @@ static qf_status capture_together(qf_cuda_backend *self, int32_t num_seqs, qf_cu
         if (graphs + i == self->graphs + QF_CUDA_MAX_GRAPHS) {
             return QF_FAIL(err, QF_ERROR_INTERNAL, "no room for one more of %d graphs", QF_CUDA_MAX_GRAPHS);
         }
-        QF_TRY(capture(self, num_seqs, i == 0, &graphs[i].exec, err));
-        graphs[i].num_seqs = num_seqs;
-        graphs[i].greedy = i == 0;
+        wanted.greedy = i == 0;
+        QF_TRY(capture(self, &wanted, &wanted.exec, err));
+        graphs[i] = wanted;
         QF_CUDA_CHECK(cudaGraphUpload(graphs[i].exec, self->stream));
     }
     return meet(self, err);
 }
 
-qf_status qf_cuda_graph_get(qf_cuda_backend *self, int32_t num_seqs, bool greedy, cudaGraphExec_t *out, qf_error *err)
+qf_status qf_cuda_graph_get(qf_cuda_backend *self, int32_t num_seqs, const qf_cuda_plan *plan, cudaGraphExec_t *out,
+                            qf_error *err)
 {
+    qf_cuda_graph wanted = {.num_seqs = num_seqs, .greedy = plan->all_greedy, .one_kernel = plan->one_kernel};
     for (int i = 0; i < QF_CUDA_MAX_GRAPHS; i++) {
         qf_cuda_graph *graph = &self->graphs[i];
-        if (graph->num_seqs == num_seqs && (graph->greedy == greedy || !qf_cuda_samples(self))) {
+        if (graph->num_seqs == num_seqs && graph->one_kernel == wanted.one_kernel &&
+            (graph->greedy == wanted.greedy || !qf_cuda_samples(self))) {
             *out = graph->exec;
             return QF_OK;
         }
         if (graph->num_seqs == 0 && self->rank.comm != NULL) {
-            QF_TRY(capture_together(self, num_seqs, graph, err));
-            *out = graph[qf_cuda_samples(self) && !greedy ? 1 : 0].exec;
+            QF_TRY(capture_together(self, wanted, graph, err));
+            *out = graph[qf_cuda_samples(self) && !wanted.greedy ? 1 : 0].exec;
             return QF_OK;
         }
         if (graph->num_seqs == 0) {
-            QF_TRY(capture(self, num_seqs, greedy, &graph->exec, err));
-            graph->num_seqs = num_seqs;
-            graph->greedy = greedy;
+            QF_TRY(capture(self, &wanted, &wanted.exec, err));
+            *graph = wanted;
             *out = graph->exec;
             return QF_OK;
         }

@@ -392,7 +392,9 @@ qf_status qf_cuda_step_build(qf_cuda_backend *self, qf_cuda_step *step, const qf
 {
     builder b = {.self = self, .meta = host, .plan = plan};
     qf_cuda_step_header header = {.sequence = (uint32_t)self->num_submitted};
-    *plan = (qf_cuda_plan){.all_greedy = true};
+    *plan = (qf_cuda_plan){.all_greedy = true,
+                           .one_kernel = self->decode_kernel && batch->num_seqs == 1 &&
+                                         batch->seq_lens[0] <= QF_CUDA_ONE_KERNEL_POSITIONS};
     if (self->kv_window > 0 && (batch->window_slot_mapping == NULL || batch->window_block_tables == NULL ||
                                 batch->window_first_block == NULL)) {
         return QF_FAIL(err, QF_ERROR_INTERNAL, "a step without the tables of its 16-bit window of %d", self->kv_window);

@@ -99,7 +99,7 @@ static qf_status load_linear(loader *self, const qf_cuda_fused *fused, qf_cuda_l
     qf_cuda_stager *stager = &self->stager;
     const int32_t *groups[QF_REPACK_MAX_PARTS];
     find_groups(self, fused, linear, groups);
-    const bool as_stored = linear->bits <= 8 && !linear->quantize;
+    const bool as_stored = linear->bits <= 8 && linear->quantize_bits == 0;
     linear->scale_multiplier = as_stored ? qf_cuda_scale_multiplier(fused, stager->pool, self->largest) : 1.0f;
     const int32_t step = qf_cuda_job_rows(fused, linear);
     for (int32_t row = 0; row < linear->n; row += step) {

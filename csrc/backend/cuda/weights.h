@@ -16,7 +16,7 @@ typedef struct qf_cuda_linear_layout {
     int32_t n, k;               /* as packed */
     int32_t real_n, real_k;     /* the model's */
     int32_t bits, group_size;   /* 4, 8, 16; 32: float32 rows (real_n, real_k), for dtype="float32" */
-    bool quantize;              /* rounded to nearest while loading */
+    int32_t quantize_bits, quantize_group_size; /* 4, 8: rounded while loading; 16 bits then hold what that gives */
     float scale_multiplier;     /* filled at load */
     size_t data, scales, bias, perm;
 } qf_cuda_linear_layout;
@@ -44,6 +44,7 @@ typedef struct qf_cuda_weights_layout {
     size_t embedding_bytes, layers_bytes, head_bytes; /* its parts; a part on the host counts 0 here */
     size_t host_bytes;            /* pinned: the embedding, then host layers' blobs */
     size_t slot_bytes;            /* the largest host layer's blob; 0: none. The device holds two slots (elsewhere) */
+    int32_t num_widened;          /* linears of 16 bits only because a rank's columns cut their groups or their order */
     size_t raw_bytes;             /* while loading: raw tensors on the device, twice, then one blob of slot_bytes */
 } qf_cuda_weights_layout;
 

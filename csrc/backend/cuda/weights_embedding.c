@@ -86,7 +86,8 @@ static qf_status convert_on_device(qf_cuda_stager *stager, const embedding_task 
                                      .format = qf_cuda_float_format(task->from),
                                      .bits = 8 * (int32_t)qf_dtype_size(task->from),
                                      .n = count,
-                                     .num_rows = count};
+                                     .num_rows = count,
+                                     .num_columns = (int32_t)task->width};
     return qf_cuda_repack(&args, stager->compute, err);
 }
 

@@ -179,14 +179,15 @@ static const char *bytes_of(const qf_tensor *tensor, size_t offset) { return (co
 static void add_transposed(qf_cuda_job *job, const qf_linear_source *part, char *slot, qf_repack_part *out)
 {
     const size_t n = (size_t)whole_of(part)->n, first = (size_t)(part->first_row + out->first_row);
-    const size_t rows = (size_t)out->num_rows, column = (size_t)part->first_column, bits = (size_t)part->bits;
+    const size_t rows = (size_t)out->num_rows, column = (size_t)(part->first_column - out->columns_before);
+    const size_t bits = (size_t)part->bits, per_word = 32 / bits;
     const size_t scale_bytes = float_bytes(&part->scales);
     const group_map map = map_groups(part);
     if (part->format == QF_LINEAR_AWQ) {
         out->weight = add(job, slot, bytes_of(&part->weight, (column * n + first) / 2), rows / 2, (size_t)part->k, n / 2);
     } else {
-        out->weight = add(job, slot, bytes_of(&part->weight, 4 * (column * bits / 32 * n + first)), 4 * rows,
-                          (size_t)part->k * bits / 32, 4 * n);
+        out->weight = add(job, slot, bytes_of(&part->weight, 4 * (column / per_word * n + first)), 4 * rows,
+                          ((size_t)out->num_columns + per_word - 1) / per_word, 4 * n);
     }
     out->scales = add_groups(job, slot, bytes_of(&part->scales, first * scale_bytes), &map, rows * scale_bytes,
                              n * scale_bytes, 1, 0);
@@ -200,15 +201,15 @@ static void add_row_major(qf_cuda_job *job, const qf_linear_source *part, char *
 {
     const qf_linear_source *whole = whole_of(part);
     const size_t first = (size_t)(part->first_row + out->first_row), rows = (size_t)out->num_rows;
-    const size_t column = (size_t)part->first_column;
+    const size_t column = (size_t)(part->first_column - out->columns_before), columns = (size_t)out->num_columns;
     if (part->format == QF_LINEAR_DENSE) {
         const size_t width = float_bytes(&part->weight), stride = (size_t)whole->k * width;
-        out->weight = add(job, slot, bytes_of(&part->weight, first * stride + column * width), (size_t)part->k * width,
-                          rows, stride);
+        out->weight = add(job, slot, bytes_of(&part->weight, first * stride + column * width), columns * width, rows,
+                          stride);
         return;
     }
     const size_t per_word = 32 / (size_t)part->bits;
-    const size_t row_bytes = 4 * (((size_t)part->k + per_word - 1) / per_word);
+    const size_t row_bytes = 4 * ((columns + per_word - 1) / per_word);
     const size_t stride = 4 * (((size_t)whole->k + per_word - 1) / per_word);
     const size_t scale_bytes = float_bytes(&part->scales), groups = (size_t)whole->num_groups;
     const size_t zero_rows = (rows + per_word - 1) / per_word;
@@ -241,6 +242,20 @@ static void choose_rows(const qf_cuda_fused *fused, const qf_linear_source *sour
     part->num_rows = max_i32(end - begin, 0);
 }
 
+/* Which columns: the part's own, and the others of the first word, or of groups that are rounded whole. */
+static void choose_columns(const qf_linear_source *source, const qf_cuda_linear_layout *linear, qf_repack_part *part)
+{
+    const bool words = source->format == QF_LINEAR_GPTQ || source->format == QF_LINEAR_COMPRESSED_TENSORS;
+    const int32_t begin = source->first_column;
+    int32_t unit = words ? 32 / source->bits : 1, end = begin + source->k;
+    if (linear->quantize_bits != 0) {
+        unit = linear->quantize_group_size;
+        end = min_i32((end + unit - 1) / unit * unit, whole_of(source)->k);
+    }
+    part->columns_before = begin % unit;
+    part->num_columns = end - begin + part->columns_before;
+}
+
 static qf_repack_format format_of(const qf_linear_source *part)
 {
     switch (part->format) {
@@ -269,6 +284,7 @@ static void add_part(const qf_cuda_fused *fused, const qf_cuda_linear_layout *li
                             .num_groups = (int32_t)map_groups(part).count,
                             .zero_bias = part->format == QF_LINEAR_GPTQ && part->gptq_v1 ? 1 : 0};
     choose_rows(fused, part, job->args.first_row, job->args.num_rows, out);
+    choose_columns(part, linear, out);
     if (out->num_rows == 0 || part->format == QF_LINEAR_DUMMY) {
         return;
     }
@@ -293,7 +309,8 @@ void qf_cuda_job_make(const qf_cuda_fused *fused, const qf_cuda_linear_layout *l
     out->args = (qf_repack_args){.num_parts = fused->num_parts,
                                  .interleave = fused->interleave,
                                  .rows = linear->bits == 32,
-                                 .quantize = linear->quantize,
+                                 .quantize_bits = linear->quantize_bits,
+                                 .quantize_group_size = linear->quantize_group_size,
                                  .bits = linear->bits,
                                  .group_size = linear->group_size,
                                  .k = linear->real_k,

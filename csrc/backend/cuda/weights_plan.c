@@ -1,7 +1,8 @@
 /* The layout of the weights: formats and offsets, to the byte, before anything is allocated.
  *
  * A fused linear keeps 4 or 8 bits if all its parts have them, in one format, with groups that can be cut into groups
- * of 32, 64 or 128, and in one order of columns. All else becomes 16 bits (dequantised, if it was not dense). */
+ * of 32, 64 or 128, and in one order of columns. All else becomes 16 bits (dequantised, if it was not dense). What
+ * is rounded while loading becomes 16 bits where a rank's columns cut its groups into pieces below 32. */
 #include "backend/cuda/weights.h"
 
 #include <string.h>
@@ -64,6 +65,22 @@ static bool all_dense(const qf_cuda_fused *fused)
     return dense;
 }
 
+/* Groups that a rank's columns cut are rounded whole, and stored in pieces; in 16 bits if those are too small. */
+static void choose_rounding(const qf_cuda_fused *fused, int32_t bits, int32_t group_size, qf_cuda_linear_layout *out)
+{
+    const int32_t before = fused->parts[0]->first_column % group_size;
+    int32_t group = group_size;
+    while (group >= 32 && before % group != 0) {
+        group /= 2;
+    }
+    out->quantize_bits = bits;
+    out->quantize_group_size = group_size;
+    if (group >= 32) {
+        out->bits = bits;
+        out->group_size = group;
+    }
+}
+
 /* Everything but the offsets. */
 static void choose_format(const qf_cuda_fused *fused, int32_t quantize_bits, const qf_backend_options *options,
                           qf_cuda_linear_layout *out)
@@ -85,13 +102,21 @@ static void choose_format(const qf_cuda_fused *fused, int32_t quantize_bits, con
     out->bits = 16;
     int32_t group = common_group(fused);
     if (quantize_bits != 0 && all_dense(fused)) {
-        out->quantize = true;
-        out->bits = quantize_bits;
-        out->group_size = options->quantize_group_size;
+        choose_rounding(fused, quantize_bits, options->quantize_group_size, out);
     } else if (group != 0) {
         out->bits = fused->parts[0]->bits;
         out->group_size = group;
     }
+}
+
+/* Whether the linear would have 4 or 8 bits on one device. */
+static bool is_widened(const qf_cuda_fused *fused, const qf_cuda_linear_layout *linear)
+{
+    qf_cuda_fused whole = *fused;
+    for (int32_t i = 0; i < fused->num_parts; i++) {
+        whole.parts[i] = fused->parts[i]->whole != NULL ? fused->parts[i]->whole : fused->parts[i];
+    }
+    return linear->bits == 16 && (linear->quantize_bits != 0 || common_group(&whole) != 0);
 }
 
 /* --- offsets -------------------------------------------------------------------------------------------- */
@@ -133,11 +158,13 @@ static size_t place_k_bias(const qf_checkpoint *checkpoint, int32_t index, const
     return take(at, (size_t)k->n * sizeof(float));
 }
 
-static void plan_layer(const qf_checkpoint *checkpoint, int32_t index, const qf_backend_options *options,
-                       qf_cuda_layer_layout *out)
+/* Returns how many of its linears are widened. */
+static int32_t plan_layer(const qf_checkpoint *checkpoint, int32_t index, const qf_backend_options *options,
+                          qf_cuda_layer_layout *out)
 {
     size_t hidden_bytes = (size_t)qf_checkpoint_config(checkpoint)->hidden_size * sizeof(float);
     size_t at = 0;
+    int32_t num_widened = 0;
     out->input_norm = take(&at, hidden_bytes);
     out->post_attention_norm = take(&at, hidden_bytes);
     out->k_bias = place_k_bias(checkpoint, index, options, &at);
@@ -146,12 +173,14 @@ static void plan_layer(const qf_checkpoint *checkpoint, int32_t index, const qf_
         qf_cuda_linear_layout *linear = qf_cuda_layer_linear(out, (qf_cuda_linear_id)id);
         qf_cuda_fused_get(checkpoint, index, (qf_cuda_linear_id)id, options->float32, &fused);
         choose_format(&fused, options->quantize_bits, options, linear);
+        num_widened += is_widened(&fused, linear) ? 1 : 0;
         place_small(&fused, linear, &at);
     }
     for (int32_t id = 0; id < QF_CUDA_LINEARS_PER_LAYER; id++) {
         place_packed(qf_cuda_layer_linear(out, (qf_cuda_linear_id)id), &at);
     }
     out->size_bytes = at;
+    return num_widened;
 }
 
 static void plan_head(const qf_checkpoint *checkpoint, const qf_backend_options *options, qf_cuda_weights_layout *out)
@@ -246,34 +275,18 @@ static qf_status check_options(const qf_backend_options *options, qf_error *err)
     return QF_OK;
 }
 
-/* A rank's columns begin with a word of the file. */
-static qf_status check_cuts(const qf_checkpoint *checkpoint, qf_error *err)
-{
-    for (int32_t i = 0; i < 2 * qf_checkpoint_config(checkpoint)->num_layers; i++) {
-        const qf_linear_source *part = qf_checkpoint_linear(checkpoint, i / 2, i % 2 == 0 ? QF_O_PROJ : QF_DOWN_PROJ);
-        const bool words = part->format == QF_LINEAR_GPTQ || part->format == QF_LINEAR_COMPRESSED_TENSORS;
-        if (words && part->first_column * part->bits % 32 != 0) {
-            return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
-                           "%s would be cut at column %d, inside a word of the file: not on GPUs", part->name,
-                           part->first_column);
-        }
-    }
-    return QF_OK;
-}
-
 qf_status qf_cuda_weights_plan(const qf_checkpoint *checkpoint, const qf_backend_options *options,
                                qf_cuda_weights_layout *out, qf_error *err)
 {
     *out = (qf_cuda_weights_layout){0};
     QF_TRY(check_options(options, err));
-    QF_TRY(check_cuts(checkpoint, err));
     int32_t num_layers = qf_checkpoint_config(checkpoint)->num_layers;
     QF_TRY(qf_alloc((void **)&out->layers, (size_t)num_layers, sizeof *out->layers, "the layers' layout", err));
     out->num_layers = num_layers;
     plan_head(checkpoint, options, out);
     plan_embedding(checkpoint, options, out);
     for (int32_t i = 0; i < num_layers; i++) {
-        plan_layer(checkpoint, i, options, &out->layers[i]);
+        out->num_widened += plan_layer(checkpoint, i, options, &out->layers[i]);
         out->layers_bytes += out->layers[i].size_bytes;
     }
     size_t offloaded_bytes = 0;
