@@ -29,17 +29,28 @@
  * positions from scratch and merges them in order, in registers or by way of the workspace, with the same arithmetic; a
  * row of the tensor cores' product depends on no other row.
  *
- * Tried and lost, decode (H200, 32 sequences of 8,192 of the 7B model, 125 us as it is):
- *   keys and values loaded to registers. 127 us with all of L1 to land in; but linear layers want all as shared memory, a
- *     multiprocessor stays as it was last set, and with the 28 KB that are left of L1 it was 153. L2 prefetch hints: 139.
- *   each lane copying just what it uses to places of its own, which needs no barrier of the warp: 178. A line of memory
- *     comes in one piece, and pieces of it that go to the same banks come one after the other.
- *   bulk copies, one for a tile's keys and one for its values, with barriers in shared memory: no faster, and 19.9 us
- *     instead of 19.0 with 64 sequences of 2,048 of the 0.5B model, whose copies are 2 KB.
- *   3 CTAs a multiprocessor with rings of 2 units: as fast there, but 69 us instead of 62 with 64 sequences of 2,048 and
- *     16.4 instead of 14.5 with 64 of 384; what they have in flight is the same.
+ * Measured, decode (H200, 4.4 TB/s; calls back to back in a graph with dependent launch, caches not in L2; us, and share
+ * of the bandwidth; rows x positions); below it an older kernel, which loaded keys and values to registers, with all of L1
+ * and with the least of it:
  *
- * Measured: see PERF.md. */
+ *                    28/4 heads of 128                                                14/2 of 64          40/8 of 128
+ *                    32 x 8K    1 x 128K   64 x 2K    64 x 384   256 x 384  1 x 8K     64 x 2K   1 x 8K    16 x 8K
+ *     this kernel    127 96 %   69 89 %    63 97 %    14.4 80 %  52 88 %    11.0       19.5      7.1       128 95 %
+ *     old, all       129 95 %   71 86 %    69 88 %    17.9 64 %  55 83 %    10.9       20.1      8.0
+ *     old, least     153 80 %   83 73 %    82 74 %    19.9 57 %  67 68 %    11.4       22.0      8.2
+ *
+ * Tried and lost, decode (32 x 8K):
+ *   loads to registers: linear layers want all of L1 as shared memory, and a multiprocessor stays as it was last set, so
+ *     that what is on its way has 28 KB to land in. Hints to fetch more into L2: 139 us with all of L1.
+ *   each lane copying just what it uses to places of its own, which needs no barrier of the warp: 178 us. A line of memory
+ *     comes in one piece, and parts of it that go to the same banks come one after the other.
+ *   bulk copies, one for a tile's keys and one for its values, with barriers in shared memory: within 2 %.
+ *   3 CTAs a multiprocessor with rings of 2 units: as fast here, 70 us with 64 x 2K, 16.5 with 64 x 384. (48 x 1000 is cut
+ *     better for 3 CTAs, 27 us instead of 35.)
+ *   2 CTAs with rings of 2 units, which leave room for a third: 166 us, and no better with those of 1. It seems that CTAs of
+ *     a launch that begins while the one before ends come to some multiprocessors by threes and to others by ones.
+ *
+ * Prefill: see PERF.md. */
 #include "attention_decode.cuh"
 #include "attention_prefill.cuh"
 

@@ -27,9 +27,9 @@
 #include "attention_decode_merge.cuh"
 
 #define DECODE_TILE 16
-#define DECODE_UNIT_BYTES (8 * 1024) /* of a warp's ring, which is 3, 2 or 1 of them */
-#define DECODE_UNITS 3
-#define DECODE_CTAS 2                /* on a multiprocessor */
+#define DECODE_CTAS 2                /* on a multiprocessor: csrc/backend/cuda/memory.c counts on it */
+#define DECODE_UNIT_BYTES (8 * 1024) /* of a warp's ring */
+#define DECODE_UNITS 3               /* of a ring at most; of so many that there is no room for another CTA */
 /* At most: a CTA's static shared memory, and what the system takes for it. */
 #define DECODE_OTHER_BYTES (3 * 1024)
 

@@ -16,9 +16,11 @@
  *     positions of an item | warp 0 | warp 1 | .. | warp 15 |     each warp with a ring of stages of its own
  *
  * What the instructions of a stage (hd 128; 32 positions of 4 bits, 16 of 8; without those of a unit of 64) are spent on:
- *   int4  80 + 96 code words to operands | 68 products | 64 float32 of groups' steps | 55 scale words | 24 copies | softmax, places
+ *   int4  80 + 96 code words to operands | 38 products | 32 float32 of groups' steps | 55 scale words | 24 copies | softmax, places
  *   8 bits  32 + 48 codes to operands | 24 products | 12 copies | softmax, places
- * and a unit's bias takes some 150 more.
+ * and a unit's bias takes some 220 more. Of int4's 43 us of walk at 32 x 8K keys and values took 10 each when nothing was copied,
+ * scale words and softmax 5.5, and the bias 13: not by its instructions, but by what it read from shared memory, which is
+ * halved since. Copies alone take 32 to 35 us.
  *
  * Tried and lost:
  *   bf16 operands: 3 to 5 instructions a pair in 8 bits, and int4's zeros had to be taken off again; and scale words
@@ -30,6 +32,12 @@
  *   one kernel with and without bias: a branch in each stage, which keeps the bias's products apart from those of keys
  *     (int8 82 us instead of 78).
  *   the maximum found by shuffles in every stage: 24 instructions and three latencies; now only when a weight would exceed 2^6.
+ *   the merge of splits spread over all CTAs of an item, each waiting for the others: the last one ends 1.7 us sooner, but
+ *     none makes room before for the next kernel, which begins that much later.
+ *   the next linears' weights brought to L2, 12 to 25 MB: during the walk it takes longer by what is saved after it; at its
+ *     end 0.5 us of 43 are saved, since L2 gives them hardly faster than memory does.
+ *   codes marked as the first to leave L2 (evict_first): 8 bits win 2 us of 71, int4 loses 1 of 50; but for head_dim 64 ptxas
+ *     13.0 makes instructions of it that the device refuses.
  *
  * Measured: see PERF.md. */
 #include "attention_decode_lowbit.cuh"

@@ -4,9 +4,9 @@
  * stages (attention_decode_lowbit_stage.cuh), whose scale words are decoded by attention_decode_lowbit_scales.cuh and whose
  * arithmetic is in attention_decode_lowbit_tile.cuh. Warps are merged in order, splits as in attention_decode_merge.cuh.
  *
- *     shared memory:  fine table (rows below 128 bytes) | 16 x rows of the coarse table | 16 x decoded scales | C | D | Q |
- *                     sums of Q | powers of two | factors | 16 warps x (depth stages)
- *                     afterwards the warps' results stand where the stages were */
+ *     shared memory:  fine table (rows below 128 bytes) | C | D | Q | sums of Q | powers of two | factors |
+ *                     16 warps x (decoded scales | rows of the coarse table | terms of a stage | depth stages)
+ *                     afterwards the warps' results stand where that was, and then the partial results of other CTAs */
 #ifndef QF_ATTENTION_DECODE_LOWBIT_CUH
 #define QF_ATTENTION_DECODE_LOWBIT_CUH
 
@@ -15,6 +15,7 @@
 /* Places in shared memory. */
 template <int format, int head_dim> struct lowbit_shared {
     uint8_t *stages, *coarse, *decoded; /* this warp's */
+    float4 *terms;                      /* this lane's */
     float *c, *d;
     uint4 *q, *fine;
     float *sums, *inverse, *factor;
@@ -28,18 +29,19 @@ static __device__ __forceinline__ lowbit_shared<format, head_dim> lay_out(uint8_
     const int warp = threadIdx.x / 32;
     lowbit_shared<format, head_dim> s;
     s.fine = reinterpret_cast<uint4 *>(base);
-    uint8_t *at = base + sizes::fine;
-    s.coarse = at + warp * sizes::coarse;
-    at += LOWBIT_WARPS * sizes::coarse;
-    s.decoded = at + warp * sizes::decoded;
-    at += LOWBIT_WARPS * sizes::decoded;
+    /* What a shuffle gave is kept, not made anew in every stage. */
+    const int own_at = __shfl_sync(ALL_LANES, sizes::fixed + warp * (sizes::own + depth * sizes::stage), 0);
+    uint8_t *const at = base + sizes::fine, *const own = base + own_at;
+    s.decoded = own;
+    s.coarse = own + sizes::decoded;
+    s.terms = reinterpret_cast<float4 *>(own + sizes::decoded + sizes::coarse) + threadIdx.x % 32;
     s.c = reinterpret_cast<float *>(at);
     s.d = reinterpret_cast<float *>(at + sizes::c);
     s.q = reinterpret_cast<uint4 *>(at + 2 * sizes::c);
     s.sums = reinterpret_cast<float *>(at + 2 * sizes::c + sizes::q);
     s.inverse = reinterpret_cast<float *>(at + 2 * sizes::c + sizes::q + sizes::sums);
     s.factor = s.inverse + LOWBIT_HEADS;
-    s.stages = base + sizes::fixed + warp * depth * sizes::stage;
+    s.stages = own + sizes::own;
     s.values = reinterpret_cast<float *>(base + sizes::fixed);
     s.maximum = s.values + LOWBIT_WARPS * LOWBIT_HEADS * sizes::result_row;
     s.sum = s.maximum + LOWBIT_WARPS * LOWBIT_HEADS;
@@ -70,10 +72,20 @@ static __device__ __forceinline__ void prepare_operand(const float (&x)[head_dim
 {
     constexpr bool integer = format == QF_CUDA_KV_INT4 || format == QF_CUDA_KV_INT8;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float largest = 0.0f, total = 0.0f;
+    float largest = 0.0f, total = 0.0f, sums[head_dim / 32];
 #pragma unroll
     for (int i = 0; i < head_dim / 32; i++) {
         largest = fmaxf(largest, fabsf(x[i]));
+        sums[i] = x[i];
+    }
+    if constexpr (integer) {
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+#pragma unroll
+            for (int i = 0; i < head_dim / 32; i++) {
+                sums[i] += __shfl_xor_sync(ALL_LANES, sums[i], offset);
+            }
+        }
     }
     const uint32_t exponent = power_for(warp_max(largest));
     const float power = __uint_as_float(exponent << 23);
@@ -82,11 +94,7 @@ static __device__ __forceinline__ void prepare_operand(const float (&x)[head_dim
 #pragma unroll
     for (int i = 0; i < head_dim / 32; i++) {
         q[32 * 8 * i] = __float2half_rn(x[i] * own);
-        float sum = x[i] * power;
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            sum += __shfl_xor_sync(ALL_LANES, sum, offset);
-        }
+        const float sum = sums[i] * power;
         total += sum;
         if (format == QF_CUDA_KV_INT4 && lane == 0) {
             const float exact = -sum * QF_KV_FP16_UNIT;
@@ -108,7 +116,8 @@ static __device__ __forceinline__ void prepare_operand(const float (&x)[head_dim
 /* Operands made of up to 8 queries: warp w makes head w's. Rows of heads that there are not are zero. */
 template <int format, int head_dim>
 static __device__ __forceinline__ void prepare_queries(const attention_params &p, const qf_cuda_attention_item &item,
-                                                       int32_t kv_head, int32_t first_head,
+                                                       int32_t kv_head, int32_t first_head, const float (&b)[head_dim / 32],
+                                                       const float (&middle)[head_dim / 32],
                                                        const lowbit_shared<format, head_dim> &shared)
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num = p.group - first_head;
@@ -117,18 +126,19 @@ static __device__ __forceinline__ void prepare_queries(const attention_params &p
     }
     const uint16_t *q = static_cast<const uint16_t *>(p.a.q) +
                         ((int64_t)item.first_row * p.a.shape.num_heads + kv_head * p.group + first_head) * head_dim;
-    float x[head_dim / 32], b[head_dim / 32], c[head_dim / 64], d[head_dim / 64], largest = 0.0f;
+    float x[head_dim / 32], c[head_dim / 64], d[head_dim / 64], largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < head_dim / 32; i++) { /* columns 32 i + lane */
         x[i] = warp < num ? __uint_as_float((uint32_t)__ldcg(q + warp * head_dim + 32 * i + lane) << 16) : 0.0f;
-        b[i] = p.a.kv.k_bias != NULL ? __ldg(p.a.kv.k_bias + kv_head * head_dim + 32 * i + lane) : 0.0f;
     }
     prepare_operand<format, head_dim>(x, p.scale_log2, shared);
 #pragma unroll
     for (int i = 0; i < head_dim / 64; i++) {
         const int j = i + head_dim / 64;
-        c[i] = __fmaf_rn(x[i], b[i], __fmul_rn(x[j], b[j])) * p.scale_log2;
-        d[i] = __fmaf_rn(x[j], b[i], -__fmul_rn(x[i], b[j])) * p.scale_log2;
+        const float c0 = __fmaf_rn(x[i], b[i], __fmul_rn(x[j], b[j])) * p.scale_log2;
+        const float d0 = __fmaf_rn(x[j], b[i], -__fmul_rn(x[i], b[j])) * p.scale_log2;
+        c[i] = __fmaf_rn(c0, middle[i], __fmul_rn(d0, middle[j]));
+        d[i] = __fmaf_rn(d0, middle[i], -__fmul_rn(c0, middle[j]));
         largest = fmaxf(largest, fabsf(c[i]) + fabsf(d[i]));
     }
     const uint32_t exponent = power_for(warp_max(largest));
@@ -158,7 +168,7 @@ static __device__ __forceinline__ void begin_walk(const attention_params &p, low
             qf_grid_dependency_wait();
             waited = true;
         }
-        copy_stage<format, head_dim, biased>(p, w, w.first + s, shared.stages + s * sizes::stage, shared.coarse);
+        copy_stage<format, head_dim, biased, true>(p, w, w.first + s, shared.stages + s * sizes::stage, shared.coarse);
     }
     if (!waited) {
         qf_grid_dependency_wait();
@@ -171,9 +181,14 @@ static __device__ __forceinline__ void walk(const attention_params &p, lowbit_wa
                                             lowbit_state<format, head_dim> &state)
 {
     typedef lowbit_sizes<format, head_dim> sizes;
+    depth = sizes::depth == sizes::least_depth ? sizes::depth : depth;
     const lowbit_queries<head_dim> queries = {shared.q, shared.sums,    shared.factor,
                                               shared.c, shared.d, shared.inverse};
-    lowbit_bias<head_dim> bias = {};
+    lowbit_bias<head_dim, sizes::tiles> bias = {};
+    if constexpr (sizes::tiles == 2) {
+        bias.second = shared.terms;
+    }
+    bool fresh = true;
     const uint4 *fine = (sizes::fine > 0 ? shared.fine : reinterpret_cast<const uint4 *>(p.a.bias_fine)) + w.lane;
     uint8_t *stage = shared.stages, *const last = stage + (depth - 1) * sizes::stage;
 #pragma unroll
@@ -182,7 +197,7 @@ static __device__ __forceinline__ void walk(const attention_params &p, lowbit_wa
     }
     state.excess[0] = state.excess[1] = state.excess[2] = state.excess[3] = 0.0f;
     state.exponent = 0;
-    state.maximum[0] = state.maximum[1] = -INFINITY;
+    state.maximum[0] = state.maximum[1] = 0.0f;
     state.sum[0] = state.sum[1] = 0.0f;
 #pragma unroll 1
     for (uint32_t s = w.first; s < w.end; s++) {
@@ -192,21 +207,30 @@ static __device__ __forceinline__ void walk(const attention_params &p, lowbit_wa
             qf_cp_async_wait<sizes::least_depth - 1>();
         }
         __syncwarp();
-        if (biased && (s % sizes::stages == 0 || s == w.first)) {
-            start_unit<head_dim>(bias, queries,
-                                 shared.coarse + s / sizes::stages % sizes::coarse_slots * head_dim * 4, w.lane);
+        if (biased && (s % sizes::stages == 0 || fresh)) {
+            start_unit<head_dim, sizes::tiles, (sizes::fine > 0)>(
+                bias, queries, shared.coarse + s / sizes::stages % sizes::coarse_slots * head_dim * 4, fine, w.lane,
+                s % sizes::stages, state.maximum);
+        } else if (biased && sizes::tiles == 2) {
+            load_terms(bias);
         }
-        compute_stage<format, head_dim, biased>(w, s, stage, shared.decoded, queries, bias, fine, state);
+        compute_stage<format, head_dim, biased>(w, s, fresh, stage, shared.decoded, queries, bias, fine, state);
+        fresh = false;
         __syncwarp(); /* all have read what is written anew */
-        copy_stage<format, head_dim, biased>(p, w, s + depth, stage, shared.coarse);
+        copy_stage<format, head_dim, biased, false>(p, w, s + depth, stage, shared.coarse);
         stage = stage == last ? shared.stages : stage + sizes::stage;
     }
     qf_cp_async_wait<0>();
 #pragma unroll
     for (int e = 0; e < 2; e++) {
+        state.maximum[e] = fresh ? -INFINITY : state.maximum[e];
+        if constexpr (format == QF_CUDA_KV_INT4) {
+            state.sum[e] = state.excess[2 + e];
+        } else {
 #pragma unroll
-        for (int offset = 4; offset < 32; offset *= 2) {
-            state.sum[e] += __shfl_xor_sync(ALL_LANES, state.sum[e], offset);
+            for (int offset = 4; offset < 32; offset *= 2) {
+                state.sum[e] += __shfl_xor_sync(ALL_LANES, state.sum[e], offset);
+            }
         }
     }
 }
@@ -220,6 +244,17 @@ static __device__ __forceinline__ void put_results(const lowbit_state<format, he
     constexpr float unit = integer ? 1.0f / QF_KV_FP16_UNIT : 1.0f, odd = format == QF_CUDA_KV_INT4 ? 0.0625f : 1.0f;
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const float power = __uint_as_float((s.exponent + (127 - 112)) << 23);
+    float excess[head_dim / 32][2] = {}; /* of a group's columns */
+    if constexpr (sizes::zeros) {
+#pragma unroll
+        for (int group = 0; group < head_dim / 32; group++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                excess[group][e] = __shfl_sync(ALL_LANES, s.excess[e], 4 * group + t) +
+                                   __shfl_sync(ALL_LANES, s.excess[e], 4 * (sizes::words + group) + t);
+            }
+        }
+    }
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         const int row = warp * LOWBIT_HEADS + 2 * t + e;
@@ -232,7 +267,8 @@ static __device__ __forceinline__ void put_results(const lowbit_state<format, he
             float x[4] = {s.o[i][e], s.o[i][e + 2] * odd, s.o[i + 1][e], s.o[i + 1][e + 2] * odd};
 #pragma unroll
             for (int n = 0; n < 4; n++) {
-                x[n] = (format == QF_CUDA_KV_INT8 ? x[n] - s.excess[e] : x[n]) * unit * power;
+                x[n] = (format == QF_CUDA_KV_INT8 ? x[n] - s.excess[e] : x[n]) * unit;
+                x[n] = (sizes::zeros ? x[n] - excess[i / 2][e] : x[n]) * power;
             }
             *reinterpret_cast<float4 *>(shared.values + row * sizes::result_row + 16 * i + 4 * g) =
                 make_float4(x[0], x[1], x[2], x[3]);
@@ -247,31 +283,67 @@ static __device__ __forceinline__ void merge_results(const attention_params &p, 
                                                      const lowbit_shared<format, head_dim> &shared)
 {
     typedef lowbit_sizes<format, head_dim> sizes;
+    static_assert(LOWBIT_WARPS == 16 && LOWBIT_HEADS == 8, "16 lanes have a head's weights");
+    __shared__ float2 totals[LOWBIT_HEADS];
     const int32_t num = min(p.group - first_head, LOWBIT_HEADS);
+    if (threadIdx.x < LOWBIT_WARPS * LOWBIT_HEADS) { /* -inf: of a warp that had nothing to do */
+        const int32_t local = threadIdx.x / 16, row = threadIdx.x % 16 * LOWBIT_HEADS + local;
+        const float own = shared.maximum[row];
+        float maximum = own;
+#pragma unroll
+        for (int offset = 1; offset < 16; offset *= 2) {
+            maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, offset));
+        }
+        const float weight = power_of_two(own - maximum);
+        float sum = shared.sum[row] * weight;
+#pragma unroll
+        for (int offset = 1; offset < 16; offset *= 2) {
+            sum += __shfl_xor_sync(ALL_LANES, sum, offset);
+        }
+        shared.maximum[row] = weight;
+        if (threadIdx.x % 16 == 0) {
+            totals[local] = make_float2(maximum, sum);
+        }
+    }
+    __syncthreads();
     for (int32_t i = threadIdx.x; i < num * (head_dim / 4); i += LOWBIT_THREADS) {
         const int32_t local = i / (head_dim / 4), d = i % (head_dim / 4) * 4;
         const int32_t head = kv_head * p.group + first_head + local;
-        float maximum = -INFINITY, sum = 0.0f; /* of a warp that had nothing to do: -inf */
         float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int w = 0; w < LOWBIT_WARPS; w++) {
-            maximum = fmaxf(maximum, shared.maximum[w * LOWBIT_HEADS + local]);
-        }
+        float unused = 0.0f;
 #pragma unroll
         for (int w = 0; w < LOWBIT_WARPS; w++) {
             const int32_t row = w * LOWBIT_HEADS + local;
-            add_weighted(acc, sum, *reinterpret_cast<const float4 *>(shared.values + row * sizes::result_row + d),
-                         shared.sum[row], power_of_two(shared.maximum[row] - maximum));
+            add_weighted(acc, unused, *reinterpret_cast<const float4 *>(shared.values + row * sizes::result_row + d), 0.0f,
+                         shared.maximum[row]);
         }
+        const float2 total = totals[local];
         if (item.num_splits == 1) {
-            store_out(p, head * head_dim + d, item.first_row, acc, sum);
+            store_out(p, head * head_dim + d, item.first_row, acc, total.y);
         } else {
             float *unit = unit_of(p, item, item.split, 0);
             *reinterpret_cast<float4 *>(unit_values(p, unit, head) + d) = acc;
             if (d == 0) {
-                *reinterpret_cast<float2 *>(unit + 2 * head) = make_float2(maximum, sum);
+                *reinterpret_cast<float2 *>(unit + 2 * head) = total;
             }
         }
+    }
+}
+
+/* By a warp: the unit's item, and how many units there are, all in one load. */
+static __device__ __forceinline__ void load_unit(const attention_params &p, int32_t u, qf_cuda_attention_item &item,
+                                                 int32_t &unit, int32_t &num_units, int32_t &kv_head)
+{
+    constexpr int words = sizeof(item) / 4;
+    const int32_t lane = threadIdx.x % 32, heads = p.a.shape.num_kv_heads;
+    const int32_t *from = lane < words ? reinterpret_cast<const int32_t *>(p.a.items + u / heads) + lane : p.a.num_items;
+    const int32_t word = __ldcg(from);
+    if (lane < words) {
+        reinterpret_cast<int32_t *>(&item)[lane] = word;
+    } else if (lane == words) {
+        unit = u;
+        num_units = word * heads;
+        kv_head = u % heads;
     }
 }
 
@@ -281,29 +353,44 @@ static __global__ void __launch_bounds__(LOWBIT_THREADS, LOWBIT_CTAS)
 {
     extern __shared__ __align__(128) uint8_t dynamic[];
     __shared__ qf_cuda_attention_item item; /* registers are scarce: these are read anew where they are wanted */
-    __shared__ int32_t unit, kv_head;
+    __shared__ int32_t unit, num_units, kv_head;
     qf_grid_launch_dependents();
     /* Items were copied before the step's first kernel. The grid is no larger than the array, so that the first item is
      * loaded before it is known to be there. */
     const lowbit_shared<format, head_dim> shared = lay_out<format, head_dim>(dynamic, depth);
-    if constexpr (biased) { /* no kernel of the step writes it */
+    if constexpr (biased) { /* no kernel of the step writes it; it has come when the first stage has */
         for (int32_t i = threadIdx.x; i < lowbit_sizes<format, head_dim>::fine / 16; i += LOWBIT_THREADS) {
-            shared.fine[i] = __ldg(reinterpret_cast<const uint4 *>(p.a.bias_fine) + i);
+            qf_cp_async_16(shared.fine + i, reinterpret_cast<const uint4 *>(p.a.bias_fine) + i);
         }
+        qf_cp_async_commit();
     }
-    for (int32_t u = blockIdx.x; u < __ldcg(p.a.num_items) * p.a.shape.num_kv_heads;) {
-        if (threadIdx.x == 0) {
-            unit = u;
-            kv_head = u % p.a.shape.num_kv_heads;
-            item = load_item(p.a.items + u / p.a.shape.num_kv_heads);
+    for (int32_t u = blockIdx.x;;) {
+        if (threadIdx.x < 32) {
+            load_unit(p, u, item, unit, num_units, kv_head);
         }
         __syncthreads();
+        if (u >= num_units) {
+            break;
+        }
 #pragma unroll 1
         for (int32_t first_head = 0; first_head < p.group; first_head += LOWBIT_HEADS) {
             lowbit_state<format, head_dim> state;
             lowbit_walk w = start_walk<format, head_dim>(p, item, kv_head, threadIdx.x % 32);
+            float b[head_dim / 32] = {}, middle[head_dim / 32] = {}; /* sent for before the wait for the kernel before */
+            if constexpr (biased) {
+                const float *turn = reinterpret_cast<const float *>(p.a.bias_fine + QF_CUDA_BIAS_TILE / 2 * head_dim);
+#pragma unroll
+                for (int i = 0; i < head_dim / 32; i++) {
+                    b[i] = __ldg(p.a.kv.k_bias + kv_head * head_dim + 32 * i + threadIdx.x % 32);
+                    middle[i] = __ldg(turn + 32 * i + threadIdx.x % 32);
+                }
+            }
             begin_walk<format, head_dim, biased>(p, w, unit == (int32_t)blockIdx.x && first_head == 0, depth, shared);
-            prepare_queries<format, head_dim>(p, item, kv_head, first_head, shared);
+            prepare_queries<format, head_dim>(p, item, kv_head, first_head, b, middle, shared);
+            if (biased) { /* the fine table, which all threads have copied */
+                depth == lowbit_sizes<format, head_dim>::depth ? qf_cp_async_wait<lowbit_sizes<format, head_dim>::depth>()
+                                                               : qf_cp_async_wait<lowbit_sizes<format, head_dim>::least_depth>();
+            }
             __syncthreads();
             walk<format, head_dim, biased>(p, w, depth, shared, state);
             __syncthreads(); /* results stand where stages were */
@@ -315,11 +402,15 @@ static __global__ void __launch_bounds__(LOWBIT_THREADS, LOWBIT_CTAS)
         if (item.num_splits == 1) {
             zero_padding(p, item, kv_head);
         } else {
-            merge_item<head_dim, LOWBIT_THREADS>(p, item, kv_head);
+            merge_item_wide<head_dim, LOWBIT_THREADS>(p, item, kv_head, reinterpret_cast<uint8_t *>(shared.values),
+                                                      LOWBIT_WARPS * (lowbit_sizes<format, head_dim>::own +
+                                                                      depth * lowbit_sizes<format, head_dim>::stage));
         }
-        u = unit;
+        u = unit + (int32_t)gridDim.x;
+        if (u >= num_units) {
+            break;
+        }
         __syncthreads(); /* item is written anew */
-        u += gridDim.x;
     }
     qf_grid_dependency_wait(); /* a kernel's end implies its predecessor's, whether it had work or not */
 }

@@ -5,9 +5,9 @@
  *
  *   key_steps   (positions, words) float32
  *   key_zeros   (positions, words) float32: step times zero, exact in tf32 (int4)
- *   value steps (tiles, words, 4 t) of s(2t, 2t + 1) | s(2t + 8, 2t + 9): in fp16, by the warp's exponent
- *   value zeros (tiles, words, 4 t) of z(2t, ..) | 16 z(2t, ..) | z(2t + 8, ..) | 16 z(2t + 8, ..) (int4), times -2^-24 in
- *               fp16: an A operand, which takes from all columns of a group what their codes have too much
+ *   value units (tiles, words, 4 t) of s(2t, 2t + 1) | s(2t + 8, 2t + 9): in fp16, by the warp's exponent; int4 also
+ *               s z(2t, 2t + 1) | s z(2t + 8, 2t + 9), exact: an A operand, whose row of a tile and a group takes up
+ *               what all columns of the group have too much
  *
  * Steps of values have 8 bits of exponent and fp16 5: they are taken relative to a power of two of the warp, which grows
  * when a stage has a larger step than it can hold. What is then too small, 2^-20 of the largest, becomes 0 or less exact. */
@@ -22,7 +22,8 @@
 
 template <int format, int head_dim> struct lowbit_state {
     float o[head_dim / 16][4];   /* tiles 2 G, 2 G + 1: rows g, g + 8 are columns 32 G + 4 g .. + 3 of the head */
-    float excess[4];             /* int8: what all rows of o have too much */
+    float excess[4];             /* int8: what all rows of o have too much; int4: the first two: row g: what group
+                                    g % words has too much, of tile g / words % 2; the last two: the sum of weights */
     float maximum[2], sum[2];    /* heads 2t, 2t + 1: about the maximum of the warp, the sum of this lane */
     uint32_t exponent;           /* 1.0 in a value's step is 2^(exponent - 112) */
 };
@@ -38,7 +39,7 @@ static __device__ __forceinline__ void scale_outputs(lowbit_state<format, head_d
         s.o[i][2] *= first;
         s.o[i][3] *= second;
     }
-    if constexpr (format == QF_CUDA_KV_INT8) {
+    if constexpr (format == QF_CUDA_KV_INT8 || format == QF_CUDA_KV_INT4) {
         s.excess[0] *= first;
         s.excess[1] *= second;
     }
@@ -55,8 +56,9 @@ template <int format, int head_dim>
 static __device__ __forceinline__ void hold_steps(lowbit_state<format, head_dim> &s, uint32_t largest)
 {
     constexpr int shift = exponent_shift<format>();
-    const uint32_t exponent = max(largest & 0xffffu, largest >> 16) >> shift;
-    if (__any_sync(ALL_LANES, exponent > s.exponent + LOWBIT_STEP_RANGE)) { /* seldom */
+    const uint32_t limit = (s.exponent << shift) * 0x10001u + ((LOWBIT_STEP_RANGE + 1) << shift) * 0x10001u - 0x10001u;
+    if (__any_sync(ALL_LANES, __vmaxu2(largest, limit) != limit)) { /* seldom */
+        const uint32_t exponent = max(largest & 0xffffu, largest >> 16) >> shift;
         const int32_t most = (int32_t)__reduce_max_sync(ALL_LANES, exponent);
         const uint32_t next =
             (uint32_t)min(max(most - (LOWBIT_STEP_RANGE - LOWBIT_STEP_ROOM), 0), LOWBIT_LAST_EXPONENT);
@@ -73,6 +75,20 @@ template <int format> static __device__ __forceinline__ uint32_t value_steps(uin
     const uint32_t base = (exponent << exponent_shift<format>()) * 0x10001u;
     const uint32_t above = __vmaxu2(words, base) - base;
     return format == QF_CUDA_KV_INT4 ? (above << 2) & 0xffc0ffc0u : above << 3;
+}
+
+static __device__ __forceinline__ uint32_t mul_f16(uint32_t a, uint32_t b)
+{
+    const __half2 r = __hmul2(*reinterpret_cast<const __half2 *>(&a), *reinterpret_cast<const __half2 *>(&b));
+    return *reinterpret_cast<const uint32_t *>(&r);
+}
+
+/* The zero points of a pair of int4's words in fp16: 1024 + zero, less 1024. */
+static __device__ __forceinline__ uint32_t zeros_f16(uint32_t words)
+{
+    const uint32_t above = qf_kv_and_or(words, 0x000f000fu, 0x64006400u), offset = 0x64006400u;
+    const __half2 r = __hsub2(*reinterpret_cast<const __half2 *>(&above), *reinterpret_cast<const __half2 *>(&offset));
+    return *reinterpret_cast<const uint32_t *>(&r);
 }
 
 /* Of a stage in 4 bits. Warps do not wait for each other: lanes do, before and behind. */
@@ -105,18 +121,16 @@ static __device__ __forceinline__ void decode_scales(lowbit_state<format, head_d
         }
     }
     store_floats<sizes::words>(decoded + lane * (4 * sizes::words), step);
-    uint8_t *steps = decoded + sizes::key_steps + sizes::key_zeros + unit * 8;
+    uint8_t *steps = decoded + sizes::key_steps + sizes::key_zeros + unit * sizes::value_unit;
     hold_steps(s, __vmaxu2(pair[0], pair[1]));
     const uint32_t first = value_steps<format>(pair[0], s.exponent), second = value_steps<format>(pair[1], s.exponent);
     if constexpr (sizes::zeros) {
         store_floats<sizes::words>(decoded + sizes::key_steps + lane * (4 * sizes::words), zero);
-        *reinterpret_cast<uint4 *>(decoded + sizes::decoded - sizes::value_units / 3 * 2 + unit * 16) =
-            make_uint4(qf_kv_and_or(pair[0], 0x000f000fu, 0x80008000u),
-                       qf_kv_and_or(pair[0] << 4, 0x00f000f0u, 0x80008000u),
-                       qf_kv_and_or(pair[1], 0x000f000fu, 0x80008000u),
-                       qf_kv_and_or(pair[1] << 4, 0x00f000f0u, 0x80008000u));
+        *reinterpret_cast<uint4 *>(steps) =
+            make_uint4(first, second, mul_f16(first, zeros_f16(pair[0])), mul_f16(second, zeros_f16(pair[1])));
+    } else {
+        *reinterpret_cast<uint2 *>(steps) = make_uint2(first, second);
     }
-    *reinterpret_cast<uint2 *>(steps) = make_uint2(first, second);
     __syncwarp();
 }
 

@@ -59,16 +59,17 @@ template <int format, int head_dim> struct lowbit_sizes {
     /* Scale words of a stage in 4 bits, decoded: attention_decode_lowbit_scales.cuh. */
     static constexpr bool grouped = words > 1, zeros = format == QF_CUDA_KV_INT4;
     static constexpr int key_steps = grouped ? positions * words * 4 : 0, key_zeros = zeros ? key_steps : 0;
-    static constexpr int value_unit = zeros ? 24 : 8, value_units = grouped ? tiles * words * 4 * value_unit : 0;
+    static constexpr int value_unit = zeros ? 16 : 8, value_units = grouped ? tiles * words * 4 * value_unit : 0;
     static constexpr int decoded = key_steps + key_zeros + value_units;
     static constexpr int c = LOWBIT_HEADS * head_dim / 2 * 4, q = head_dim / 32 * 32 * 16;
     static constexpr int sums = 2 * LOWBIT_HEADS * (head_dim / 32) * 4;
-    static constexpr int fine = row < 128 ? QF_CUDA_BIAS_TILE * head_dim * 2 : 0; /* there is no room beside rows of 128 */
-    static constexpr int fixed = fine + LOWBIT_WARPS * (coarse + decoded) + 2 * c + q + sums + 2 * LOWBIT_HEADS * 4;
+    static constexpr int fine = row < 128 ? QF_CUDA_BIAS_TILE / 2 * head_dim * 2 : 0; /* there is no room beside rows of 128 */
+    static constexpr int fixed = fine + 2 * c + q + sums + 2 * LOWBIT_HEADS * 4, terms = tiles == 2 ? 1024 : 0;
+    static constexpr int own = decoded + coarse + terms; /* of a warp */
     static constexpr int result_row = head_dim + 4; /* floats */
     static constexpr int results = LOWBIT_WARPS * LOWBIT_HEADS * (result_row + 2) * 4;
-    static_assert(results <= LOWBIT_WARPS * least_depth * stage, "results stand where stages were");
-    static constexpr int total(int with_depth) { return LOWBIT_WARPS * with_depth * stage + fixed; }
+    static_assert(results <= LOWBIT_WARPS * (own + least_depth * stage), "results stand where stages were");
+    static constexpr int total(int with_depth) { return LOWBIT_WARPS * (own + with_depth * stage) + fixed; }
 };
 
 /* A warp's walk over an item's positions: stages first .. end - 1. */
@@ -80,6 +81,7 @@ struct lowbit_walk {
     uint32_t first_piece; /* in block 0, this lane's of the kv head's codes, in pieces of 16 bytes */
     const uint8_t *words; /* in block 0, of its side's words */
     uint32_t key_at, value_at; /* in a stage's codes of a tile: this lane's first row; of values */
+    uint32_t value_to;         /* where its first piece of a tile's values goes */
     const int32_t *table;
     /* Lane i: of the i-th tile of the 32 that are copied now, pieces from block 0's start to the tile's. */
     uint32_t code_pieces, word_pieces;
@@ -130,32 +132,34 @@ static __device__ __forceinline__ lowbit_walk start_walk(const attention_params 
     const int64_t rows = (int64_t)p.a.shape.num_kv_heads << p.block_shift, row = (int64_t)kv_head << p.block_shift;
     w.first_piece = (uint32_t)(row * sizes::row / 16) + lane;
     constexpr uint32_t pieces = 2 * sizes::words; /* of a tile's words; a lane has one, of keys or values */
-    w.words = static_cast<const uint8_t *>(lane / pieces % 2 == 0 ? p.a.kv.k : p.a.kv.v) + rows * sizes::row +
-              row * (2 * sizes::words) + lane % pieces * 16;
+    w.words = static_cast<const uint8_t *>(lane / (sizes::tiles * pieces) % 2 == 0 ? p.a.kv.k : p.a.kv.v) +
+              rows * sizes::row + row * (2 * sizes::words) + lane % pieces * 16;
     w.table = p.a.block_tables + __ldcg(p.a.block_table_start + item.seq);
     w.code_pieces = w.word_pieces = 0;
     const uint32_t g = lane / 4, t = lane % 4;
     w.key_at = sizes::row == 128 ? key_piece<128>(g * 8 + t) : g * sizes::row + t * (sizes::row / 4);
     const uint32_t byte = g * (sizes::row / 8);
     w.value_at = value_piece<sizes::row>(2 * t * (sizes::row / 16) + byte / 16) + byte % 16;
-    if constexpr (!sizes::grouped) { /* what a shuffle gave is kept, not made anew in every stage; 4 bits want registers */
-        w.key_at = __shfl_sync(ALL_LANES, w.key_at, lane);
-        w.value_at = __shfl_sync(ALL_LANES, w.value_at, lane);
-        w.lane = __shfl_sync(ALL_LANES, w.lane, lane);
-    }
+    w.value_to = value_piece<sizes::row>(lane);
+    /* What a shuffle gave is kept, not made anew in every stage. */
+    w.key_at = __shfl_sync(ALL_LANES, w.key_at, lane);
+    w.value_at = __shfl_sync(ALL_LANES, w.value_at, lane);
+    w.value_to = __shfl_sync(ALL_LANES, w.value_to, lane);
+    w.lane = __shfl_sync(ALL_LANES, w.lane, lane);
+    w.end = __shfl_sync(ALL_LANES, w.end, lane);
     return w;
 }
 
 /* Sends for stage s and commits, even if there is nothing to send. `stage` and `coarse` are the warp's places. Stages
- * are copied in order, each once. */
-template <int format, int head_dim, bool biased>
+ * are copied in order, each once; ahead: before the walk, perhaps the first. */
+template <int format, int head_dim, bool biased, bool ahead>
 static __device__ __forceinline__ void copy_stage(const attention_params &p, lowbit_walk &w, uint32_t s, uint8_t *stage,
                                                   uint8_t *coarse)
 {
     typedef lowbit_sizes<format, head_dim> sizes;
     if (s < w.end) {
         const uint32_t n = s * sizes::tiles;
-        if (n % 32 == 0 || s == w.first) {
+        if (n % 32 == 0 || (ahead && s == w.first)) {
             load_blocks<format, head_dim>(p, w, n & ~31u);
         }
 #pragma unroll
@@ -168,22 +172,22 @@ static __device__ __forceinline__ void copy_stage(const attention_params &p, low
             for (int i = 0; i < sizes::row / 32; i++) {
                 /* Pieces 32 further on are 4, 8 or 16 rows further on: only rows of 128 bytes change places otherwise. */
                 const uint32_t key = key_piece<sizes::row>(w.lane) + 512 * i;
-                const uint32_t value = (value_piece<sizes::row>(w.lane) ^ (sizes::row == 128 && i % 2 ? 64 : 0)) + 512 * i;
+                const uint32_t value = (w.value_to ^ (sizes::row == 128 && i % 2 ? 64 : 0)) + 512 * i;
                 qf_cp_async_16(to + key, k + 512 * i);
                 qf_cp_async_16(to + sizes::codes + value, v + 512 * i);
             }
         }
         constexpr uint32_t pieces = 2 * sizes::words;
-        const uint32_t side = w.lane / pieces % 2, m = w.lane / (2 * pieces), c = w.lane % pieces;
-        const uint32_t at = __shfl_sync(ALL_LANES, w.word_pieces, (n + m) % 32);
-        if (m < sizes::tiles) {
-            qf_cp_async_16(stage + 2 * sizes::codes + side * sizes::scales + (m * pieces + c) * 16,
-                           w.words + (uint64_t)at * 16);
+        const uint32_t at = __shfl_sync(ALL_LANES, w.word_pieces, (n + w.lane / pieces % sizes::tiles) % 32);
+        if (2 * sizes::tiles * pieces == 32 || w.lane < 2 * sizes::tiles * pieces) {
+            qf_cp_async_16(stage + 2 * sizes::codes + w.lane * 16, w.words + (uint64_t)at * 16);
         }
-        if (biased && (s % sizes::stages == 0 || s == w.first) && w.lane < head_dim / 4) {
+        if (biased && (s % sizes::stages == 0 || (ahead && s == w.first))) {
             const uint32_t unit = s / sizes::stages;
-            qf_cp_async_16(coarse + unit % sizes::coarse_slots * head_dim * 4 + w.lane * 16,
-                           p.a.bias_coarse + (uint64_t)unit * head_dim + w.lane * 4);
+            if (head_dim == 128 || w.lane < head_dim / 4) {
+                qf_cp_async_16(coarse + unit % sizes::coarse_slots * head_dim * 4 + w.lane * 16,
+                               p.a.bias_coarse + (uint64_t)unit * head_dim + w.lane * 4);
+            }
         }
     }
     qf_cp_async_commit();

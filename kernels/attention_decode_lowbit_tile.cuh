@@ -2,40 +2,24 @@
  *
  *   S^T (16 positions x 8 heads) = sum over groups G of step_G (codes_G Q_G^T) - (step_G zero_G) (sum of Q_G)^T     (int4)
  *                                = scale (codes Q^T)                                        (8 bits; nf4 by groups)
- *                                  + base + fine (c', d')^T                                 (the bias)
- *   O^T (head_dim x 8 heads)    += (codes)^T (step_G P)^T - (zero)^T (step_G P)^T,  step_G P rounded to fp16
+ *                                  + base + fine (c', d')^T                                 (attention_decode_lowbit_bias.cuh)
+ *   O^T (head_dim x 8 heads)    += (codes)^T (step_G P)^T,  step_G P rounded to fp16, P before
+ *   E^T (groups x 8 heads)      += (step_G zero_G)^T P^T: taken from all rows of the group at the end            (int4)
  *
  * Operands are fp16: an integer needs only a mask to become one, as a subnormal number (common/kv_codec.cuh), which keeps
  * conversion to 5 instructions a register's four pairs in int4 and 1 or 1.5 a pair in 8 bits. q is a bf16 number times a
  * power of two of the head, exact; weights have 11 bits, a value's step included, relative to powers of two that follow the
  * warp's maximum and its largest step. int8 is stored as code + 128: keys' sums start at -128 sum of Q, values' excess is
  * the product with a row of 128s, which uses the same rounded weights and so cancels to float32's rounding.
- * step_G zero_G has 9 bits and is exact in tf32; the sum of Q is two tf32 numbers.
- *
- * The bias: with C_j = q_j b_j + q_j' b_j', D_j = q_j' b_j - q_j b_j', j' = j + head_dim / 2, the term of position
- * p0 + i is the sum over j of c'_j cos(i th_j) + d'_j sin(i th_j), where c' = C cos(p0 th) + D sin(p0 th) and d' = D cos(p0 th)
- * - C sin(p0 th). The sum of c' is the base, in float32: the large part. What is left, c' (cos - 1) + d' sin, is
- * small where biases are large (the slow frequencies), and goes through the tensor cores in fp16, c' and d' times a power of two
- * made from the largest |C| + |D| of the head. */
+ * step_G zero_G has 9 bits and is exact in tf32 and fp16; the sum of Q is two tf32 numbers. Another row of the products
+ * that make E has ones, and sums the weights. */
 #ifndef QF_ATTENTION_DECODE_LOWBIT_TILE_CUH
 #define QF_ATTENTION_DECODE_LOWBIT_TILE_CUH
 
-#include "attention_decode_lowbit_scales.cuh"
+#include "attention_decode_lowbit_bias.cuh"
 
 #define LOWBIT_LAG 6.0f /* powers of two: weights are below 2^6 */
-
-static __device__ __forceinline__ void mma_f16(float (&c)[4], const uint4 &a, uint32_t b0, uint32_t b1)
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                 "{%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
-
-static __device__ __forceinline__ void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
-{
-    mma_f16(c, make_uint4(a[0], a[1], a[2], a[3]), b0, b1);
-}
+#define ONES_F16 0x3c003c00u
 
 /* k = 4, in tf32. */
 static __device__ __forceinline__ void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b)
@@ -43,99 +27,6 @@ static __device__ __forceinline__ void mma_tf32(float (&c)[4], uint32_t a0, uint
     asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(b));
-}
-
-static __device__ __forceinline__ uint32_t mul_f16(uint32_t a, uint32_t b)
-{
-    const __half2 r = __hmul2(*reinterpret_cast<const __half2 *>(&a), *reinterpret_cast<const __half2 *>(&b));
-    return *reinterpret_cast<const uint32_t *>(&r);
-}
-
-static __device__ __forceinline__ uint32_t pack_f16(float low, float high)
-{
-    const __half2 r = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t *>(&r);
-}
-
-/* What the CTA made of its queries; in shared memory. */
-template <int head_dim> struct lowbit_queries {
-    const uint4 *q;          /* (head_dim / 32, 32 lanes) B operands in fp16: head g, columns 32 c + 8 t .., times the head's
-                                power of two; int4: columns whose codes come 16 times too large, a 16th of it */
-    const float *sums;       /* of such q, negative: int4: (2 parts, head_dim / 32, 8) in tf32, of a group, times 2^-24;
-                                int8: (8) times 128 2^-24 */
-    const float *factor;     /* (8) log2(e) scale over the power of two, times 2^24 for integers */
-    const float *c, *d;      /* (8, head_dim / 2) C and D, times another power of two and log2(e) scale; of odd heads 16
-                                and 16 change places, against bank conflicts */
-    const float *inverse;    /* (8) one over that power of two */
-};
-
-/* A unit's bias: (c', d') of head g as B operands in fp16, and the sums of c' of heads 2t and 2t + 1. */
-template <int head_dim> struct lowbit_bias {
-    uint32_t b[head_dim / 32][4];
-    float base[2];
-};
-
-template <int head_dim>
-static __device__ __forceinline__ void start_unit(lowbit_bias<head_dim> &bias, const lowbit_queries<head_dim> &queries,
-                                                  const uint8_t *coarse, uint32_t lane)
-{
-    const uint32_t g = lane / 4, t = lane % 4;
-    const float *cosines = reinterpret_cast<const float *>(coarse) + 4 * t, *sines = cosines + head_dim / 2;
-    const float *cs = queries.c + g * (head_dim / 2) + 4 * t, *ds = queries.d + g * (head_dim / 2) + 4 * t;
-    float sums[4] = {};
-#pragma unroll
-    for (int chunk = 0; chunk < head_dim / 32; chunk++) {
-        const float4 cosine = *reinterpret_cast<const float4 *>(cosines + 16 * chunk);
-        const float4 sine = *reinterpret_cast<const float4 *>(sines + 16 * chunk);
-        const uint32_t at = 16 * (chunk ^ g % 2);
-        const float4 c = *reinterpret_cast<const float4 *>(cs + at);
-        const float4 d = *reinterpret_cast<const float4 *>(ds + at);
-        const float co[4] = {cosine.x, cosine.y, cosine.z, cosine.w}, si[4] = {sine.x, sine.y, sine.z, sine.w};
-        const float ci[4] = {c.x, c.y, c.z, c.w}, di[4] = {d.x, d.y, d.z, d.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float turned_c = __fmaf_rn(ci[i], co[i], __fmul_rn(di[i], si[i]));
-            const float turned_d = __fmaf_rn(di[i], co[i], -__fmul_rn(ci[i], si[i]));
-            bias.b[chunk][i] = pack_f16(turned_c, turned_d);
-            sums[i] = __fadd_rn(sums[i], turned_c);
-        }
-    }
-    float sum = __fadd_rn(__fadd_rn(sums[0], sums[1]), __fadd_rn(sums[2], sums[3]));
-    sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-    sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-        bias.base[e] = __shfl_sync(ALL_LANES, sum, 8 * t + 4 * e) * queries.inverse[2 * t + e];
-    }
-}
-
-/* The bias terms of `tiles` tiles of a unit, from this one on, as S^T. fine: this lane's piece. */
-template <int head_dim, int tiles, bool fine_shared>
-static __device__ __forceinline__ void bias_scores(const lowbit_bias<head_dim> &bias,
-                                                   const lowbit_queries<head_dim> &queries, const uint4 *fine,
-                                                   uint32_t tile, uint32_t lane, float (&x)[tiles][4])
-{
-    const uint4 *a = fine + tile * (32 * (head_dim / 16));
-    float y[tiles][4] = {}; /* products that wait for each other stand apart: of a single tile, two sums */
-#pragma unroll
-    for (int step = 0; step < head_dim / 16; step++) {
-#pragma unroll
-        for (int m = 0; m < tiles; m++) {
-            const uint32_t *b = bias.b[step / 2] + 2 * (step % 2);
-            const uint4 *piece = a + 32 * (m * (head_dim / 16) + step);
-            mma_f16(tiles == 1 && step % 2 == 1 ? y[m] : x[m], fine_shared ? *piece : __ldg(piece), b[0], b[1]);
-        }
-    }
-    const float2 inverse = *reinterpret_cast<const float2 *>(queries.inverse + 2 * (lane % 4));
-    const float unscale[2] = {inverse.x * (1.0f / (1 << QF_CUDA_BIAS_SHIFT)),
-                              inverse.y * (1.0f / (1 << QF_CUDA_BIAS_SHIFT))};
-#pragma unroll
-    for (int m = 0; m < tiles; m++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            x[m][i] = __fmaf_rn(tiles == 1 ? x[m][i] + y[m][i] : x[m][i], unscale[i % 2], bias.base[i % 2]);
-        }
-    }
 }
 
 /* A lane's key codes of one row: columns 8 t .. of all groups. */
@@ -231,44 +122,55 @@ static __device__ __forceinline__ void key_scores(const uint8_t *stage, const ui
     }
 }
 
-/* Scores (-inf: not seen; one of the stage is) to weights, as B operands: p[m] = rows 2t .., 2t + 8 .. of tile m, head g.
- * What stands for the maximum may be less by LOWBIT_LAG: so it seldom changes, and lanes seldom have to tell each other. */
+/* Scores (less the maximum; -inf: not seen; one of the stage is) to weights, as B operands: p[m] = rows 2t .., 2t + 8 .. of
+ * tile m, head g. What stands for the maximum may be less by LOWBIT_LAG: so it seldom changes, and lanes seldom have to tell
+ * each other. fresh: there is none yet. */
 template <int format, int head_dim>
-static __device__ __forceinline__ void soften_lowbit(lowbit_state<format, head_dim> &s,
-                                                     float (&x)[lowbit_sizes<format, head_dim>::tiles][4],
-                                                     uint32_t (&p)[lowbit_sizes<format, head_dim>::tiles][2])
+static __device__ __forceinline__ void
+soften_lowbit(lowbit_state<format, head_dim> &s, lowbit_bias<head_dim, lowbit_sizes<format, head_dim>::tiles> &bias,
+              bool fresh, float (&x)[lowbit_sizes<format, head_dim>::tiles][4],
+              uint32_t (&p)[lowbit_sizes<format, head_dim>::tiles][2])
 {
     constexpr int tiles = lowbit_sizes<format, head_dim>::tiles;
-    float maximum[2];
+    float most[2];
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-        maximum[e] = fmaxf(x[0][e], x[0][e + 2]);
+        most[e] = fmaxf(x[0][e], x[0][e + 2]);
         if (tiles == 2) {
-            maximum[e] = fmaxf(maximum[e], fmaxf(x[tiles - 1][e], x[tiles - 1][e + 2]));
+            most[e] = fmaxf(most[e], fmaxf(x[tiles - 1][e], x[tiles - 1][e + 2]));
         }
     }
-    if (__any_sync(ALL_LANES,
-                   maximum[0] > s.maximum[0] + LOWBIT_LAG || maximum[1] > s.maximum[1] + LOWBIT_LAG)) {
+    if (__any_sync(ALL_LANES, fresh || fmaxf(most[0], most[1]) > LOWBIT_LAG)) {
         float scale[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            maximum[e] = fmaxf(maximum[e], s.maximum[e]);
+            most[e] = fresh ? most[e] : fmaxf(most[e], 0.0f);
 #pragma unroll
             for (int offset = 4; offset < 32; offset *= 2) {
-                maximum[e] = fmaxf(maximum[e], __shfl_xor_sync(ALL_LANES, maximum[e], offset));
+                most[e] = fmaxf(most[e], __shfl_xor_sync(ALL_LANES, most[e], offset));
             }
-            scale[e] = power_of_two(s.maximum[e] - maximum[e]);
-            s.maximum[e] = maximum[e];
-            s.sum[e] *= scale[e];
+            scale[e] = fresh ? 0.0f : power_of_two(-most[e]);
+            s.maximum[e] += most[e];
+            (format == QF_CUDA_KV_INT4 ? s.excess[2 + e] : s.sum[e]) *= scale[e];
         }
         scale_outputs(s, scale[0], scale[1]);
+        lower_bias(bias, most);
+#pragma unroll
+        for (int m = 0; m < tiles; m++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                x[m][i] -= most[i % 2];
+            }
+        }
     }
 #pragma unroll
     for (int m = 0; m < tiles; m++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            x[m][i] = power_of_two(x[m][i] - s.maximum[i % 2]);
-            s.sum[i % 2] += x[m][i];
+            x[m][i] = power_of_two(x[m][i]);
+            if constexpr (format != QF_CUDA_KV_INT4) {
+                s.sum[i % 2] += x[m][i];
+            }
         }
         p[m][0] = qf_movmatrix_trans(pack_f16(x[m][0], x[m][1]));
         p[m][1] = qf_movmatrix_trans(pack_f16(x[m][2], x[m][3]));
@@ -284,10 +186,7 @@ static __device__ __forceinline__ void weigh_tile(lowbit_state<format, head_dim>
     typedef lowbit_sizes<format, head_dim> sizes;
     const uint8_t *values = stage + sizes::codes + m * 16 * sizes::row;
     const uint32_t unit = m * sizes::words * 4 + w.lane % 4;
-    const uint2 *unit_steps =
-        reinterpret_cast<const uint2 *>(decoded + sizes::key_steps + sizes::key_zeros) + unit;
-    const uint4 *unit_zeros =
-        reinterpret_cast<const uint4 *>(decoded + sizes::decoded - sizes::value_units / 3 * 2) + unit;
+    const uint8_t *units = decoded + sizes::key_steps + sizes::key_zeros;
     uint32_t v[2][2][sizes::row / 32], b[2]; /* v: [rows + 8][row of the pair] */
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -301,17 +200,18 @@ static __device__ __forceinline__ void weigh_tile(lowbit_state<format, head_dim>
     if constexpr (format == QF_CUDA_KV_INT8) { /* 128 of each */
         mma_f16(s.excess, make_uint4(0x00800080u, 0x00800080u, 0x00800080u, 0x00800080u), b[0], b[1]);
     }
+    if constexpr (sizes::zeros) { /* this lane's: of a group of tile g / words */
+        const uint2 z = *reinterpret_cast<const uint2 *>(
+            units + w.lane % (sizes::tiles * sizes::words * 4) * sizes::value_unit + 8);
+        const bool own = w.lane / (sizes::words * 4) % 2 == m;
+        mma_f16(s.excess, make_uint4(own ? z.x : 0, ONES_F16, own ? z.y : 0, ONES_F16), p[0], p[1]);
+    }
 #pragma unroll
     for (int group = 0; group < head_dim / 32; group++) {
         if constexpr (sizes::grouped) {
-            const uint2 both = unit_steps[4 * group];
+            const uint2 both = *reinterpret_cast<const uint2 *>(units + (unit + 4 * group) * sizes::value_unit);
             b[0] = mul_f16(p[0], both.x);
             b[1] = mul_f16(p[1], both.y);
-        }
-        if constexpr (sizes::zeros) {
-            const uint4 zeros = unit_zeros[4 * group];
-            mma_f16(s.o[2 * group], zeros, b[0], b[1]);
-            mma_f16(s.o[2 * group + 1], zeros, b[0], b[1]);
         }
         uint32_t x[2][4];
 #pragma unroll
@@ -328,14 +228,14 @@ static __device__ __forceinline__ void weigh_tile(lowbit_state<format, head_dim>
 
 /* Stage n, which has a position that is seen. */
 template <int format, int head_dim, bool biased>
-static __device__ __forceinline__ void compute_stage(const lowbit_walk &w, uint32_t n, uint8_t *stage,
-                                                     uint8_t *decoded, const lowbit_queries<head_dim> &queries,
-                                                     const lowbit_bias<head_dim> &bias, const uint4 *fine,
-                                                     lowbit_state<format, head_dim> &s)
+static __device__ __forceinline__ void
+compute_stage(const lowbit_walk &w, uint32_t n, bool fresh, uint8_t *stage, uint8_t *decoded,
+              const lowbit_queries<head_dim> &queries, lowbit_bias<head_dim, lowbit_sizes<format, head_dim>::tiles> &bias,
+              const uint4 *fine, lowbit_state<format, head_dim> &s)
 {
     typedef lowbit_sizes<format, head_dim> sizes;
     const int32_t position = (int32_t)(n * sizes::positions);
-    float x[sizes::tiles][4] = {};
+    float x[sizes::tiles][4];
     uint32_t weights[sizes::tiles][2], steps[sizes::tiles][2] = {};
     const bool edge = position < w.begin || position + sizes::positions > w.end_position;
     if (edge) {
@@ -347,7 +247,15 @@ static __device__ __forceinline__ void compute_stage(const lowbit_walk &w, uint3
         load_value_steps(s, stage, w.lane, steps);
     }
     if constexpr (biased) {
-        bias_scores<head_dim, sizes::tiles, (sizes::fine > 0)>(bias, queries, fine, n % sizes::stages * sizes::tiles, w.lane, x);
+        bias_scores<head_dim, sizes::tiles, (sizes::fine > 0)>(bias, queries, fine, n, w.lane, x);
+    } else {
+#pragma unroll
+        for (int m = 0; m < sizes::tiles; m++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                x[m][i] = -s.maximum[i % 2];
+            }
+        }
     }
     key_scores<format, head_dim>(stage, decoded, w, queries, x);
     if (edge) {
@@ -360,7 +268,7 @@ static __device__ __forceinline__ void compute_stage(const lowbit_walk &w, uint3
             }
         }
     }
-    soften_lowbit(s, x, weights);
+    soften_lowbit<format, head_dim>(s, bias, fresh, x, weights);
 #pragma unroll
     for (int m = 0; m < sizes::tiles; m++) {
         weigh_tile(s, stage, decoded, m, w, weights[m], steps[m]);

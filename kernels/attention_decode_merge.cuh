@@ -126,4 +126,142 @@ static __device__ __forceinline__ void merge_item(const attention_params &p, con
     zero_padding(p, item, kv_head);
 }
 
+/* --- by CTAs that have many threads ------------------------------------------------------------------------------ */
+
+#define MERGE_WIDE 64 /* results that are merged at once, at most */
+
+/* Of shared memory before the vectors of merge_wide: weights, and a vector of each thread. */
+template <int threads> static __host__ __device__ constexpr int32_t merge_wide_fixed()
+{
+    return MERGE_WIDE * QF_ATTENTION_MAX_GROUP * 4 + threads * 16;
+}
+
+/* As merge_partials, of up to MERGE_WIDE results, which are all on their way at once, to shared memory (scratch). A warp
+ * makes the weights of each head, and where there are threads for more than one, each takes every slices-th result of a
+ * column; then those are added in order. */
+template <int head_dim, int threads>
+static __device__ __forceinline__ void merge_wide(const attention_params &p, const qf_cuda_attention_item &item,
+                                                  int32_t kv_head, int32_t first, int32_t step, int32_t count,
+                                                  bool to_output, uint8_t *scratch)
+{
+    constexpr int vectors = head_dim / 4;
+    static_assert(threads / 32 >= QF_ATTENTION_MAX_GROUP && QF_ATTENTION_MAX_GROUP * vectors <= threads, "one round");
+    __shared__ float2 totals[QF_ATTENTION_MAX_GROUP];
+    float *weights = reinterpret_cast<float *>(scratch);
+    float4 *parts = reinterpret_cast<float4 *>(weights + MERGE_WIDE * QF_ATTENTION_MAX_GROUP);
+    const int32_t columns = p.group * vectors, slices = threads / columns, stride = step * p.unit_words;
+    const int32_t slice = (int32_t)threadIdx.x / columns, column = (int32_t)threadIdx.x - slice * columns;
+    const int32_t begin = slice < slices ? slice : count; /* of this thread: slice, slice + slices, .. */
+    float4 *x = parts + threads + column;                 /* result i at i * columns */
+    float *unit = unit_of(p, item, first, 0), *values = unit_values(p, unit, kv_head * p.group);
+#pragma unroll 4
+    for (int32_t i = begin; i < count; i += slices) {
+        qf_cp_async_16(x + i * columns, values + 4 * column + (int64_t)i * stride);
+    }
+    qf_cp_async_commit();
+    const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp < p.group) {
+        const float *sums = unit + 2 * (kv_head * p.group + warp);
+        float2 s[(MERGE_WIDE + 31) / 32];
+        float maximum = -INFINITY, sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < (MERGE_WIDE + 31) / 32; i++) {
+            s[i] = make_float2(-INFINITY, 0.0f);
+            if (32 * i + lane < count) {
+                s[i] = __ldcg(reinterpret_cast<const float2 *>(sums + (int64_t)(32 * i + lane) * stride));
+            }
+            maximum = fmaxf(maximum, s[i].x);
+        }
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
+        }
+#pragma unroll
+        for (int i = 0; i < (MERGE_WIDE + 31) / 32; i++) {
+            const float weight = power_of_two(s[i].x - maximum);
+            sum = __fmaf_rn(s[i].y, weight, sum);
+            if (32 * i + lane < count) {
+                weights[(32 * i + lane) * QF_ATTENTION_MAX_GROUP + warp] = weight;
+            }
+        }
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        }
+        if (lane == 0) {
+            totals[warp] = make_float2(maximum, sum);
+        }
+    }
+    qf_cp_async_wait<0>();
+    __syncthreads();
+    const float *weight = weights + column / vectors;
+    float unused = 0.0f;
+    float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+    for (int32_t i = begin; i < count; i += slices) {
+        add_weighted(acc, unused, x[i * columns], 0.0f, weight[i * QF_ATTENTION_MAX_GROUP]);
+    }
+    if (slice > 0 && slice < slices) {
+        parts[(slice - 1) * columns + column] = acc;
+    }
+    __syncthreads();
+    if (slice == 0) {
+#pragma unroll 1
+        for (int32_t i = 0; i + 1 < slices; i++) {
+            add_weighted(acc, unused, parts[i * columns + column], 0.0f, 1.0f);
+        }
+        const float2 total = totals[column / vectors];
+        if (to_output) {
+            store_out(p, kv_head * p.group * head_dim + 4 * column, item.first_row, acc, total.y);
+        } else {
+            reinterpret_cast<float4 *>(values)[column] = acc;
+            if (column % vectors == 0) {
+                reinterpret_cast<float2 *>(unit)[kv_head * p.group + column / vectors] = total;
+            }
+        }
+    }
+    __syncthreads();
+}
+
+/* As merge_item: in one level where that takes all of the splits, else in groups of about the root of their number. */
+template <int head_dim, int threads>
+static __device__ __forceinline__ void merge_item_wide(const attention_params &p, const qf_cuda_attention_item &item,
+                                                       int32_t kv_head, uint8_t *scratch, int32_t bytes)
+{
+    const int32_t room = (bytes - merge_wide_fixed<threads>()) / (p.group * head_dim * 4);
+    const int32_t most = min(room, MERGE_WIDE);
+    int32_t fan = item.num_splits;
+    if (fan > most) {
+        for (fan = 4; fan * fan < item.num_splits; fan++) {
+        }
+    }
+    /* Nor where the last split is the other kernel's, which cuts by MERGE_FAN. The same in all of the item's CTAs. */
+    if (fan > most || p.a.shape.kv_window > 0) {
+        merge_item<head_dim, threads>(p, item, kv_head);
+        return;
+    }
+    const int32_t groups = (item.num_splits + fan - 1) / fan;
+    bool last = groups == 1;
+    int32_t first = item.split / fan * fan, count = min(fan, item.num_splits - first), step = 1;
+    int32_t counter = last ? item.counter : item.partial + first + 1;
+#pragma unroll 1
+    for (;;) {
+        if (count > 1) { /* else: the last split, alone in its group */
+            if (!last_to_arrive(p, counter, kv_head, count)) {
+                return;
+            }
+            merge_wide<head_dim, threads>(p, item, kv_head, first, step, count, last, scratch);
+        }
+        if (last) {
+            break;
+        }
+        first = 0;
+        count = groups;
+        step = fan;
+        counter = item.counter;
+        last = true;
+    }
+    zero_padding(p, item, kv_head);
+}
+
 #endif

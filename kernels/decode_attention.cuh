@@ -66,7 +66,7 @@ __device__ __forceinline__ void qf_attention_gather(const qf_decode_params &p, c
         s = rope[half / 4];
         wanted |= (uint32_t)masks[(row + half) >> 4] << 2;
     }
-    qf_ll_get<ranks>(p, v, qf_exchange(p, epoch) + p.ll.qkv, at, wanted, qf_sum_tag(epoch), 3u);
+    qf_ll_get<ranks, false>(p, v, qf_exchange(p, epoch) + p.ll.qkv, at, wanted, qf_sum_tag(epoch), 3u);
     const float4 a = qf_ll_add(v[0], v[1]), b = qf_ll_add(v[2], v[3]);
     const uint2 low = make_uint2(qf_pack_bf16(a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y),
                                  qf_pack_bf16(a.z * c.z - b.z * s.z, a.w * c.w - b.w * s.w));

@@ -50,11 +50,11 @@ enum { QF_DECODE_ERROR = 0, QF_DECODE_EPOCH = 1 }; /* words of the header */
 
 #define QF_DECODE_PATIENCE_POLLS (1u << 20) /* half a second or more */
 
-/* ranks: other GPUs may store there, too. */
-template <bool ranks> __device__ __forceinline__ uint4 qf_ll_load(const void *p)
+/* across: other GPUs store there, too. */
+template <bool across> __device__ __forceinline__ uint4 qf_ll_load(const void *p)
 {
     uint4 v;
-    if (ranks) {
+    if (across) {
         asm volatile("ld.relaxed.sys.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                      : "l"(p));
@@ -155,12 +155,12 @@ __device__ __forceinline__ uint32_t qf_ll_differs(const uint4 &v, uint32_t tag)
 }
 
 /* Loads `count` places of four words, those that are wanted, again and again until each bears the tag, all that are
- * missing at once. What is not wanted is 0. first_slot: of sums of o or down, place i being of slot
- * first_slot + i % 4. */
-template <bool ranks, int count>
+ * missing at once. What is not wanted is 0. sums: of o or down, place i being of slot first_slot +
+ * i % slots. */
+template <bool ranks, bool sums, int count>
 __device__ __forceinline__ void qf_ll_get(const qf_decode_params &p, uint4 (&v)[count], const uint32_t *words,
                                           const int32_t (&at)[count], uint32_t wanted, uint32_t tag, uint32_t mask,
-                                          int32_t first_slot = QF_DECODE_LOCAL)
+                                          int32_t first_slot = QF_DECODE_LOCAL, int32_t slots = 4)
 {
 #pragma unroll
     for (int i = 0; i < count; i++) {
@@ -171,7 +171,7 @@ __device__ __forceinline__ void qf_ll_get(const qf_decode_params &p, uint4 (&v)[
 #pragma unroll
         for (int i = 0; i < count; i++) {
             if (wanted >> i & 1) {
-                v[i] = qf_ll_load<ranks>(words + at[i]);
+                v[i] = qf_ll_load<ranks && sums>(words + at[i]);
             }
         }
 #pragma unroll
@@ -181,7 +181,7 @@ __device__ __forceinline__ void qf_ll_get(const qf_decode_params &p, uint4 (&v)[
             }
         }
         if (wanted != 0 &&
-            qf_ll_give_up<ranks>(p, n, first_slot < 0 ? first_slot : first_slot + (__ffs((int)wanted) - 1) % 4)) {
+            qf_ll_give_up<ranks>(p, n, sums ? first_slot + (__ffs((int)wanted) - 1) % slots : first_slot)) {
             break;
         }
     }
@@ -199,7 +199,7 @@ __device__ __forceinline__ uint32_t *qf_exchange(const qf_decode_params &p, uint
 template <bool ranks> __device__ __forceinline__ uint32_t *qf_row_exchange(const qf_decode_params &p, uint32_t epoch)
 {
     return ranks ? reinterpret_cast<uint32_t *>(p.peers.regions[p.peers.rank] + p.rows_at) +
-                       (epoch & 1) * (int64_t)p.ll.row_words
+                       (epoch & 1) * (int64_t)p.row_words
                  : qf_exchange(p, epoch);
 }
 

@@ -37,7 +37,6 @@ struct qf_decode_linear {
     int32_t max_pieces;    /* results of a row tile in one range, at most */
     int32_t by_tile;       /* parts end between row tiles */
     int32_t rotation;      /* part p is CTA (p + rotation) % grid's */
-    int32_t first_slot;    /* of this rank's results: behind those of the ranks before */
     int32_t bits, scale_bytes; /* scale_bytes: of a block */
 };
 
@@ -65,9 +64,9 @@ struct qf_decode_shared_map { /* byte offsets into dynamic shared memory */
 };
 
 /* Word offsets into one of the two halves of the exchange buffer. Of several ranks o and down are not there but in what
- * others can write, whose halves are row_words long. */
+ * others can write. */
 struct qf_decode_ll_map {
-    int32_t qkv, attention, o, act, down, words, row_words;
+    int32_t qkv, attention, o, act, down, words;
 };
 
 struct qf_decode_params {
@@ -84,13 +83,17 @@ struct qf_decode_params {
     uint32_t *exchange; /* (2, ll.words) */
     uint2 *partials;    /* accumulators (2, num_heads, max_splits, head_dim), then m and l (.., 2) */
     int64_t partials_half, partials_ml; /* pairs */
-    int32_t num_layers, hidden_size, act_size, num_heads, num_kv_heads, q_size, block_size, max_splits;
+    int32_t num_layers, hidden_size, act_size, num_heads, num_kv_heads, block_size, max_splits;
     float eps, scale_log2;
     bool bulk;
     long long *stamps; /* see decode_step.cuh, or NULL */
-    qf_cuda_peers peers; /* num_ranks 0: alone, and what follows is not used */
-    int64_t rows_at;     /* bytes from a region's start to o's and down's sums: (2, ll.row_words) */
+    int32_t q_size;
+    int32_t first_slot[QF_DECODE_KINDS]; /* of this rank's results: o's and down's are behind those of the ranks before */
+    qf_cuda_peers peers;    /* num_ranks 0: alone, and what follows is not used */
+    int64_t rows_at;        /* bytes from a region's start to o's and down's sums: (2, row_words) */
     qf_decode_rows rows[2]; /* o, down */
+    int32_t row_words;
+    bool few[2]; /* o, down: few enough slots and rows long enough for four vectors of two slots at a time */
 };
 
 template <typename cut> static inline __host__ __device__ int qf_decode_range_begin(const cut &l, int split)
@@ -167,13 +170,15 @@ static inline int qf_decode_most_pieces(const qf_decode_linear *l)
 
 /* Cuts a linear whose results are partial sums. Short runs end at tile boundaries, or at equal shares of tiles, and so
  * does what that makes little longer, so that few pieces arise, and what would else be cut in more than two; others are all
- * equally long. */
-static inline void qf_decode_plan_parts(qf_decode_linear *l, int splits, int grid)
+ * equally long. ranks: others' pieces come on top, and a fifth longer is still worth it (7B, down, 2 ranks: 1,047 us a step
+ * instead of 1,057). */
+static inline void qf_decode_plan_parts(qf_decode_linear *l, int splits, int grid, bool ranks)
 {
     l->splits = splits;
     int kbs = l->kb / splits, room = grid / splits;
     int each = (l->tiles + room - 1) / room; /* whole tiles */
-    if (l->tiles % each == 0 && each * kbs <= l->tiles * kbs / room + 12) {
+    const int even = l->tiles * kbs / room, more = ranks ? qf_decode_max(12, even / 5) : 12;
+    if (l->tiles % each == 0 && each * kbs <= even + more) {
         l->parts = l->tiles / each;
     } else if (l->tiles > room || l->tiles * kbs >= 32 * room) {
         l->parts = qf_decode_min(room, l->tiles * kbs);
@@ -295,10 +300,10 @@ static inline bool qf_decode_plan_ranks(const qf_cuda_decode_args *a, qf_decode_
 {
     p->peers = *a->peers;
     p->rows_at = (int64_t)qf_peer_decode_at(a->peers->exchange_bytes);
-    p->ll.row_words = 0;
+    p->row_words = 0;
     for (int which = 0; which < 2; which++) {
-        qf_decode_linear *l = &p->linear[which == 0 ? QF_DECODE_O : QF_DECODE_DOWN];
-        const qf_cuda_decode_cut own = qf_decode_cut_of(l);
+        const int kind = which == 0 ? QF_DECODE_O : QF_DECODE_DOWN;
+        const qf_cuda_decode_cut own = qf_decode_cut_of(&p->linear[kind]);
         qf_decode_rows *rows = &p->rows[which];
         int slots = 0;
         for (int r = 0; r < a->peers->num_ranks; r++) {
@@ -312,21 +317,22 @@ static inline bool qf_decode_plan_ranks(const qf_cuda_decode_args *a, qf_decode_
         }
         rows->first_slot[a->peers->num_ranks] = slots;
         rows->groups = (slots + 3) / 4;
-        l->first_slot = rows->first_slot[a->peers->rank];
+        p->first_slot[kind] = rows->first_slot[a->peers->rank];
         if (memcmp(&own, &rows->cut[a->peers->rank], sizeof own) != 0) {
             return false;
         }
         if (slots > QF_DECODE_MAX_SLOTS) {
             return false;
         }
-        *(which == 0 ? &p->ll.o : &p->ll.down) = p->ll.row_words;
-        p->ll.row_words += slots * a->hidden_size;
+        *(which == 0 ? &p->ll.o : &p->ll.down) = p->row_words;
+        p->row_words += slots * a->hidden_size;
     }
-    return 2 * sizeof(uint32_t) * (size_t)p->ll.row_words <= QF_PEER_DECODE_BYTES;
+    return 2 * sizeof(uint32_t) * (size_t)p->row_words <= QF_PEER_DECODE_BYTES;
 }
 
-/* Everything but the pointers. False if it cannot be done. */
-static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_device *device, int down_splits,
+/* Everything but the pointers. False if it cannot be done. ranks: the GPU is one of several, whose peers may be NULL as
+ * yet. */
+static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_device *device, int down_splits, bool ranks,
                                   qf_decode_params *p)
 {
     *p = qf_decode_params{};
@@ -358,9 +364,9 @@ static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_de
     if (p->max_splits < 1 || splits > grid || kb < 2 * splits || l[QF_DECODE_O].kb < 2) {
         return false;
     }
-    qf_decode_plan_parts(&l[QF_DECODE_QKV], 1, grid);
-    qf_decode_plan_parts(&l[QF_DECODE_O], 1, grid);
-    qf_decode_plan_parts(&l[QF_DECODE_DOWN], splits, grid);
+    qf_decode_plan_parts(&l[QF_DECODE_QKV], 1, grid, false);
+    qf_decode_plan_parts(&l[QF_DECODE_O], 1, grid, ranks);
+    qf_decode_plan_parts(&l[QF_DECODE_DOWN], splits, grid, ranks);
     l[QF_DECODE_GATE_UP].parts = l[QF_DECODE_HEAD].parts = grid;
     l[QF_DECODE_GATE_UP].by_tile = l[QF_DECODE_HEAD].by_tile = 1;
     l[QF_DECODE_O].rotation = l[QF_DECODE_QKV].parts % grid;
@@ -384,6 +390,10 @@ static inline bool qf_decode_plan(const qf_cuda_decode_args *a, const qf_cuda_de
     p->rows[0].groups = p->rows[1].groups = 1;
     if (a->peers != nullptr && !qf_decode_plan_ranks(a, p)) {
         return false;
+    }
+    for (int which = 0; which < 2; which++) {
+        const int all = a->peers != nullptr ? p->rows[which].first_slot[a->peers->num_ranks] : slots[1 + which];
+        p->few[which] = all <= 2 && a->hidden_size / 4 > 2 * QF_DECODE_WARPS * 32;
     }
     return qf_decode_plan_shared(p, a->head_dim, device->max_shared_bytes, &p->map);
 }

@@ -11,15 +11,16 @@
  * memory. */
 static __device__ __forceinline__ void qf_ranks_store(const qf_decode_params &p, uint32_t *at, uint32_t low, uint32_t high)
 {
-    const int64_t offset = reinterpret_cast<char *>(at) - p.peers.regions[p.peers.rank];
-    int32_t r = p.peers.rank;
+    const int64_t *away = qf_fixed().away;
+    const int32_t others = p.peers.num_ranks - 1;
 #pragma unroll 1
-    for (int32_t i = 0; i < p.peers.num_ranks; i++) {
-        r = r + 1 == p.peers.num_ranks ? 0 : r + 1;
-        uint32_t *there = reinterpret_cast<uint32_t *>(p.peers.regions[r] + offset);
+    for (int32_t i = 0; i < others; i++) {
+        uint32_t *there = reinterpret_cast<uint32_t *>(reinterpret_cast<char *>(at) + away[i]);
         qf_peer_store(there, low);
         qf_peer_store(there + 8, high);
     }
+    qf_peer_store(at, low);
+    qf_peer_store(at + 8, high);
 }
 
 /* Bit `slot` is set where a row tile of o or down has a result of any rank. */

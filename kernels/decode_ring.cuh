@@ -46,6 +46,7 @@ struct qf_decode_fixed {
     uint32_t epoch;
     long long patience; /* clocks */
     uint64_t deadline;  /* of waits for other ranks; 0: nobody has waited long so far */
+    int64_t away[QF_CUDA_MAX_RANKS - 1]; /* bytes from this rank's region to those of the ranks after it, in a circle */
 };
 static_assert(sizeof(qf_decode_fixed) <= 1024, "see qf_decode_plan_shared");
 

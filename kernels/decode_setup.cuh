@@ -33,7 +33,7 @@ static __device__ __forceinline__ void qf_decode_make_phase(const qf_decode_para
     ph->offset = begin % ph->kbs;
     ph->local_tiles = ph->blocks == 0 ? 0 : (end - 1) / ph->kbs - ph->tile0 + 1;
     ph->reciprocal = (uint32_t)(0x100000000ull / (uint32_t)ph->kbs + 1);
-    ph->slot = l.first_slot + split * l.max_pieces;
+    ph->slot = p.first_slot[kind] + split * l.max_pieces;
     ph->first_slot = ph->slot;
     if (ph->offset != 0) {
         ph->first_slot += part - qf_decode_part_of(ph->tile0 * ph->kbs, l.parts, l.tiles * ph->kbs);
@@ -157,6 +157,10 @@ template <int head_dim, bool ranks> static __device__ __noinline__ void qf_decod
         fixed->epoch = 2 + p.header[QF_DECODE_EPOCH];
         fixed->patience = QF_DECODE_PATIENCE_CLOCKS + (long long)p.peers.limit_ns * QF_DECODE_CLOCKS_PER_NS;
         fixed->deadline = 0;
+        for (int i = 0; ranks && i < p.peers.num_ranks - 1; i++) {
+            const int other = p.peers.rank + 1 + i, r = other < p.peers.num_ranks ? other : other - p.peers.num_ranks;
+            fixed->away[i] = p.peers.regions[r] - p.peers.regions[p.peers.rank];
+        }
     } else if (id == 64 || id == 96) { /* the first layer's window, and the other if there is another */
         int window = p.layers[0].sliding_window;
         if (id == 96) {

@@ -36,8 +36,9 @@
  *   shared memory:  barriers, partition | layer table | cos, sin | squares | slot masks | kept rows | x, attention |
  *                   red | ring
  *
- * Measured (H200, context 256, 16-bit head): 0.5B 414 us a step, with an 8-bit head 391 us; 7B 1,600 us, with 32,768
- * positions 2,136 us. Of a layer of 0.5B, units take 0.5, 0.5, 1.2 and 0.9 us, adding up and storing 0.3 each,
+ * Measured (H200, context 256, 16-bit head): 0.5B 414 us a step, with an 8-bit head 391 us; 7B 1,594 us, with 32,768
+ * positions 2,124 us; 72B 11,070 us. On two, 7B 1,047 us, 72B 6,540 us: between two linears the mean CTA spends as long as
+ * on one GPU, so the links do not show. Of a layer of 0.5B, units take 0.5, 0.5, 1.2 and 0.9 us, adding up and storing 0.3 each,
  * attention's tiles 1.1 and what follows 0.6; the rest is five exchanges. In gate_up of 7B (15.5 us) the ring is never
  * empty; of 402 clocks a unit a warp, as sampled, 115 are issue, 111 fixed waits, 74 branches, 35 the other warp's
  * turn.
@@ -48,7 +49,8 @@
  * (spills; 16 in an earlier form: barriers); one kernel for 1 to 8 sequences, all bit widths and groups, its gathers
  * unrolled for all loads at once (210 KB of code: 7B 1,870 us); q - zero on the ALU before the product instead of raw
  * integers and sums of x (7B's gate_up 23 us instead of 17); 2 or 3 ring stages (7B 16 and 5 % slower; 0.5B 3 % and
- * nothing); down in one range of k (7B 3 %); before that, a chain of five kernels a layer (2.9 us a kernel). */
+ * nothing); down in one range of k (7B 3 %); gathers of the residual without qf_gather_await (7B on two GPUs 6 %), or with
+ * two vectors in flight where four have room (2 %, alone 0.4 %); before that, a chain of five kernels a layer (2.9 us a kernel). */
 #include "decode_attention.cuh"
 #include "decode_setup.cuh"
 #include "decode_step.cuh"
@@ -188,11 +190,17 @@ __global__ void __launch_bounds__((QF_DECODE_WARPS + 1) * 32, 1)
 
 static int qf_decode_grid(const qf_decode_params *p) { return p->linear[QF_DECODE_HEAD].parts; }
 
+static bool qf_decode_takes(const qf_cuda_decode_args *args, const qf_cuda_device *device, int splits, bool ranks,
+                            qf_decode_params *p)
+{
+    return device->compute_capability >= 80 && (args->peers == nullptr || args->ranks != nullptr) &&
+           qf_decode_shapes_ok(args) && qf_decode_plan(args, device, splits, ranks, p);
+}
+
 extern "C" bool qf_cuda_decode_supported(const qf_cuda_decode_args *args, const qf_cuda_device *device)
 {
     qf_decode_params p;
-    return args != nullptr && device != nullptr && device->compute_capability >= 80 && qf_decode_shapes_ok(args) &&
-           (args->peers == nullptr || args->ranks != nullptr) && qf_decode_plan(args, device, 0, &p);
+    return args != nullptr && device != nullptr && qf_decode_takes(args, device, 0, args->peers != nullptr, &p);
 }
 
 extern "C" void qf_cuda_decode_describe(const qf_cuda_decode_args *args, const qf_cuda_device *device,
@@ -202,9 +210,8 @@ extern "C" void qf_cuda_decode_describe(const qf_cuda_decode_args *args, const q
     qf_cuda_decode_args own = *args;
     own.peers = nullptr;
     *out = qf_cuda_decode_rank{};
-    out->supported = qf_cuda_decode_supported(&own, device);
+    out->supported = qf_decode_takes(&own, device, 0, true, &p);
     if (out->supported) {
-        (void)qf_decode_plan(&own, device, 0, &p);
         out->num_layers = own.num_layers;
         out->hidden_size = own.hidden_size;
         out->o = qf_decode_cut_of(&p.linear[QF_DECODE_O]);
@@ -224,7 +231,7 @@ extern "C" size_t qf_cuda_decode_workspace_bytes(const qf_cuda_decode_args *args
     alone.peers = nullptr; /* with peers some of it stays unused */
     for (int splits = 0; splits <= 2; splits++) {
         qf_decode_params p;
-        qf_decode_plan(&alone, device, splits, &p);
+        qf_decode_plan(&alone, device, splits, false, &p);
         size_t bytes = QF_DECODE_HEADER_BYTES + (size_t)p.partials_half * 16 + (size_t)p.ll.words * 8;
         most = bytes > most ? bytes : most;
     }
@@ -308,7 +315,7 @@ qf_status qf_cuda_decode_with(const qf_cuda_decode_args *args, const qf_cuda_dec
         QF_TRY(qf_peer_check("decode", args->peers, err));
     }
     qf_decode_params p;
-    if ((args->peers != nullptr && args->ranks == nullptr) || !qf_decode_shapes_ok(args) || !qf_decode_plan(args, device, options->splits, &p)) {
+    if (!qf_decode_takes(args, device, options->splits, args->peers != nullptr, &p)) {
         return QF_FAIL(err, QF_ERROR_NOT_IMPLEMENTED,
                        "decode: no plan for hidden size %d, %d heads of %d, %d sequences in %d bytes of shared memory, "
                        "%d ranks",

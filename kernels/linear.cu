@@ -22,8 +22,8 @@
  * So between these two mma has up to 32 tokens and wgmma the rest; but at 8 bits wgmma has large linears of long rows
  * from 17 tokens on. 0.5B's gate_up and down (k = 896, or 4 million weights) are 1.2 to 2.5 times as fast by mma at 32
  * tokens. linear_wgmma_batch has 4 and 8 bits in groups of 128 (the table there): of 17 to 64 tokens all, of 9 to 16
- * those of 8 bits, and those of 4 bits with few rows or 100 million weights. Shares of k are chosen without the group size: other groups take
- * the shares of groups of 128. */
+ * those of 8 bits, and those of 4 bits with few rows or 100 million weights. Shares of k are chosen without the group
+ * size: other groups take the shares of groups of 128. */
 #include "common/launch.cuh"
 
 /* Smallest num_tokens that wgmma takes, by bits of the weights. */

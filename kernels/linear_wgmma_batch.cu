@@ -4,10 +4,10 @@
  * operand, in shared memory as it stands in device memory; two sizes, of 32 and 64 tokens.
  *
  * Roofline, H200: n k bits / 8 bytes at 4.4 TB/s: a unit of 16 rows x 128 k is 1,088 bytes at 4 bits, 65 clocks of an
- * SM. At 4 bits it takes about 115 clocks with 32 tokens and 130 with 64, whatever the share of memory: eight
- * wgmma of 64 rows for 4 units, so each takes 57 and 67, where the tensor cores need 16 and 32. A unit is about 180
- * instructions of a warp. At 8 bits, 2,112 bytes, memory is the bound. Target: 0.8 of the bandwidth at 8 bits, 0.5 at
- * 4.
+ * SM. At 4 bits it takes about 95 clocks with 32 tokens (where all rows are a warpgroup's; else 115) and 130 with 64,
+ * whatever the share of memory: eight wgmma of 64 rows for 4 units, so each takes 47 to 67, where the tensor cores need
+ * 16 and 32. A unit is about 180 instructions of a warp. At 8 bits, 2,112 bytes, memory is the bound. Target: 0.8 of the
+ * bandwidth at 8 bits, 0.6 at 4.
  *
  * Plan. Grid (row groups, num_splits), a CTA per SM, of up to 4 warpgroups (64 tokens: 3).
  *
@@ -16,6 +16,9 @@
  *       4 ..  7  warpgroup 1   0 1 2 3 4 ..                every slices-th block each, and their sums are added in
  *       8 .. 11  warpgroup 2   0 1 2 3 4 ..                order at the end.
  *      12 .. 15  warpgroup 0   0 1 2 3 4 ..
+ *
+ *   13 to 20 row tiles of 4 bits are no even work for 3 or 4 warpgroups: up to 32 tokens, 3 have them all ("all rows", 4
+ *   or 5 row tiles a warp in turns) and every third block each, with more registers for each.
  *
  *   Each warp brings its own units by cp.async to a ring of 4 of its own, so that weights need no barrier; a
  *   ring in registers would not be one: the compiler counts all its loads with one scoreboard, and the oldest is then
@@ -29,9 +32,9 @@
  * Measured, H200, 2026-11-23, cold L2, us of this kernel | the one that was taken before, best shares of k:
  *
  *     n x k         bits |   16 tokens       32 tokens       64 tokens
- *     37888 x 3584     4 |  32.4 | 31.4     33.0 | 48.2     39.8 | 55.4
+ *     37888 x 3584     4 |  27.3 | 31.4     27.9 | 47.9     39.8 | 55.6
  *                      8 |  37.6 | 53.5     37.1 | 50.4     42.6 | 62.4
- *     3584 x 18944     4 |  18.0 | 18.9     18.4 | 24.7     24.0 | 25.8
+ *     3584 x 18944     4 |  16.2 | 18.9     16.6 | 24.6     25.0 | 25.9
  *                      8 |  20.5 | 30.8     21.2 | 34.0     25.6 | 29.0
  *     4608 x 3584      4 |   6.0 |  6.4      6.3 |  8.2      8.0 |  9.0
  *                      8 |   6.8 |  9.5      7.4 | 10.4      8.9 | 10.7
@@ -43,7 +46,8 @@
  * Tried and lost: mma.sync in place of wgmma, two or three row tiles a warp, with the same two rings (7B's four linears
  * at 32 tokens and 4 bits 80 us; at 16 tokens gate_up took 26.1 us with three row tiles a warp, and the four 54).
  * Rings of 6 units (0 to 8 % slower at 4 bits). Unpacking a unit's first half before the wait for the unit before,
- * forced by a branch: no gain. Four warpgroups for 5 x 64 rows (2, 1, 1, 1): 4 to 7 % slower than 2, 2, 1. */
+ * forced by a branch: no gain. 5 x 64 rows by four warpgroups (2, 1, 1, 1): 4 to 7 % slower than by three (2, 2, 1),
+ * which took 32.6 us for gate_up. */
 #include "linear_wgmma_batch.cuh"
 
 typedef void (*qf_wb_kernel)(qf_wb_params);

@@ -54,9 +54,10 @@ static inline int64_t qf_cuda_kv_block_bytes(qf_cuda_kv_format format, int32_t n
 /* What adds the rotated bias of k_proj to low-bit keys (common/kv_codec.cuh), positions in tiles of
  * QF_CUDA_BIAS_TILE:
  *   coarse: (num_tiles, head_dim) float32: cos(angle) | sin(angle) of a tile's first position, times factor
- *   fine:   (QF_CUDA_BIAS_TILE, head_dim) fp16: cos(angle) - 1 and sin(angle) of 0 .. QF_CUDA_BIAS_TILE - 1, times
- *           2^QF_CUDA_BIAS_SHIFT, as A fragments of mma.m16n8k16
- *   rotation: (QF_CUDA_BIAS_TILE, head_dim) float32: cos(angle) | sin(angle) of the same positions
+ *   fine:   room for (QF_CUDA_BIAS_TILE, head_dim) fp16: cos(angle) - 1 and sin(angle) of 1/2 .. (QF_CUDA_BIAS_TILE - 1) / 2,
+ *           times 2^QF_CUDA_BIAS_SHIFT, as A fragments of mma.m16n8k16; behind, in float32, cos(angle) | sin(angle) of the
+ *           last of these
+ *   rotation: (QF_CUDA_BIAS_TILE, head_dim) float32: cos(angle) | sin(angle) of 0 .. QF_CUDA_BIAS_TILE - 1
  * where angle = position * inv_freq[j] in double. One set of tables serves all layers. 16-byte aligned. */
 #define QF_CUDA_BIAS_TILE 64
 #define QF_CUDA_BIAS_SHIFT 14

@@ -85,7 +85,7 @@ def load_engine(
     def said(done: int, total: int) -> str:
         return f"{format_bytes(done)} of {format_bytes(total)}"
 
-    if options.get("tensor_parallel_size", 1) > 1:
+    if options.get("tensor_parallel_size") not in (None, 1):
         options = {**options, "nccl_library": find_nccl()}
     with Progress(f"Loading {model}", 0, enabled=progress, text=said) as bar:
         # Python runs at every report, so Ctrl-C ends a load even where no bar is shown.

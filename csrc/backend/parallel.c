@@ -13,6 +13,8 @@
 /* A device's step may be shorter than waking a thread, and its rank's thread has nothing else to do. */
 #define HOST_SPIN_NS 20000
 #define DEVICE_SPIN_NS 200000
+/* 24 days. A wait without an end would go on when a rank has failed and another hangs. */
+#define NO_LIMIT_MS INT32_MAX
 
 typedef struct rank_state {
     qf_backend_options options;
@@ -216,7 +218,7 @@ static qf_status parallel_create(const qf_checkpoint *checkpoint, const qf_backe
     }
     self->base.vtable = qf_parallel_backend_vtable(options->rank_backend);
     self->inner = options->rank_backend;
-    self->step_timeout_ms = options->step_timeout_ms > 0 ? options->step_timeout_ms : -1;
+    self->step_timeout_ms = options->step_timeout_ms > 0 ? options->step_timeout_ms : NO_LIMIT_MS;
     self->num_blocks = num_blocks;
     self->hidden_size = qf_checkpoint_config(checkpoint)->hidden_size;
     qf_status status = qf_alloc((void **)&self->ranks, (size_t)options->tensor_parallel_size, sizeof *self->ranks,

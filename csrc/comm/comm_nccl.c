@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <limits.h>
 #include <pthread.h>
+#include <signal.h>
 #include <time.h>
 
 #include "base/alloc.h"
@@ -234,14 +235,51 @@ qf_status qf_nccl_comm_create(const qf_nccl *library, const qf_nccl_id *id, int3
     return QF_OK;
 }
 
+typedef struct stop_call {
+    int (*stop)(void *);
+    void *handle;
+} stop_call;
+
+static void *stop_main(void *arg)
+{
+    const stop_call call = *(stop_call *)arg;
+    qf_free(arg);
+    (void)call.stop(call.handle);
+    return NULL;
+}
+
+/* What ncclCommAbort begins with ends the kernels; what it goes on with waits for other ranks, and for a GPU that may hang.
+ * So it has a thread of its own, for which nobody waits. */
+static void stop(const qf_nccl *nccl, void *handle)
+{
+    stop_call *call = NULL;
+    pthread_t thread;
+    sigset_t all, before; /* signals stay with the threads of the program around us */
+    int code = -1;
+    if (qf_alloc((void **)&call, 1, sizeof *call, "an abort", NULL) == QF_OK) {
+        *call = (stop_call){.stop = nccl->stop, .handle = handle};
+        (void)sigfillset(&all);
+        (void)pthread_sigmask(SIG_SETMASK, &all, &before);
+        code = pthread_create(&thread, NULL, stop_main, call);
+        (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    }
+    if (code == 0) {
+        (void)pthread_detach(thread);
+    } else {
+        qf_free(call);
+        (void)nccl->stop(handle);
+    }
+}
+
 void qf_nccl_comm_abort(qf_nccl_comm *self)
 {
     (void)pthread_mutex_lock(&self->lock);
-    if (self->handle != NULL) {
-        (void)self->nccl->stop(self->handle);
-    }
+    void *handle = self->handle;
     self->handle = NULL;
     (void)pthread_mutex_unlock(&self->lock);
+    if (handle != NULL) {
+        stop(self->nccl, handle);
+    }
 }
 
 void qf_nccl_comm_destroy(qf_nccl_comm *self)
@@ -254,7 +292,7 @@ void qf_nccl_comm_destroy(qf_nccl_comm *self)
         if (settle(self, "ncclCommFinalize", result, NULL) == QF_OK) {
             (void)self->nccl->destroy(self->handle);
         } else {
-            (void)self->nccl->stop(self->handle);
+            stop(self->nccl, self->handle);
         }
     }
     (void)pthread_mutex_destroy(&self->lock);

@@ -51,7 +51,7 @@ typedef struct qf_nccl_columns {
 qf_status qf_nccl_gather(qf_nccl_comm *self, const qf_nccl_columns *args, void *stream, qf_error *err);
 /* QF_ERROR_BACKEND if something enqueued has failed. From any thread. */
 qf_status qf_nccl_comm_check(qf_nccl_comm *self, qf_error *err);
-/* Ends what is running on this rank; of the communicator only destroy() is left. From any thread. */
+/* Ends what is running on this rank, soon; of the communicator only destroy() is left. From any thread; waits for nothing. */
 void qf_nccl_comm_abort(qf_nccl_comm *self);
 
 #endif

@@ -1,9 +1,10 @@
 """The last stage of fit.py: one model over several GPUs, from the newest <date>-gpu-tp.json (benchmarks/gpu_tp.py).
 
-Two figures are taken, nothing else is fitted: what a short sum over the GPUs takes in a decode step of one sequence (7B, 4 bits),
-and the share of the link's rate that the sums of a long prompt reach (72B), each the mean over the ranks, waiting for one
-another included. Where a file has no steps taken apart, the all-reduce program's own times stand in. All other rows
-of several GPUs are held out, and their times are what the prediction is judged by.
+Three figures are taken, nothing else is fitted: what a short sum over the GPUs takes where it is a kernel (7B in 16 bits, a step of
+one sequence), the same inside the kernel of a whole step (7B in 4 bits: what its step takes beyond one GPU's terms), and the
+share of the link's rate that the sums of a long prompt reach (72B). Kernels' times are means over the ranks, waiting for one
+another included; where a file has no steps taken apart, the all-reduce program's own times stand in. All other rows of several GPUs
+are held out.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 from . import roofline
 from .cards import Card
 from .memory import Formats
-from .shapes import Shape, find_shape
+from .shapes import find_shape
 
-SHORT, LONG = "7b-w4-1", "72b-w4-prefill"  # the rows that the two figures come from
+SHORT, INSIDE, LONG = "7b-bf16-1", "7b-w4-1", "72b-w4-prefill"  # the rows that the figures come from
 CHUNK = 8192  # of gpu_tp.py's engines
 _NAME = re.compile(r"([\d.]+b)-(w4|bf16)-(\d+|prefill)")
 Newest = Callable[[Path, str], tuple[Path, dict[str, Any]]]
@@ -41,34 +42,38 @@ def parallel_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _message_us(row: dict[str, Any]) -> float:
-    """Of one sum, by all messages of a step, the mean over the ranks."""
-    ranks = row["split"]["ranks"].values()
+def _message_us(row: dict[str, Any]) -> float | None:
+    """Of one sum, by all messages of a step, the mean over the ranks; None where the sums are no kernels of their own."""
+    ranks = list(row["split"]["ranks"].values())
+    if min(one["message_calls"] for one in ranks) < roofline.exchanges(row["shape"]):
+        return None
     return float(sum(one["messages_us"] for one in ranks) / len(ranks) / roofline.exchanges(row["shape"]))
 
 
-def exchange(rows: list[dict[str, Any]], messages: dict[str, Any], card: Card) -> tuple[dict[str, float], set[str]]:
-    """us and share, and the rows that they come from."""
-    taken = {row["row"]: row for row in rows if row["ranks"] == 2 and row["split"]}
-    used = set()
-    programs = messages.get("2", [])
+def exchange(
+    rows: list[dict[str, Any]], messages: dict[str, Any], fitted: dict[str, Any], card: Card
+) -> tuple[dict[str, float], set[str]]:
+    """us, one_us and share, and the rows that they come from."""
+    two = {row["row"]: row for row in rows if row["ranks"] == 2}
+    programs, used = messages.get("2", []), set()
 
-    def measured(hidden: int, tokens: int) -> float:
+    def sum_us(name: str, hidden: int, tokens: int) -> float:
+        found = _message_us(two[name]) if name in two and two[name]["split"] else None
+        if found is not None:
+            used.add(name)
+            return found
         return next(float(one["ours_us"]) for one in programs if (one["hidden_size"], one["rows"]) == (hidden, tokens))
 
-    if SHORT in taken:
-        shortest = _message_us(taken[SHORT])
-        used.add(SHORT)
-    else:
-        shortest = measured(3584, 1)
-    shape: Shape = find_shape("72B")
-    if LONG in taken:
-        long_us, tokens = _message_us(taken[LONG]), taken[LONG]["tokens"]
-        used.add(LONG)
-    else:
-        long_us, tokens = measured(8192, 2048), 2048
-    rate = roofline.sent_bytes(shape, tokens, 2) / (long_us - shortest) / 1e3
-    return {"us": round(shortest, 4), "share": round(rate / card.link_gbs, 6)}, used
+    shortest, long_us = sum_us(SHORT, 3584, 1), sum_us(LONG, 8192, 2048)
+    sent = roofline.sent_bytes(find_shape("72B"), 2048, 2)
+    link = {"us": shortest, "one_us": shortest, "share": sent / (long_us - shortest) / 1e3 / card.link_gbs}
+    if INSIDE in two:
+        row = two[INSIDE]
+        sums = roofline.exchanges(row["shape"])
+        beyond = 1e6 * (row["seconds"] - predicted_seconds(row, {**fitted, "parallel": {"exchange": link}}, card))
+        link["one_us"] = max(0.0, shortest + beyond / sums)
+        used.add(INSIDE)
+    return {name: round(value, 6) for name, value in link.items()}, used
 
 
 def predicted_seconds(row: dict[str, Any], fitted: dict[str, Any], card: Card) -> float:
@@ -83,7 +88,7 @@ def fit_parallel(results: Path, fitted: dict[str, Any], card: Card, newest: Newe
     is off."""
     path, data = newest(results, "gpu-tp")
     rows = parallel_rows(data)
-    link, used = exchange(rows, data["environment"]["messages"], card)
+    link, used = exchange(rows, data["environment"]["messages"], fitted, card)
     known = {**fitted, "parallel": {"exchange": link}}
     residuals = []
     for row in rows:

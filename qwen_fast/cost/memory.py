@@ -207,8 +207,8 @@ def workspace_bytes(shape: Shape, formats: Formats, sizes: Sizes, card: Card, ra
     total += seqs * (4 + vocab_size * 2) + _attention_bytes(part, sizes) + _sample_bytes(vocab_size, rows)
     if ranks > 1:  # all ranks' logits, and what the others write here
         total += rows * _up(vocab_size, 16) * 4 + EXCHANGE_BYTES
-    elif formats.weight_bits == 4 and formats.group_size == 128:
-        total += _decode_bytes(shape, card)
+    if formats.weight_bits == 4 and formats.group_size == 128:
+        total += _decode_bytes(part, card)
     return total
 
 

@@ -136,15 +136,18 @@ def _exchange_note(plan: Plan) -> str:
     """Where the time of the sums over the cards comes from."""
     known = roofline.load_coefficients()["parallel"]
     if plan.card.link_gbs < roofline.NVLINK_GBS:
-        us, share = roofline.PCIE_EXCHANGE["us"], roofline.PCIE_EXCHANGE["share"]
+        link = roofline.PCIE_EXCHANGE
         where = "an assumption; over PCIe nothing was measured"
     else:
-        us, share = known["exchange"]["us"], known["exchange"]["share"]
+        link = known["exchange"]
         counts = " and ".join(map(str, known["ranks"]))
         where = f"measured between {counts} {roofline.load_coefficients()['card']}s"
         if plan.count not in known["ranks"]:
             where += f"; of {plan.count} cards an assumption"
-    return f"several cards as one: a sum over them takes {us:.2g} us and {share:.0%} of the link's rate, two a layer ({where})"
+    return (
+        f"several cards as one: a sum over them takes {link['us']:.2g} us ({link['one_us']:.2g} inside the kernel of one user's step) and "
+        f"long ones {link['share']:.0%} of the link's rate; two a layer: {where}"
+    )
 
 
 def engine_refuses(plan: Plan) -> str:

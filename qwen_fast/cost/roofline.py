@@ -31,10 +31,10 @@ FAMILIES = (("stream", 8), ("batch", 32), ("many", 512))  # a linear's kernels a
 GRAPH_TOKENS = 512
 LONG_CONTEXT = 512  # positions; beyond, the cache of several sequences has terms of its own
 PROMPT_TILE = 128  # tokens: a piece of a prompt of more is computed in whole tiles
-# A sum over several GPUs: what it takes at its shortest, and the share of the link's rate that a long one reaches. Of NVLink
-# both come from measured runs (fit_parallel.py), for more GPUs than were measured the same is assumed; PCIe was never
-# measured: assumed (2026-11).
-PCIE_EXCHANGE = {"us": 25.0, "share": 0.7}
+# A sum over several GPUs: what it takes at its shortest ("one_us": inside the kernel of a whole step), and the share of the
+# link's rate that a long one reaches. Of NVLink all come from measured runs (fit_parallel.py), for more GPUs than were measured
+# the same is assumed; PCIe was never measured: assumed (2026-11).
+PCIE_EXCHANGE = {"us": 25.0, "one_us": 25.0, "share": 0.7}
 NVLINK_GBS = 200.0  # a faster link than that is taken for NVLink
 
 
@@ -71,9 +71,9 @@ def way(shape: Shape, formats: Formats, step: Step, ranks: int = 1) -> str:
     """one, graph or chunk: see above."""
     if step.new_tokens > GRAPH_TOKENS:
         return "chunk"
-    one = step.decode and step.num_seqs == 1 and ranks == 1
+    one, part = step.decode and step.num_seqs == 1, part_of(shape, ranks)
     plain = formats.weight_bits == 4 and formats.group_size == 128 and shape.hidden_size % 128 == 0
-    return "one" if one and plain and shape.num_heads <= 8 * shape.num_kv_heads else "graph"
+    return "one" if one and plain and part.num_heads <= 8 * part.num_kv_heads else "graph"
 
 
 # --- terms --------------------------------------------------------------------------------------------------
@@ -140,10 +140,10 @@ def sent_bytes(shape: Shape, tokens: int, ranks: int) -> float:
     return 2.0 * (ranks - 1) / ranks * tokens * shape.hidden_size * 4
 
 
-def exchange_us(shape: Shape, tokens: int, card: Card, fitted: dict[str, Any], ranks: int) -> float:
+def exchange_us(shape: Shape, tokens: int, card: Card, fitted: dict[str, Any], ranks: int, kind: str) -> float:
     link = fitted["parallel"]["exchange"] if card.link_gbs >= NVLINK_GBS else PCIE_EXCHANGE
     moved_us = sent_bytes(shape, tokens, ranks) / (card.link_gbs * 1e3 * link["share"])
-    return exchanges(shape) * (link["us"] + moved_us)
+    return exchanges(shape) * (link["one_us" if kind == "one" else "us"] + moved_us)
 
 
 def features(
@@ -176,7 +176,7 @@ def features(
             found["layers_prompt"] = float(layers)
         found["attention"] = attention_flops(part, step) / (card.tflops * 1e6)
     if ranks > 1:
-        found["exchange"] = exchange_us(shape, t, card, fitted, ranks)
+        found["exchange"] = exchange_us(shape, t, card, fitted, ranks, kind)
     return found
 
 

@@ -291,37 +291,39 @@ def test_rows_of_several_gpus_within_15_percent():
 
 
 def test_the_sums_are_taken_from_steps_where_there_are_some():
-    """By hand: 57 sums of 7B's step in 228 us; 161 of 72B's prompt, 67.1 MB each, in 161 x (4 + 200) us."""
+    """By hand: 57 sums of 7B's step in 228 us; 161 of 72B's prompt, 67.1 MB each, in 161 x (4 + 200) us; and what the step in one
+    kernel takes beyond its other terms."""
     programs = {
         "2": [{"hidden_size": 3584, "rows": 1, "ours_us": 3.5}, {"hidden_size": 8192, "rows": 2048, "ours_us": 203.5}]
     }
-    card = CARDS["H200"]
-    found, used = fit_parallel.exchange([], programs, card)
+    card, fitted = CARDS["H200"], roofline.load_coefficients()
+    found, used = fit_parallel.exchange([], programs, fitted, card)
     share = 2048 * 8192 * 4 / 200e-6 / 1e9 / card.link_gbs
-    assert found == {"us": 3.5, "share": pytest.approx(share, rel=1e-4)} and used == set()
+    assert found == {"us": 3.5, "one_us": 3.5, "share": pytest.approx(share, rel=1e-4)} and used == set()
 
-    def row(name, gpus, tokens, *messages_us):
-        ranks = {str(rank): {"messages_us": us} for rank, us in enumerate(messages_us)}
+    def row(name, gpus, tokens, calls, *messages_us, seconds=1.0):
+        ranks = {str(rank): {"messages_us": us, "message_calls": calls} for rank, us in enumerate(messages_us)}
         return {
             "row": name,
             "gpus": gpus,
-            "batch": 1,
             "prompt_tokens": tokens,
-            "seconds": {"median": 1.0},
+            "seconds": {"median": seconds},
             "split": {"ranks": ranks},
         }
 
-    data = {
-        "rows": [
-            row("7b-w4-1", 2, 128, 218, 238),
-            row("72b-w4-prefill", 2, 2048, 161 * 204, 161 * 204),
-            row("7b-w4-1", 1, 128, 0),
-        ]
-    }
-    rows = fit_parallel.parallel_rows(data)
-    assert [one["what"] for one in rows] == ["7b-w4-1 on 2", "72b-w4-prefill on 2"]
-    found, used = fit_parallel.exchange(rows, {}, card)
-    assert found == {"us": 4.0, "share": pytest.approx(share, rel=1e-4)} and used == {"7b-w4-1", "72b-w4-prefill"}
+    rows = [row("7b-bf16-1", 2, 128, 59, 218, 238), row("72b-w4-prefill", 2, 2048, 1123, 161 * 204, 161 * 204), row("7b-w4-1", 1, 128, 0, 0)]  # fmt: skip
+    parsed = fit_parallel.parallel_rows({"rows": rows})
+    assert [one["what"] for one in parsed] == ["7b-bf16-1 on 2", "72b-w4-prefill on 2"]
+    found, used = fit_parallel.exchange(parsed, {}, fitted, card)
+    assert found == {"us": 4.0, "one_us": 4.0, "share": pytest.approx(share, rel=1e-4)}
+    assert used == {"7b-bf16-1", "72b-w4-prefill"}
+    shape, known = find_shape("7B"), {**fitted, "parallel": {"exchange": {"us": 4.0, "one_us": 0.0, "share": 1e9}}}
+    alone = roofline.decode_seconds(shape, Formats(4, 16), 1, 256, card, known, 2)
+    inside = row("7b-w4-1", 2, 128, 2, 5, 6, seconds=alone + 57 * 2.5e-6)  # gather and tokens alone are kernels
+    found, used = fit_parallel.exchange(fit_parallel.parallel_rows({"rows": [*rows, inside]}), {}, fitted, card)
+    assert found["one_us"] == pytest.approx(2.5, abs=0.3) and "7b-w4-1" in used  # less what is moved
+    rows[0]["split"]["ranks"]["0"]["message_calls"] = 2  # sums that are no kernels say nothing of kernels
+    assert fit_parallel.exchange(fit_parallel.parallel_rows({"rows": rows}), programs, fitted, card)[0]["us"] == 3.5
 
 
 @pytest.mark.gpu

@@ -351,6 +351,8 @@ def test_info_stats_and_repr(llm, device):
 def test_options(demo_dir, tmp_path):
     with pytest.raises(ValueError, match="tensor_parallel_size is 99; the model has only"):
         LLM(str(demo_dir), device="cpu", tensor_parallel_size=99)
+    with pytest.raises(TypeError, match="tensor_parallel_size must be int, not str"):
+        LLM(str(demo_dir), device="cpu", tensor_parallel_size="2")
     with pytest.raises(ValueError, match="cpu_offload must be .*disk"):
         LLM(str(demo_dir), cpu_offload="disk")
     with pytest.raises((NotImplementedError, EngineError, ValueError), match="cuda:99"):

@@ -280,14 +280,21 @@ static void test_tables()
                 double angle = (double)i * (double)inv_freq[(size_t)j];
                 worst = std::max(worst, fabs(rotation[(size_t)i * head_dim + j] - cos(angle)));
                 worst = std::max(worst, fabs(rotation[(size_t)i * head_dim + half + j] - sin(angle)));
-                int r = i % 16 / 8 + 2 * (j % 2), lane = i % 8 * 4 + j % 16 / 4, step = j / 16 * 2 + j % 4 / 2;
-                for (int e = 0; e < 2; e++) {
-                    size_t place = (((size_t)(i / 16) * (head_dim / 16) + step) * 32 + lane) * 8 + 2 * r + e;
+                int r = i % 16 / 8 + 2 * (j % 4 / 2), lane = i % 8 * 4 + j % 16 / 4;
+                angle = ((double)i + 0.5) * (double)inv_freq[(size_t)j];
+                for (int part = 0; part < 2 && i < QF_CUDA_BIAS_TILE / 2; part++) {
+                    size_t piece = ((size_t)(i / 16) * (head_dim / 32) + j / 16) * 2 + part;
                     __half_raw raw;
-                    raw.x = fine[place];
+                    raw.x = fine[(piece * 32 + lane) * 8 + 2 * r + j % 2];
                     double got = (double)__half2float(__half(raw)) / (1 << QF_CUDA_BIAS_SHIFT);
-                    double want = e == 0 ? cos(angle) - 1.0 : sin(angle);
+                    double want = part == 0 ? cos(angle) - 1.0 : sin(angle);
                     worst_fine = std::max(worst_fine, fabs(got - want) - 5e-4 * fabs(want));
+                }
+                if (i == QF_CUDA_BIAS_TILE / 2 - 1) { /* (T - 1) / 2 */
+                    float middle[2];
+                    memcpy(middle, &fine[(size_t)QF_CUDA_BIAS_TILE / 2 * head_dim + 2 * j], sizeof(float));
+                    memcpy(middle + 1, &fine[(size_t)QF_CUDA_BIAS_TILE / 2 * head_dim + 2 * (half + j)], sizeof(float));
+                    worst = std::max(worst, std::max(fabs(middle[0] - cos(angle)), fabs(middle[1] - sin(angle))));
                 }
             }
         }

@@ -332,7 +332,9 @@ def test_meter_counts_what_every_rank_holds(demo, kv):
     """2 kv heads over 4 ranks: each is there twice."""
     written = []
     for size in (1, 2, 4):
-        with open_engine(demo, device="cpu", tensor_parallel_size=size, kv_cache_dtype=kv, kv_cache_tokens=1024) as engine:
+        with open_engine(
+            demo, device="cpu", tensor_parallel_size=size, kv_cache_dtype=kv, kv_cache_tokens=1024
+        ) as engine:
             tokens(engine, [1, 2, 3])
             written.append(engine.stats()["meter"]["total"]["kv_write_bytes"])
     assert written[0] > 0 and written == [written[0], written[0], 2 * written[0]]

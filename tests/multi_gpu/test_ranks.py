@@ -123,7 +123,7 @@ def test_awkward_cuts(name, size, tmp_path):
     config, options = awkward_model(tmp_path / "float32", name)
     if name != "w4":
         check_float32(tmp_path / "float32", prompt_for(config), size)
-    fewer = shape(4, 4, 64, intermediate_size=config["intermediate_size"])
+    fewer = shape(4, 4, 64, intermediate_size=config["intermediate_size"], tie_word_embeddings=False)
     config, options = awkward_model(tmp_path / "fast", name, **fewer)
     check_fast(tmp_path / "fast", prompt_for(config), size, **options)
     with open_engine(tmp_path / "fast", tensor_parallel_size=size, **FAST, **options) as engine:
@@ -137,7 +137,7 @@ def test_awkward_cuts(name, size, tmp_path):
 @pytest.mark.parametrize("group", [32, 128])
 def test_weights_rounded_while_loading(group, size, tmp_path):
     """As 0.5B has it: o_proj's heads of 64 are cut inside groups of 128, which are rounded whole: the weights are the same."""
-    config = small_config(**shape(14, 2, 64, intermediate_size=19 * 128))
+    config = small_config(**shape(14, 2, 64, intermediate_size=19 * 128), tie_word_embeddings=False)
     write_checkpoint(tmp_path, config, "bf16", seed=4)
     rounded = {"quantization": "w4", "quantization_group_size": group}
     check_fast(tmp_path, prompt_for(config), size, **rounded)
@@ -234,10 +234,9 @@ def test_decode_in_one_kernel(size, tmp_path):
 )
 def test_not_in_one_kernel(change, size, tmp_path):
     """Ranks agree on it, whatever keeps one of them from it: 14 heads of 64 are cut inside a group of o_proj's columns."""
-    change = dict(change)
-    heads = change.pop("heads", (24, 12))
-    model = write_dummy(tmp_path / "model", **{**SPLITTABLE, **shape(*heads, 64)})
+    model = write_dummy(tmp_path / "model", **{**SPLITTABLE, **shape(*change.get("heads", (24, 12)), 64)})
     options = {"load_format": "dummy", **FAST, "quantization": "w4", **change}
+    options = {name: value for name, value in options.items() if name != "heads" and value is not None}
     with open_engine(model, tensor_parallel_size=size, **options) as engine:
         assert "decode in one kernel" not in engine.info()["description"]
         assert len(tokens(engine, prompt_for({"vocab_size": 3000}))) == 24
@@ -382,7 +381,9 @@ def test_nccl(demo, size, nccl):
 def test_comm_is_chosen(demo):
     with open_engine(demo, tensor_parallel_size=2, tensor_parallel_comm="peer", **FAST) as engine:
         assert "ranks over peer memory" in engine.info()["description"]
-    with pytest.raises(ValueError, match=r'tensor_parallel_comm="nccl" is for .* device is cuda, tensor_parallel_size 1'):
+    with pytest.raises(
+        ValueError, match=r'tensor_parallel_comm="nccl" is for .* device is cuda, tensor_parallel_size 1'
+    ):
         _engine.Engine(str(demo), device="cuda", tensor_parallel_comm="nccl")
 
 

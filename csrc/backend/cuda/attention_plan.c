@@ -28,8 +28,12 @@
 #define MAX_WAVE 768        /* bound of decode_ctas: SPARE_UNITS holds that many items and more */
 #define SPARE_UNITS 1024    /* of the workspace, besides two for each sequence */
 #define MAX_SPLIT_ITEMS 512 /* of prefill tiles */
+/* What an item costs besides its positions, in positions: a CTA with a multiprocessor to itself, and one of two. */
+#define WHOLE_SM_ITEM 384
+#define HALF_SM_ITEM 64
 #define MIN_BUSY_CHUNK (4 * QF_CUDA_SPLIT_TOKENS)    /* decode, where the rows alone are enough work */
 #define MIN_PREFILL_CHUNK (2 * QF_CUDA_SPLIT_TOKENS) /* what pays for writing and merging partial results */
+#define ROUND_TOKENS 512 /* a stage of 4-bit keys and values for each of 16 warps, two of 8-bit ones */
 #define NUM_BUCKETS 64
 
 static int32_t min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -195,8 +199,37 @@ static void emit_all(planner *p)
     }
 }
 
-/* The smallest chunk that makes no more decode items than the bound; where the rows alone keep less than half of the
- * device busy, or nearly all of it, one wave of CTAs, which all start at once. */
+/* Into how many equal items is a row of `length` positions best cut? So that the waves of CTAs that all rows' items make
+ * are over soonest, an item taking as long as its positions and what starting and ending it costs. */
+static int32_t chunk_of_waves(int64_t length, int64_t ctas, int64_t wave, int64_t most)
+{
+    int64_t fixed = wave < WORK_ITEMS ? WHOLE_SM_ITEM : HALF_SM_ITEM, best = 1, best_cost = INT64_MAX;
+    for (int64_t splits = 1; splits <= most && (splits - 1) * QF_ATTENTION_DECODE_TOKENS < length; splits++) {
+        int64_t waves = (ctas * splits + wave - 1) / wave;
+        int64_t cost = waves * (length / splits + fixed);
+        if (cost < best_cost) {
+            best = splits;
+            best_cost = cost;
+        }
+    }
+    /* A little more than equal, so that rows of about that length are cut into no more. */
+    return round_up((int32_t)(length * 33 / (32 * best) + 1), QF_ATTENTION_DECODE_TOKENS);
+}
+
+/* Decode items of chunks of this size. */
+static int64_t count_decode_items(const planner *p, int32_t chunk)
+{
+    int64_t items = 0;
+    for (int32_t seq = 0; seq < p->num_seqs; seq++) {
+        if (is_decode(p, seq)) {
+            qf_cuda_attention_item tile = decode_tile(p, seq);
+            items += tile.kv_begin < tile.kv_end ? num_chunks(&tile, chunk) : 0;
+        }
+    }
+    return items;
+}
+
+/* The smallest chunk that makes no more decode items than the bound, or the one that ends soonest. */
 static void choose_decode_chunk(planner *p)
 {
     int64_t positions = 0;
@@ -209,36 +242,29 @@ static void choose_decode_chunk(planner *p)
             rows++;
         }
     }
+    if (rows == 0) {
+        return;
+    }
     int64_t bound = decode_items_bound(p->shape, rows);
     int64_t ctas = (int64_t)rows * p->shape->num_kv_heads, wave = decode_wave(p->shape);
     int32_t chunk = ctas < wave ? MIN_BUSY_CHUNK / 2 : MIN_BUSY_CHUNK;
-    if (p->shape->decode_ctas > 0 && (2 * ctas <= wave || (ctas <= wave && 10 * ctas >= 9 * wave))) {
-        /* One wave of nearly equal shares; a little more than equal, so that rows are cut evenly by whole tiles. */
-        int64_t share = positions * p->shape->num_kv_heads * 33 / (32 * wave) + 1;
-        chunk = round_up((int32_t)share, QF_ATTENTION_DECODE_TOKENS);
-    } else if (p->shape->decode_ctas > 0 && wave < WORK_ITEMS && ctas > wave) {
-        /* CTAs as large as a multiprocessor: full waves of them. */
-        int64_t waves = (ctas + wave - 1) / wave;
-        int64_t share = positions * p->shape->num_kv_heads * 33 / (32 * waves * wave) + 1;
-        chunk = max_i32(MIN_BUSY_CHUNK, round_up((int32_t)share, QF_ATTENTION_DECODE_TOKENS));
+    if (p->shape->decode_ctas > 0) {
+        chunk = chunk_of_waves(positions / rows + 1, ctas, wave, bound / rows);
+        /* The warps of a CTA as large as a multiprocessor have a share of a chunk each: whole rounds of their stages. */
+        int32_t whole = chunk / ROUND_TOKENS * ROUND_TOKENS;
+        if (wave < WORK_ITEMS && whole >= 2 * ROUND_TOKENS &&
+            count_decode_items(p, whole) * p->shape->num_kv_heads <= wave) {
+            chunk = whole;
+        }
     } else if (2 * ctas <= wave) {
         chunk = QF_ATTENTION_DECODE_TOKENS;
         bound = min_i64(bound, max_i64(wave / p->shape->num_kv_heads, rows));
     }
     chunk = max_i32(chunk, round_up((int32_t)(positions / bound), QF_ATTENTION_DECODE_TOKENS));
-    for (;; chunk = round_up(chunk + chunk / 16 + 1, QF_ATTENTION_DECODE_TOKENS)) {
-        int64_t items = 0;
-        for (int32_t seq = 0; seq < p->num_seqs; seq++) {
-            if (is_decode(p, seq)) {
-                qf_cuda_attention_item tile = decode_tile(p, seq);
-                items += tile.kv_begin < tile.kv_end ? num_chunks(&tile, chunk) : 0;
-            }
-        }
-        if (items <= bound) {
-            p->decode_chunk = chunk;
-            return;
-        }
+    while (count_decode_items(p, chunk) > bound) {
+        chunk = round_up(chunk + chunk / 16 + 1, QF_ATTENTION_DECODE_TOKENS);
     }
+    p->decode_chunk = chunk;
 }
 
 static void choose_prefill_chunk(planner *p)

@@ -181,13 +181,12 @@ static qf_status wait_for_step(qf_cuda_backend *self, const qf_cuda_step *step, 
             pause_spinning(sleep);
         }
         cudaError_t state = cudaStreamQuery(self->stream);
-        if (state == cudaErrorNotReady) {
-            (void)cudaGetLastError();
-        } else {
-            QF_CUDA_CHECK(state);
-            if (!is_done(step, number)) {
-                return QF_FAIL(err, QF_ERROR_INTERNAL, "step %u has ended without results", number);
-            }
+        (void)cudaGetLastError();
+        if (state != cudaSuccess && state != cudaErrorNotReady) {
+            return QF_FAIL(err, QF_ERROR_BACKEND, "cuda:%d: %s", self->device.ordinal, cudaGetErrorString(state));
+        }
+        if (state == cudaSuccess && !is_done(step, number)) {
+            return QF_FAIL(err, QF_ERROR_INTERNAL, "step %u has ended without results", number);
         }
         sleep = sleep || queries == SPINNING_QUERIES;
     }

@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 #include "backend/cuda/peers.h"
 #include "base/alloc.h"
@@ -264,6 +265,23 @@ qf_status qf_cuda_create_comms(const qf_backend_options *options, int32_t size, 
     return status;
 }
 
+/* Not for ever: where the links between GPUs do not work, NCCL's first calls hang. */
+static qf_status wait_for_first_calls(qf_error *err)
+{
+    const struct timespec pause = {.tv_nsec = 1000000};
+    cudaError_t result = cudaStreamQuery(NULL);
+    for (int32_t i = 0; result == cudaErrorNotReady && i < CONNECT_LIMIT_MS; i++) {
+        (void)nanosleep(&pause, NULL);
+        result = cudaStreamQuery(NULL);
+    }
+    (void)cudaGetLastError();
+    if (result == cudaErrorNotReady) {
+        return QF_FAIL(err, QF_ERROR_BACKEND, "NCCL's first calls are not done after %d ms", CONNECT_LIMIT_MS);
+    }
+    return result == cudaSuccess ? QF_OK
+                                 : QF_FAIL(err, QF_ERROR_BACKEND, "NCCL's first calls: %s", cudaGetErrorString(result));
+}
+
 /* The first collective of each kind connects the ranks, which is no matter for a graph's capture. */
 static qf_status warm_up(qf_nccl_comm *nccl, int32_t size, float *buffer, qf_error *err)
 {
@@ -280,9 +298,7 @@ static qf_status warm_up(qf_nccl_comm *nccl, int32_t size, float *buffer, qf_err
     QF_TRY(qf_nccl_all_reduce(nccl, buffer, buffer, QF_CUDA_MAX_RANKS, QF_DTYPE_F32, NULL, err));
     QF_TRY(qf_nccl_gather(nccl, &columns, NULL, err));
     QF_TRY(qf_nccl_broadcast(nccl, 0, buffer, sizeof *buffer, NULL, err));
-    const cudaError_t result = cudaStreamSynchronize(NULL);
-    return result == cudaSuccess ? QF_OK
-                                 : QF_FAIL(err, QF_ERROR_BACKEND, "NCCL's first calls: %s", cudaGetErrorString(result));
+    return wait_for_first_calls(err);
 }
 
 static qf_status allocate_and_warm_up(qf_comm *comm, qf_nccl_comm *nccl, qf_error *err)
@@ -298,6 +314,9 @@ static qf_status allocate_and_warm_up(qf_comm *comm, qf_nccl_comm *nccl, qf_erro
     qf_status status = cuda_barrier(comm, err); /* an allocation may wait for kernels of other ranks: they begin later */
     if (status == QF_OK) {
         status = warm_up(nccl, comm->size, buffer, err);
+    }
+    if (status != QF_OK) {
+        qf_nccl_comm_abort(nccl); /* or the memory waits for a kernel that hangs */
     }
     (void)cudaFree(buffer);
     return status;
