@@ -67,7 +67,7 @@ def exchange(
     shortest, long_us = sum_us(SHORT, 3584, 1), sum_us(LONG, 8192, 2048)
     sent = roofline.sent_bytes(find_shape("72B"), 2048, 2)
     link = {"us": shortest, "one_us": shortest, "share": sent / (long_us - shortest) / 1e3 / card.link_gbs}
-    if INSIDE in two:
+    if INSIDE in two and two[INSIDE]["split"] and _message_us(two[INSIDE]) is None:
         row = two[INSIDE]
         sums = roofline.exchanges(row["shape"])
         beyond = 1e6 * (row["seconds"] - predicted_seconds(row, {**fitted, "parallel": {"exchange": link}}, card))

@@ -21,7 +21,8 @@ ITEM_BYTES, SAMPLE_ROW_BYTES, LOGPROB_BYTES, DECODE_LAYER_BYTES = 40, 88, 12, 26
 MAX_ROW_BIASES = 128
 CUT_TOKENS_HOPPER, CUT_TOKENS = 2048, 1024  # cuts x tokens of the largest step whose linears are cut in k
 SAMPLE_GROUP, SAMPLE_BLOCK, SAMPLE_BINS = 512, 128, 2048
-EXCHANGE_BYTES = 3 * (16 << 20)  # of each of several GPUs: what the others write into it, three buffers by turns
+# Of each of several GPUs: what the others write into it, three buffers by turns and the decode kernel's sums.
+EXCHANGE_BYTES = 3 * (16 << 20) + (2 << 20)
 DEFAULT_BATCHED_TOKENS = 2048
 KV_BITS = {"bfloat16": 16, "float32": 32, "fp8_e4m3": 8, "int8": 8, "int4": 4, "nf4": 4}
 KV_GROUP = 32  # elements to a scale of 16 bits in a 4-bit cache; an 8-bit one has a scale for each row of head_dim
