@@ -36,7 +36,7 @@
  *     none makes room before for the next kernel, which begins that much later.
  *   the next linears' weights brought to L2, 12 to 25 MB: during the walk it takes longer by what is saved after it; at its
  *     end 0.5 us of 43 are saved, since L2 gives them hardly faster than memory does.
- *   codes marked as the first to leave L2 (evict_first): 8 bits win 2 us of 71, int4 loses 1 of 50; but for head_dim 64 ptxas
+ *   codes marked as the first to leave L2 (evict_first): 8 bits won 2 us of 73, int4 lost 1 of 50; and for head_dim 64 ptxas
  *     13.0 makes instructions of it that the device refuses.
  *
  * Measured: see PERF.md. */
