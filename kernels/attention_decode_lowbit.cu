@@ -39,6 +39,9 @@
  *   codes marked as the first to leave L2 (evict_first): 8 bits won 2 us of 73, int4 lost 1 of 50; and for head_dim 64 ptxas
  *     13.0 makes instructions of it that the device refuses.
  *
+ * Shared memory: 113 to 214 KiB at least, by format and head_dim: where that is not to be had the planner makes no decode
+ * items (qf_cuda_attention_shape.decode_ctas below 0).
+ *
  * Measured: see PERF.md. */
 #include "attention_decode_lowbit.cuh"
 
@@ -50,11 +53,13 @@ struct lowbit_choice {
     size_t bytes;
 };
 
+#define STATIC_BYTES 4096 /* of shared memory beside what is asked for, more than enough */
+
 /* As many stages as the device's shared memory takes. */
 template <int format, int head_dim> static lowbit_choice choose(const qf_cuda_device *device, bool biased)
 {
     typedef lowbit_sizes<format, head_dim> sizes;
-    const int32_t depth = sizes::total(sizes::depth) + 4096 <= device->max_shared_bytes ? sizes::depth
+    const int32_t depth = sizes::total(sizes::depth) + STATIC_BYTES <= device->max_shared_bytes ? sizes::depth
                                                                                        : sizes::least_depth;
     return lowbit_choice{biased ? attention_decode_lowbit_kernel<format, head_dim, true>
                                 : attention_decode_lowbit_kernel<format, head_dim, false>,
@@ -72,13 +77,23 @@ static lowbit_choice choose(const qf_cuda_device *device, qf_cuda_kv_format form
     }
 }
 
+static lowbit_choice choose(const qf_cuda_device *device, qf_cuda_kv_format format, int32_t head_dim, bool biased)
+{
+    return head_dim == 64 ? choose<64>(device, format, biased) : choose<128>(device, format, biased);
+}
+
+extern "C" bool qf_cuda_attention_decode_fits(const qf_cuda_device *device, qf_cuda_kv_format format, int32_t head_dim)
+{
+    return format == QF_CUDA_KV_16 ||
+           choose(device, format, head_dim, true).bytes + STATIC_BYTES <= (size_t)device->max_shared_bytes;
+}
+
 extern "C" qf_status qf_attention_decode_lowbit(const attention_params *p, const qf_cuda_device *device,
                                                 cudaStream_t stream, qf_error *err)
 {
     const qf_cuda_kv_format format = p->a.kv.format;
     const bool biased = p->a.kv.k_bias != NULL;
-    const lowbit_choice choice =
-        p->a.shape.head_dim == 64 ? choose<64>(device, format, biased) : choose<128>(device, format, biased);
+    const lowbit_choice choice = choose(device, format, p->a.shape.head_dim, biased);
     qf_status status = qf_allow_shared("attention (low-bit decode)", choice.kernel, choice.bytes, err);
     if (status != QF_OK) {
         return status;

@@ -222,7 +222,8 @@ typedef struct qf_cuda_attention_shape {
     int32_t sliding_window; /* 0: all */
     int32_t kv_window;      /* of a low-bit cache: the newest positions, which are read from a 16-bit one; 0: none */
     int32_t decode_ctas;    /* that the decode kernel has on the device at once: 2 a multiprocessor for 16 bits, 1 for low-bit
-                               caches. 0: two on each of 132, whatever the device */
+                               caches. 0: two on each of 132, whatever the device. Below 0: that kernel does not fit the
+                               device, and decode rows are tiles of the prefill kernel */
 } qf_cuda_attention_shape;
 
 typedef struct qf_cuda_attention_plan {
@@ -230,6 +231,9 @@ typedef struct qf_cuda_attention_plan {
     int32_t num_partials, num_counters;
     int32_t num_window_items;
 } qf_cuda_attention_plan;
+
+/* Whether the decode kernel for a cache of this format fits the device's shared memory: see decode_ctas. */
+bool qf_cuda_attention_decode_fits(const qf_cuda_device *device, qf_cuda_kv_format format, int32_t head_dim);
 
 /* Host, pure. query_start_loc (num_seqs + 1), seq_lens (num_seqs): host. items: room for qf_cuda_attention_max_items.
  * With shape.kv_window single rows are prefill items, as with batch_invariant. */

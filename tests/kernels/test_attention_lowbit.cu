@@ -519,8 +519,8 @@ static std::vector<float> attend(const World &w, bool in_16_bits = false, float 
         (size_t)qf_cuda_attention_max_items(&shape, num, num, longest));
     qf_cuda_attention_plan plan;
     qf_cuda_attention_plan_make(&shape, num, loc.data(), lens.data(), false, planned.data(), &plan);
-    CHECK(plan.num_prefill_items == 0);
-    planned.resize((size_t)plan.num_decode_items);
+    CHECK((shape.decode_ctas < 0 ? plan.num_decode_items : plan.num_prefill_items) == 0);
+    planned.resize((size_t)(plan.num_decode_items + plan.num_prefill_items));
     std::vector<float> bias = w.bias;
     bool biased = false;
     for (float &b : bias) {
@@ -540,7 +540,7 @@ static std::vector<float> attend(const World &w, bool in_16_bits = false, float 
         v.put(w.cache[1]);
     }
     Device<qf_cuda_attention_item> items(planned);
-    Device<int32_t> counts(std::vector<int32_t>{plan.num_decode_items, 0}), starts(w.table_start), tables_(w.tables);
+    Device<int32_t> counts(std::vector<int32_t>{plan.num_decode_items, plan.num_prefill_items}), starts(w.table_start), tables_(w.tables);
     Device<float> workspace(qf_cuda_attention_workspace_bytes(&shape, num, num, longest) / 4);
     workspace.zero();
     args.kv = {in_16_bits ? (void *)k16.data : k.data,
@@ -556,6 +556,7 @@ static std::vector<float> attend(const World &w, bool in_16_bits = false, float 
     args.items = items.data;
     args.num_items = counts.data;
     args.max_decode_items = plan.num_decode_items;
+    args.max_prefill_items = plan.num_prefill_items;
     args.block_tables = tables_.data;
     args.block_table_start = starts.data;
     args.workspace = workspace.data;
@@ -728,13 +729,19 @@ static void test_biases()
     }
 }
 
+/* Devices of compute capability 8.0 and 8.6: fewer stages, or decode rows as tiles of the prefill kernel. */
 static void test_little_shared_memory()
 {
     const int32_t bytes = options.device.max_shared_bytes;
-    options.device.max_shared_bytes = 101376; /* compute capability 8.6 */
-    for (int format : formats) {
-        World w(format, models[0], 32, 0, {1, 700, 3000}, SPREAD, 1.0f, 1.0, 1100);
-        check_world(w, 1101, LIMIT, "little shared memory");
+    for (int32_t few : {166912, 101376}) {
+        options.device.max_shared_bytes = few;
+        for (int format : formats) {
+            const bool fits = qf_cuda_attention_decode_fits(&options.device, (qf_cuda_kv_format)format, 128);
+            CHECK(few > 101376 || !fits);
+            World w(format, models[0], 32, 0, {1, 700, 3000}, SPREAD, 1.0f, 1.0, 1100);
+            w.shape.decode_ctas = fits ? options.device.sm_count : -1;
+            check_world(w, 1101, fits ? LIMIT : 2 * LIMIT, "little shared memory");
+        }
     }
     options.device.max_shared_bytes = bytes;
 }

@@ -139,6 +139,12 @@ static void stop_if_failed(World &world, Group &group, const char *what)
     }
 }
 
+/* Relative error of logits. The kernel rounds attention's weights to bf16 and the reference does not, which moves logits by
+ * 0.54 % (one draw in ten by more than 0.65 %, the worst of 114 by 0.75 %) for 14B's shape at 128 positions, however many
+ * ranks there are: so says the same model in float64 with these roundings. With one position that weight is 1, and 0.17 %
+ * remain (at most 0.41 %); there a piece of one row tile that is missing in one layer moves them by 0.6 to 3.7 %. */
+static double tolerance(int length) { return length == 1 ? 6e-3 : 1e-2; }
+
 static void test_shape(World &world, Group &group, const Shape &whole, int head_bits, int block, bool same_head, int window,
                        const std::vector<int> &lengths)
 {
@@ -160,7 +166,7 @@ static void test_shape(World &world, Group &group, const Shape &whole, int head_
             stop_if_failed(world, group, what);
             for (int r = 0; r < world.size(); r++) {
                 const double worst = relative_error(first[r], expected[r], first[r].size());
-                if (!(worst < 6e-3)) {
+                if (!(worst < tolerance(length))) {
                     fprintf(stderr, "%s, rank %d: relative error %.2e\n", what, r, worst);
                     check_failures++;
                 }
@@ -397,12 +403,12 @@ static void run_tests(World &world, Group &group)
     test_shape(world, group, uneven, 4, 128, false, 100, {1000});
     printf("small shapes: %d failures\n", check_failures);
     if (!check_brief) {
-        test_shape(world, group, small, 16, 32, false, 0, {257});
-        test_shape(world, group, wide, 16, 32, true, 0, {5, 1000});
+        test_shape(world, group, small, 16, 32, false, 0, {1, 257});
+        test_shape(world, group, wide, 16, 32, true, 0, {1, 5, 1000});
         if (ranks <= 4) {
             test_shape(world, group, large, 16, 32, true, 0, {1, 300});
         }
-        test_shape(world, group, odd, 16, 32, true, 0, {128});
+        test_shape(world, group, odd, 16, 32, true, 0, {1, 128});
         printf("large shapes: %d failures\n", check_failures);
     }
     test_many_steps(world, group, demo, check_brief ? 20 : 200);

@@ -99,7 +99,8 @@ def test_killed_and_interrupted(model, tmp_path, expected, kind):
     out, ids = tmp_path / "out", tmp_path / "ids.jsonl"
     ids.write_text("".join(json.dumps({"token_ids": block}) + "\n" for block in token_blocks()))
     text = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a background job of a shell ignores
         "from qwen_fast.quantize import work\n"
         "from qwen_fast.cli import main\n"
         "save = work.Work.save_hidden\n"

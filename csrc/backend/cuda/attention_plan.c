@@ -78,7 +78,7 @@ typedef struct planner {
 
 static bool is_decode(const planner *p, int32_t seq)
 {
-    return !p->batch_invariant && (p->shape->kv_window == 0 || p->window_first != NULL) &&
+    return !p->batch_invariant && p->shape->decode_ctas >= 0 && (p->shape->kv_window == 0 || p->window_first != NULL) &&
            p->query_start_loc[seq + 1] - p->query_start_loc[seq] == 1;
 }
 

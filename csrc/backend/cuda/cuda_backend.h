@@ -207,6 +207,8 @@ size_t qf_cuda_kv_window_bytes(const qf_cuda_backend *self);
 qf_status qf_cuda_kv_layout(qf_cuda_backend *self, char *storage, int32_t num_blocks, qf_error *err);
 /* Tiles of QF_CUDA_BIAS_TILE positions that a sequence has. */
 int32_t qf_cuda_kv_bias_tiles(const qf_cuda_backend *self);
+/* The kernels' name of a format. */
+qf_cuda_kv_format qf_cuda_kernel_kv_format(qf_kv_format format);
 /* Fills the tables of keys' biases in the workspace. */
 qf_status qf_cuda_kv_tables(qf_cuda_backend *self, qf_error *err);
 /* "", or what the device's description says of a low-bit cache. */

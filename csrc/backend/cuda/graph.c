@@ -36,10 +36,11 @@ static qf_status capture(qf_cuda_backend *self, const qf_cuda_graph *of, cudaGra
     qf_cuda_meta meta;
     int32_t max_items = qf_cuda_step_max_items(self, NULL, num_seqs);
     qf_cuda_meta_layout(self, self->ws.meta, num_seqs, num_seqs, num_seqs, max_items, &meta);
-    bool invariant = self->options.batch_invariant;
-    qf_cuda_attention_plan bound = {.num_decode_items = invariant ? 0 : max_items,
-                                    .num_prefill_items = invariant ? max_items : 0,
-                                    .num_window_items = invariant || self->kv_window == 0 ? 0 : num_seqs};
+    /* Rows of tiles of the prefill kernel alone. */
+    bool tiles = self->options.batch_invariant || qf_cuda_backend_attention_shape(self, false).decode_ctas < 0;
+    qf_cuda_attention_plan bound = {.num_decode_items = tiles ? 0 : max_items,
+                                    .num_prefill_items = tiles ? max_items : 0,
+                                    .num_window_items = tiles || self->kv_window == 0 ? 0 : num_seqs};
     qf_cuda_forward f = {.meta = &meta,
                          .plan = {.full = bound, .sliding = bound, .all_greedy = of->greedy, .one_kernel = of->one_kernel},
                          .captured = true};

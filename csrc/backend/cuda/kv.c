@@ -9,7 +9,7 @@
 #include "base/alloc.h"
 #include "kv/window.h"
 
-static qf_cuda_kv_format kernel_format(qf_kv_format format)
+qf_cuda_kv_format qf_cuda_kernel_kv_format(qf_kv_format format)
 {
     switch (format) {
     case QF_KV_FP8_E4M3: return QF_CUDA_KV_FP8;
@@ -75,7 +75,7 @@ qf_status qf_cuda_kv_layout(qf_cuda_backend *self, char *storage, int32_t num_bl
                                        .num_kv_heads = self->config.num_kv_heads,
                                        .head_dim = self->config.head_dim,
                                        .float32 = self->options.float32,
-                                       .format = kernel_format(qf_cuda_layer_kv_format(&self->options, i))};
+                                       .format = qf_cuda_kernel_kv_format(qf_cuda_layer_kv_format(&self->options, i))};
         storage += 2 * bytes;
     }
     for (int32_t i = 0; i < num_layers && self->kv_window > 0; i++) {

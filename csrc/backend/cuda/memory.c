@@ -121,7 +121,9 @@ static void carve_activations(qf_cuda_backend *self, char *storage, size_t *at)
 qf_cuda_attention_shape qf_cuda_backend_attention_shape(const qf_cuda_backend *self, bool sliding)
 {
     const qf_model_config *config = &self->config;
-    int32_t decode_ctas = self->any_low_bit ? 1 : 2;
+    qf_cuda_kv_format format = qf_cuda_kernel_kv_format(self->options.kv_format);
+    bool fits = !self->any_low_bit || qf_cuda_attention_decode_fits(&self->device, format, config->head_dim);
+    int32_t decode_ctas = !fits ? -1 : self->any_low_bit ? 1 : 2;
     return (qf_cuda_attention_shape){.num_heads = config->num_heads,
                                      .num_kv_heads = config->num_kv_heads,
                                      .head_dim = config->head_dim,
