@@ -24,37 +24,15 @@ __host__ __device__ constexpr int qf_stream_slot_bytes(int groups) { return QF_S
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-__device__ __forceinline__ void qf_stream_copy_16(uint32_t shared, const void *global)
-{
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
-__device__ __forceinline__ uint4 qf_stream_shared_16(uint32_t address)
-{
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ uint32_t qf_stream_shared_4(uint32_t address)
-{
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-    return v;
-}
-
 /* Asks for the next piece, into the slot at shared address `slot`. at.data is at this lane's bytes, at.scales at the
  * matrix's first. */
 template <int groups> __device__ __forceinline__ void qf_stream_ask(uint32_t slot, qf_stream_cursor &at, int lane)
 {
     const uint8_t *data = at.data + (int64_t)at.index * QF_STREAM_PIECE_BYTES;
-    qf_stream_copy_16(slot + lane * 16, data);
-    qf_stream_copy_16(slot + lane * 16 + 512, data + 512);
+    qf_copy_16_stream(slot + lane * 16, data);
+    qf_copy_16_stream(slot + lane * 16 + 512, data + 512);
     if (lane < 4 * groups) {
-        qf_stream_copy_16(slot + QF_STREAM_PIECE_BYTES + lane * 16,
+        qf_copy_16_stream(slot + QF_STREAM_PIECE_BYTES + lane * 16,
                           at.scales + (int64_t)at.index * (groups * 16) + lane * 4);
     }
     at.index++;
@@ -70,15 +48,15 @@ __device__ __forceinline__ void qf_stream_take(qf_stream_piece &piece, uint32_t 
 {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const uint4 v = qf_stream_shared_16(slot + lane * 16 + 512 * i);
+        const uint4 v = qf_shared_load_16(slot + lane * 16 + 512 * i);
         piece.words[4 * i] = v.x;
         piece.words[4 * i + 1] = v.y;
         piece.words[4 * i + 2] = v.z;
         piece.words[4 * i + 3] = v.w;
     }
     const uint32_t scales = slot + QF_STREAM_PIECE_BYTES + lane % groups * 64 + lane / 4 * 4;
-    piece.scales[0] = qf_stream_shared_4(scales);
-    piece.scales[1] = qf_stream_shared_4(scales + 32);
+    piece.scales[0] = qf_shared_load_4(scales);
+    piece.scales[1] = qf_shared_load_4(scales + 32);
 }
 
 __device__ __forceinline__ void qf_stream_await(uint32_t barrier)

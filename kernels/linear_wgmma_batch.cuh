@@ -29,11 +29,6 @@ struct qf_wb_params {
 
 #ifdef QF_SM90A
 
-__device__ __forceinline__ void qf_wb_copy_16(uint32_t shared, const void *global)
-{
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
 /* A warp's weights: a ring of units (row tile, k block) in shared memory, filled in the order of their use. */
 template <int bits, int rows> struct qf_wb_feed {
     static constexpr int unit_bytes = qf_wb_unit_bytes(bits), last = (QF_WB_DEPTH - 1) * unit_bytes;
@@ -47,10 +42,10 @@ template <int bits, int rows> struct qf_wb_feed {
         if (left[r] > 0) {
 #pragma unroll
             for (int i = 0; i < 256 * bits; i += 512) {
-                qf_wb_copy_16(to + i, data[r] + i);
+                qf_copy_16_stream(to + i, data[r] + i);
             }
             if (lane < 4) {
-                qf_wb_copy_16(to + 256 * bits, scales[r]);
+                qf_copy_16_stream(to + 256 * bits, scales[r]);
             }
         }
         qf_cp_async_commit();
@@ -60,22 +55,6 @@ template <int bits, int rows> struct qf_wb_feed {
         to = to == ring + last ? ring : to + unit_bytes;
     }
 };
-
-__device__ __forceinline__ uint4 qf_wb_shared_16(uint32_t address)
-{
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-}
-__device__ __forceinline__ uint32_t qf_wb_shared_4(uint32_t address)
-{
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-    return v;
-}
 
 __device__ __forceinline__ void qf_wb_wait(uint32_t barrier, uint32_t parity)
 {
@@ -175,7 +154,7 @@ template <int bits> __device__ __forceinline__ void qf_wb_load(uint4 (&w)[bits /
 {
 #pragma unroll
     for (int i = 0; i < bits / 4; i++) {
-        w[i] = qf_wb_shared_16(from + i * 512);
+        w[i] = qf_shared_load_16(from + i * 512);
     }
 }
 
@@ -235,7 +214,7 @@ __device__ __forceinline__ void qf_wb_sum(float (&acc)[rows][tokens / 2], qf_wb_
             __syncwarp();
             uint4 low[bits / 4], high[bits / 4];
             qf_wb_load<bits>(low, from);
-            const uint32_t row0 = qf_wb_shared_4(from + scale_from), row8 = qf_wb_shared_4(from + scale_from + 32);
+            const uint32_t row0 = qf_shared_load_4(from + scale_from), row8 = qf_shared_load_4(from + scale_from + 32);
             if (bits == 4) {
                 qf_wb_load<bits>(high, from + 128 * bits);
             }
