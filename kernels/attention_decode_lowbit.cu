@@ -22,7 +22,14 @@
  * scale words and softmax 5.5, and the bias 13: not by its instructions, but by what it read from shared memory, which is
  * halved since. Copies alone take 32 to 35 us.
  *
+ * On Hopper int4 of head_dim 128 in blocks of 32 and more has a kernel of its own (attention_decode_wide.cuh): 12 warps, 64
+ * positions at a time, bulk copies; some 580 instructions and 145 wavefronts of shared memory for 32 positions instead of 697
+ * and 262, which filled its pipe. 32 x 8,192 of the 7B model 42.6 us instead of 49.7, 1 x 131,072 28.2 instead of 33.8.
+ *
  * Tried and lost:
+ *   there: keys and values in one ring, 1.4 us more at 1 x 131,072; shares of warps in stages of 32, which halve units: 2.7 us
+ *     more at 32 x 8,192, 1.3 at 1 x 131,072, and 0.2 less at 1 x 8,192; barriers beside the stages, 0.6 and 0.3 us more; all
+ *     three stages sent for before q is loaded, 1.2 us more in both.
  *   bf16 operands: 3 to 5 instructions a pair in 8 bits, and int4's zeros had to be taken off again; and scale words
  *     decoded by each lane that wants one, 220 instructions: in all 1,060 a stage of int4 instead of about 750, 74 us
  *     instead of 55 at 32 x 8K, and fp8 106 us instead of 80.
@@ -43,7 +50,7 @@
  * items (qf_cuda_attention_shape.decode_ctas below 0).
  *
  * Measured: see PERF.md. */
-#include "attention_decode_lowbit.cuh"
+#include "attention_decode_wide.cuh"
 
 typedef void (*lowbit_decode_kernel)(attention_params, int32_t);
 
@@ -88,11 +95,31 @@ extern "C" bool qf_cuda_attention_decode_fits(const qf_cuda_device *device, qf_c
            choose(device, format, head_dim, true).bytes + STATIC_BYTES <= (size_t)device->max_shared_bytes;
 }
 
+static qf_status launch_wide(const attention_params *p, const qf_cuda_device *device, cudaStream_t stream, qf_error *err)
+{
+    void (*const kernel)(attention_params) =
+        p->a.kv.k_bias != NULL ? attention_decode_wide_kernel<true> : attention_decode_wide_kernel<false>;
+    qf_status status = qf_allow_shared("attention (low-bit decode)", kernel, WIDE_SHARED, err);
+    if (status != QF_OK) {
+        return status;
+    }
+    QF_CUDA_TRY(cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
+                                     cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    const int64_t units = (int64_t)p->a.max_decode_items * p->a.shape.num_kv_heads;
+    return qf_launch("attention (low-bit decode)", kernel,
+                     dim3((unsigned)(units < device->sm_count ? units : device->sm_count)), dim3(WIDE_THREADS),
+                     WIDE_SHARED, device->dependent_launch, stream, err, *p);
+}
+
 extern "C" qf_status qf_attention_decode_lowbit(const attention_params *p, const qf_cuda_device *device,
                                                 cudaStream_t stream, qf_error *err)
 {
     const qf_cuda_kv_format format = p->a.kv.format;
     const bool biased = p->a.kv.k_bias != NULL;
+    if (device->hopper && format == QF_CUDA_KV_INT4 && p->a.shape.head_dim == 128 && p->block_shift >= 5 &&
+        WIDE_SHARED + STATIC_BYTES <= device->max_shared_bytes) {
+        return launch_wide(p, device, stream, err);
+    }
     const lowbit_choice choice = choose(device, format, p->a.shape.head_dim, biased);
     qf_status status = qf_allow_shared("attention (low-bit decode)", choice.kernel, choice.bytes, err);
     if (status != QF_OK) {

@@ -277,42 +277,46 @@ static __device__ __forceinline__ void put_results(const lowbit_state<format, he
 }
 
 /* Merges the warps in order; the results of these heads go out, or to the workspace. */
-template <int format, int head_dim>
+template <int format, int head_dim, int warps>
 static __device__ __forceinline__ void merge_results(const attention_params &p, const qf_cuda_attention_item &item,
                                                      int32_t kv_head, int32_t first_head,
                                                      const lowbit_shared<format, head_dim> &shared)
 {
     typedef lowbit_sizes<format, head_dim> sizes;
-    static_assert(LOWBIT_WARPS == 16 && LOWBIT_HEADS == 8, "16 lanes have a head's weights");
+    static_assert(warps <= 16 && LOWBIT_HEADS == 8, "16 lanes have a head's weights");
     __shared__ float2 totals[LOWBIT_HEADS];
     const int32_t num = min(p.group - first_head, LOWBIT_HEADS);
-    if (threadIdx.x < LOWBIT_WARPS * LOWBIT_HEADS) { /* -inf: of a warp that had nothing to do */
-        const int32_t local = threadIdx.x / 16, row = threadIdx.x % 16 * LOWBIT_HEADS + local;
-        const float own = shared.maximum[row];
+    if (threadIdx.x < 16 * LOWBIT_HEADS) { /* -inf: of a warp that had nothing to do */
+        const int32_t local = threadIdx.x / 16, own_warp = threadIdx.x % 16;
+        const int32_t row = min(own_warp, warps - 1) * LOWBIT_HEADS + local;
+        const bool there = own_warp < warps;
+        const float own = there ? shared.maximum[row] : -INFINITY;
         float maximum = own;
 #pragma unroll
         for (int offset = 1; offset < 16; offset *= 2) {
             maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, offset));
         }
         const float weight = power_of_two(own - maximum);
-        float sum = shared.sum[row] * weight;
+        float sum = there ? shared.sum[row] * weight : 0.0f;
 #pragma unroll
         for (int offset = 1; offset < 16; offset *= 2) {
             sum += __shfl_xor_sync(ALL_LANES, sum, offset);
         }
-        shared.maximum[row] = weight;
+        if (there) {
+            shared.maximum[row] = weight;
+        }
         if (threadIdx.x % 16 == 0) {
             totals[local] = make_float2(maximum, sum);
         }
     }
     __syncthreads();
-    for (int32_t i = threadIdx.x; i < num * (head_dim / 4); i += LOWBIT_THREADS) {
+    for (int32_t i = threadIdx.x; i < num * (head_dim / 4); i += 32 * warps) {
         const int32_t local = i / (head_dim / 4), d = i % (head_dim / 4) * 4;
         const int32_t head = kv_head * p.group + first_head + local;
         float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         float unused = 0.0f;
 #pragma unroll
-        for (int w = 0; w < LOWBIT_WARPS; w++) {
+        for (int w = 0; w < warps; w++) {
             const int32_t row = w * LOWBIT_HEADS + local;
             add_weighted(acc, unused, *reinterpret_cast<const float4 *>(shared.values + row * sizes::result_row + d), 0.0f,
                          shared.maximum[row]);
@@ -351,6 +355,7 @@ template <int format, int head_dim, bool biased>
 static __global__ void __launch_bounds__(LOWBIT_THREADS, LOWBIT_CTAS)
     attention_decode_lowbit_kernel(const __grid_constant__ attention_params p, int32_t depth)
 {
+    typedef lowbit_sizes<format, head_dim> sizes;
     extern __shared__ __align__(128) uint8_t dynamic[];
     __shared__ qf_cuda_attention_item item; /* registers are scarce: these are read anew where they are wanted */
     __shared__ int32_t unit, num_units, kv_head;
@@ -385,8 +390,13 @@ static __global__ void __launch_bounds__(LOWBIT_THREADS, LOWBIT_CTAS)
                     middle[i] = __ldg(turn + 32 * i + threadIdx.x % 32);
                 }
             }
-            begin_walk<format, head_dim, biased>(p, w, unit == (int32_t)blockIdx.x && first_head == 0, depth, shared);
+            const int ahead = sizes::late ? depth - 1 : depth;
+            begin_walk<format, head_dim, biased>(p, w, unit == (int32_t)blockIdx.x && first_head == 0, ahead, shared);
             prepare_queries<format, head_dim>(p, item, kv_head, first_head, b, middle, shared);
+            if constexpr (sizes::late) {
+                copy_stage<format, head_dim, biased, true>(p, w, w.first + ahead, shared.stages + ahead * sizes::stage,
+                                                           shared.coarse);
+            }
             if (biased) { /* the fine table, which all threads have copied */
                 depth == lowbit_sizes<format, head_dim>::depth ? qf_cp_async_wait<lowbit_sizes<format, head_dim>::depth>()
                                                                : qf_cp_async_wait<lowbit_sizes<format, head_dim>::least_depth>();
@@ -396,7 +406,7 @@ static __global__ void __launch_bounds__(LOWBIT_THREADS, LOWBIT_CTAS)
             __syncthreads(); /* results stand where stages were */
             put_results<format, head_dim>(state, shared);
             __syncthreads();
-            merge_results<format, head_dim>(p, item, kv_head, first_head, shared);
+            merge_results<format, head_dim, LOWBIT_WARPS>(p, item, kv_head, first_head, shared);
             __syncthreads(); /* shared memory is written anew */
         }
         if (item.num_splits == 1) {

@@ -187,13 +187,25 @@ static __device__ __forceinline__ void weigh_tile(lowbit_state<format, head_dim>
     const uint8_t *values = stage + sizes::codes + m * 16 * sizes::row;
     const uint32_t unit = m * sizes::words * 4 + w.lane % 4;
     const uint8_t *units = decoded + sizes::key_steps + sizes::key_zeros;
-    uint32_t v[2][2][sizes::row / 32], b[2]; /* v: [rows + 8][row of the pair] */
+    /* [rows + 8][row of the pair], or in 4 bits a word of each group, of both rows */
+    uint32_t v[2][2][sizes::row / 32], halves[2][head_dim / 32], b[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
+        if constexpr (sizes::grouped && sizes::row == 64) {
+            qf_ldmatrix_x4_trans(halves[h], values + 8 * h * sizes::row + w.value_at);
+        } else if constexpr (sizes::grouped) {
+            if (h == 0) {
+                uint32_t all[4];
+                qf_ldmatrix_x4_trans(all, values + w.value_at);
+                halves[0][0] = all[0], halves[0][1] = all[1], halves[1][0] = all[2], halves[1][1] = all[3];
+            }
+        }
+        if constexpr (!sizes::grouped) {
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const uint32_t at = sizes::row == 128 ? w.value_at + 128 * e : w.value_at ^ (uint32_t)(sizes::row * e);
-            load_words<sizes::row / 32>(v[h][e], values + 8 * h * sizes::row + at);
+            for (int e = 0; e < 2; e++) {
+                const uint32_t at = sizes::row == 128 ? w.value_at + 128 * e : w.value_at ^ (uint32_t)(sizes::row * e);
+                load_words<sizes::row / 32>(v[h][e], values + 8 * h * sizes::row + at);
+            }
         }
         b[h] = sizes::grouped ? 0 : mul_f16(p[h], steps[h]);
     }
@@ -216,8 +228,11 @@ static __device__ __forceinline__ void weigh_tile(lowbit_state<format, head_dim>
         uint32_t x[2][4];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int at = sizes::grouped ? group / 2 : group;
-            qf_kv_value_fp16<format>(v[h][0][at], v[h][1][at], group % 2, x[h]);
+            if constexpr (sizes::grouped) {
+                qf_kv_value_halves_fp16<format>(halves[h][group], x[h]);
+            } else {
+                qf_kv_value_fp16<format>(v[h][0][group], v[h][1][group], x[h]);
+            }
         }
         const uint32_t first[4] = {x[0][0], x[0][1], x[1][0], x[1][1]};
         const uint32_t second[4] = {x[0][2], x[0][3], x[1][2], x[1][3]};

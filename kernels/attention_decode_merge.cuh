@@ -136,6 +136,12 @@ template <int threads> static __host__ __device__ constexpr int32_t merge_wide_f
     return MERGE_WIDE * QF_ATTENTION_MAX_GROUP * 4 + threads * 16;
 }
 
+/* The heads of a group that merge_wide takes, at most: a warp for each, and a thread for each vector. */
+template <int head_dim, int threads> static __host__ __device__ constexpr int32_t merge_wide_heads()
+{
+    return threads / 32 < threads / (head_dim / 4) ? threads / 32 : threads / (head_dim / 4);
+}
+
 /* As merge_partials, of up to MERGE_WIDE results, which are all on their way at once, to shared memory (scratch). A warp
  * makes the weights of each head, and where there are threads for more than one, each takes every slices-th result of a
  * column; then those are added in order. */
@@ -145,7 +151,6 @@ static __device__ __forceinline__ void merge_wide(const attention_params &p, con
                                                   bool to_output, uint8_t *scratch)
 {
     constexpr int vectors = head_dim / 4;
-    static_assert(threads / 32 >= QF_ATTENTION_MAX_GROUP && QF_ATTENTION_MAX_GROUP * vectors <= threads, "one round");
     __shared__ float2 totals[QF_ATTENTION_MAX_GROUP];
     float *weights = reinterpret_cast<float *>(scratch);
     float4 *parts = reinterpret_cast<float4 *>(weights + MERGE_WIDE * QF_ATTENTION_MAX_GROUP);
@@ -236,7 +241,7 @@ static __device__ __forceinline__ void merge_item_wide(const attention_params &p
         }
     }
     /* Nor where the last split is the other kernel's, which cuts by MERGE_FAN. The same in all of the item's CTAs. */
-    if (fan > most || p.a.shape.kv_window > 0) {
+    if (fan > most || p.a.shape.kv_window > 0 || p.group > merge_wide_heads<head_dim, threads>()) {
         merge_item<head_dim, threads>(p, item, kv_head);
         return;
     }

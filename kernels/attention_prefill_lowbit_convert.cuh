@@ -185,7 +185,7 @@ static __device__ __forceinline__ void convert_values(const lowbit_item &it, int
     constexpr int row_words = nibbles ? head_dim / 32 : 1; /* of scales */
     const int thread = thread_now(), g = thread % 8, sub = thread / 8 % 4;
     const int32_t begin = it.base.item.kv_begin - tile * PREFILL_TILE, end = it.base.item.kv_end - tile * PREFILL_TILE;
-    const char *codes = m.codes + PREFILL_TILE * code_bytes + g * (code_bytes / 8);
+    const char *codes = m.codes + PREFILL_TILE * code_bytes + g * (nibbles ? 2 : code_bytes / 8);
     const uint16_t *scales = reinterpret_cast<const uint16_t *>(m.scales) + PREFILL_TILE * row_words;
 #pragma unroll
     for (int i = 0; i < PREFILL_TILE / 16; i++) {
@@ -196,7 +196,14 @@ static __device__ __forceinline__ void convert_values(const lowbit_item &it, int
         uint32_t words[num_words];
 #pragma unroll
         for (int w = 0; w < num_words; w++) {
-            words[w] = reinterpret_cast<const uint32_t *>(codes + row * code_bytes)[w];
+            const char *from = codes + row * code_bytes;
+            if (nibbles) { /* of two groups */
+                const int low = qf_kv_value_piece(head_dim, row, 2 * w), high = qf_kv_value_piece(head_dim, row, 2 * w + 1);
+                words[w] = *reinterpret_cast<const uint16_t *>(from + 16 * low) |
+                           (uint32_t)*reinterpret_cast<const uint16_t *>(from + 16 * high) << 16;
+            } else {
+                words[w] = reinterpret_cast<const uint32_t *>(from)[w];
+            }
         }
         uint16_t *to = m.values + g % 2 * 4;
 #pragma unroll

@@ -161,14 +161,14 @@ static __device__ __forceinline__ uint32_t pack_nibbles(uint32_t codes)
     return __byte_perm(v, 0, 0x4420);
 }
 
-/* Columns d .. d + 3 (d a multiple of 4) of a row at `row`. Lanes of an even and the next odd multiple are neighbours:
+/* Columns d .. d + 3 (d a multiple of 4) of a row at `row`, which is row_index of its block. Lanes of an even and the next odd multiple are neighbours:
  * a word of int4's keys is both lanes' codes. */
 template <int format>
-static __device__ __forceinline__ void store_codes(uint8_t *row, uint32_t codes, int32_t head_dim, int32_t d, bool key,
-                                                   bool store)
+static __device__ __forceinline__ void store_codes(uint8_t *row, int32_t row_index, uint32_t codes, int32_t head_dim,
+                                                   int32_t d, bool key, bool store)
 {
     constexpr bool nibbles = format == QF_CUDA_KV_INT4 || format == QF_CUDA_KV_NF4;
-    const int32_t place = key ? qf_kv_key_place(format, head_dim, d) : qf_kv_value_place(head_dim, d);
+    const int32_t place = key ? qf_kv_key_place(format, head_dim, d) : qf_kv_value_place(format, head_dim, row_index, d);
     if constexpr (!nibbles) {
         if constexpr (format == QF_CUDA_KV_INT8) { /* code + 128; keys: bytes 0, 2, 1, 3 of the word */
             codes = (key ? __byte_perm(codes, 0, 0x3120) : codes) ^ 0x80808080u;

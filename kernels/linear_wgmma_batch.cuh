@@ -268,17 +268,17 @@ __device__ __forceinline__ float qf_wb_silu_mul(float gate, float up)
 /* A row tile: partial sums, or silu(gate) * up with gate in rows 0 .. 7 and up in rows 8 .. 15. */
 template <int tokens>
 __device__ __forceinline__ void qf_wb_store(const qf_linear_mma_params &p, const float (&acc)[tokens / 2], int tile,
-                                            int lane)
+                                            int lane, int share)
 {
     const int n = p.row_tiles * 16, row = tile * 16 + lane / 4;
     float bias[2] = {0.0f, 0.0f};
-    if (p.bias != nullptr && blockIdx.y == 0) {
+    if (p.bias != nullptr && share == 0) {
         bias[0] = p.bias[row];
         bias[1] = p.bias[row + 8];
     }
     if (p.act == nullptr) {
         const int left = p.num_tokens - 2 * (lane % 4);
-        float *out = p.out + ((int64_t)blockIdx.y * p.num_tokens + 2 * (lane % 4)) * n + row;
+        float *out = p.out + ((int64_t)share * p.num_tokens + 2 * (lane % 4)) * n + row;
 #pragma unroll
         for (int j = 0; j < tokens / 8; j++) {
             if (8 * j < left) {
@@ -374,7 +374,7 @@ __device__ __forceinline__ void qf_wb_run(const qf_wb_params &w, uint8_t *all_sh
     for (int r = 0; r < rows; r++) {
         const int tile = (r * w.row_groups + row_group) * 4 + warp % 4;
         if (slice == 0 && tile < tiles) {
-            qf_wb_store<tokens>(p, acc[r], first_tile + tile, lane);
+            qf_wb_store<tokens>(p, acc[r], first_tile + tile, lane, blockIdx.y);
         }
     }
 }
@@ -382,19 +382,18 @@ __device__ __forceinline__ void qf_wb_run(const qf_wb_params &w, uint8_t *all_sh
 #endif /* QF_SM90A */
 
 /* act's padding along k. */
-static __device__ __forceinline__ void qf_wb_pad(const qf_linear_mma_params &p)
+static __device__ __forceinline__ void qf_wb_pad(const qf_linear_mma_params &p, int threads)
 {
     const int words = p.num_tiles * 32;
-    for (int i = threadIdx.x; i < (p.act_tiles - p.row_tiles) * words; i += blockDim.x) {
+    for (int i = threadIdx.x; i < (p.act_tiles - p.row_tiles) * words; i += threads) {
         int row = p.row_tiles + i / words, token_tile = i % words / 32;
         p.act[(((row / 8) * p.num_tiles + token_tile) * 8 + row % 8) * 32 + i % 32] = 0;
     }
 }
 
-/* Grid (row tiles / cta_tiles, shares of k); row_groups x slices warpgroups. all_rows: every warpgroup has all row tiles
- * of the CTA, so many a warp, and there are 3 slices at most; or 0. */
-template <int bits, int tokens, int all_rows>
-static __global__ void __launch_bounds__(all_rows > 0 ? 384 : 128 * qf_wb_max_groups(tokens), 1)
+/* Grid (row tiles / cta_tiles, shares of k); row_groups x slices warpgroups. */
+template <int bits, int tokens>
+static __global__ void __launch_bounds__(128 * qf_wb_max_groups(tokens), 1)
     qf_linear_wgmma_batch_kernel(const __grid_constant__ qf_wb_params w)
 {
 #ifdef QF_SM90A
@@ -409,15 +408,13 @@ static __global__ void __launch_bounds__(all_rows > 0 ? 384 : 128 * qf_wb_max_gr
         qf_mbarrier_init_fence();
     }
     __syncthreads();
-    if constexpr (all_rows > 0) {
-        qf_wb_run<bits, tokens, all_rows>(w, shared, warp);
-    } else if (w.cta_tiles > (w.row_groups + warp / 4) * 4) { /* then there is one slice */
+    if (w.cta_tiles > (w.row_groups + warp / 4) * 4) { /* then there is one slice */
         qf_wb_run<bits, tokens, 2>(w, shared, warp);
     } else {
         qf_wb_run<bits, tokens, 1>(w, shared, warp);
     }
     if (p.act != nullptr && blockIdx.x == 0) {
-        qf_wb_pad(p);
+        qf_wb_pad(p, blockDim.x);
     }
 #endif
 }

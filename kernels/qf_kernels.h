@@ -161,7 +161,7 @@ typedef struct qf_cuda_linear_args {
     float *out;        /* STORE: (num_splits, num_tokens, weight.n) */
     uint16_t *act;     /* SILU_MUL: tiled (act_k, num_tokens), act_k = weight.n / 2 up to the next 128; zeros beyond n / 2 */
     int32_t num_tokens;
-    int32_t num_splits; /* shares of k, each a run of k blocks: share s is blocks s * B / num_splits .. */
+    int32_t num_splits; /* shares of k, each a run of k blocks: the kernel says which */
     bool batch_invariant; /* one order of sums for every num_tokens */
 } qf_cuda_linear_args;
 

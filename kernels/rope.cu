@@ -148,8 +148,8 @@ static __device__ __forceinline__ void store_low_bit(const qf_cuda_kv &kv, bool 
     const int64_t rows = (int64_t)kv.num_kv_heads * kv.block_size;
     uint8_t *base = static_cast<uint8_t *>(key ? kv.k : kv.v) + block * rows * (row_bytes + 2 * words);
     const kv_codes c = encode_columns<format>(low.v, high.v, head_dim / 8);
-    store_codes<format>(base + (int64_t)row * row_bytes, c.low, head_dim, j, key, store);
-    store_codes<format>(base + (int64_t)row * row_bytes, c.high, head_dim, half + j, key, store);
+    store_codes<format>(base + (int64_t)row * row_bytes, row, c.low, head_dim, j, key, store);
+    store_codes<format>(base + (int64_t)row * row_bytes, row, c.high, head_dim, half + j, key, store);
     uint16_t *to = reinterpret_cast<uint16_t *>(base + rows * row_bytes) + (int64_t)row * words;
     if (store && (words == 1 ? j == 0 : j % 32 == 0)) {
         to[words == 1 ? 0 : j / 32] = (uint16_t)c.low_word;

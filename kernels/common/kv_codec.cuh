@@ -7,7 +7,9 @@
  *   keys    d = 32 G + 8 t + 2 i + e: lane t's eight columns of group G are one word (4 bits) or two (8 bits), the pair
  *           (e = 0, 1) being the k pair of a register. Pair i of int4 stands in bits 4 i and 16 + 4 i; of int8 in bytes
  *           i % 2 and i % 2 + 2 of word i / 2; of fp8 and nf4 the columns are in order.
- *   values  d = 32 G + 4 g + n: lane g's four rows of group G's two tiles are four neighbouring codes.
+ *   values  d = 32 G + 4 g + n: lane g's four rows of group G's two tiles are four neighbouring codes; in 8 bits lane g's
+ *           of all groups are neighbours. In 4 bits a group is a piece of 16 bytes, and pieces of a row change places so that
+ *           those of a group of 8 rows lie in all banks of shared memory, whole blocks of rows copied as they are.
  *
  * int8 is stored as code + 128. */
 #ifndef QF_COMMON_KV_CODEC_CUH
@@ -43,8 +45,17 @@ static __host__ __device__ __forceinline__ int32_t qf_kv_key_place(int format, i
     return (group / 2 * 4 + t) * 16 + group % 2 * 8 + (format == QF_CUDA_KV_FP8 ? d % 8 : i / 2 * 4 + i % 2 + 2 * e);
 }
 
-static __host__ __device__ __forceinline__ int32_t qf_kv_value_place(int32_t head_dim, int32_t d)
+/* The piece of 16 bytes of a row of values in 4 bits where a group stands; row: within its block. */
+static __host__ __device__ __forceinline__ int32_t qf_kv_value_piece(int32_t head_dim, int32_t row, int32_t group)
 {
+    return head_dim == 128 ? group ^ (row >> 1 & 3) : group ^ (row >> 2 & 1);
+}
+
+static __host__ __device__ __forceinline__ int32_t qf_kv_value_place(int format, int32_t head_dim, int32_t row, int32_t d)
+{
+    if (format == QF_CUDA_KV_INT4 || format == QF_CUDA_KV_NF4) {
+        return qf_kv_value_piece(head_dim, row, d / 32) * 32 + d % 32;
+    }
     return d % 32 / 4 * (head_dim / 8) + 4 * (d / 32) + d % 4;
 }
 
@@ -206,25 +217,11 @@ template <int format> static __device__ __forceinline__ void qf_kv_key_fp16(cons
     }
 }
 
-/* The four columns of one group (8 bits: a word of each row; 4 bits: one half of a word) of two rows a and b of values:
- * x[n] is column n of a, then of b, without their scale. */
-template <int format>
-static __device__ __forceinline__ void qf_kv_value_fp16(uint32_t a, uint32_t b, int half, uint32_t (&x)[4])
+/* The four columns of one group (8 bits: a word of each row) of two rows a and b of values: x[n] is column n of a, then of b,
+ * without their scale. */
+template <int format> static __device__ __forceinline__ void qf_kv_value_fp16(uint32_t a, uint32_t b, uint32_t (&x)[4])
 {
-    if constexpr (format == QF_CUDA_KV_INT4) {
-        const uint32_t v = __byte_perm(a, b, half == 0 ? 0x5410 : 0x7632);
-        qf_kv_key_fp16<format>(&v, x);
-    } else if constexpr (format == QF_CUDA_KV_NF4) {
-        const uint32_t v = __byte_perm(a, b, half == 0 ? 0x5410 : 0x7632);
-        const uint32_t low_bits = v & 0x77777777u, high_bits = (v >> 3) & 0x11111111u;
-        uint32_t a01, a23, b01, b23;
-        qf_kv_nf4_pairs<true>(low_bits, high_bits, a01, a23);
-        qf_kv_nf4_pairs<true>(low_bits >> 16, high_bits >> 16, b01, b23);
-        x[0] = __byte_perm(a01, b01, 0x5410);
-        x[1] = __byte_perm(a01, b01, 0x7632);
-        x[2] = __byte_perm(a23, b23, 0x5410);
-        x[3] = __byte_perm(a23, b23, 0x7632);
-    } else if constexpr (format == QF_CUDA_KV_INT8) {
+    if constexpr (format == QF_CUDA_KV_INT8) {
         const uint32_t even = __byte_perm(a, b, 0x6420), odd = __byte_perm(a, b, 0x7531);
         x[0] = even & 0x00ff00ffu;
         x[1] = odd & 0x00ff00ffu;
@@ -233,6 +230,23 @@ static __device__ __forceinline__ void qf_kv_value_fp16(uint32_t a, uint32_t b, 
     } else {
         qf_kv_e4m3_fp16(__byte_perm(a, b, 0x5140), x[0], x[1]);
         qf_kv_e4m3_fp16(__byte_perm(a, b, 0x7362), x[2], x[3]);
+    }
+}
+
+/* The same in 4 bits: a's four codes and b's are the halves of v. */
+template <int format> static __device__ __forceinline__ void qf_kv_value_halves_fp16(uint32_t v, uint32_t (&x)[4])
+{
+    if constexpr (format == QF_CUDA_KV_INT4) {
+        qf_kv_key_fp16<format>(&v, x);
+    } else {
+        const uint32_t low_bits = v & 0x77777777u, high_bits = (v >> 3) & 0x11111111u;
+        uint32_t a01, a23, b01, b23;
+        qf_kv_nf4_pairs<true>(low_bits, high_bits, a01, a23);
+        qf_kv_nf4_pairs<true>(low_bits >> 16, high_bits >> 16, b01, b23);
+        x[0] = __byte_perm(a01, b01, 0x5410);
+        x[1] = __byte_perm(a01, b01, 0x7632);
+        x[2] = __byte_perm(a23, b23, 0x5410);
+        x[3] = __byte_perm(a23, b23, 0x7632);
     }
 }
 

@@ -16,12 +16,12 @@ static const char *const format_names[5] = {"bf16", "fp8", "int8", "int4", "nf4"
 
 static qf_kv_format codec_of(int format) { return (qf_kv_format)(QF_KV_FP8_E4M3 + (format - QF_CUDA_KV_FP8)); }
 
-/* A row's bytes and words in the kernels' order. */
-static void pack_row(int format, int head_dim, bool key, const uint8_t *codes, uint8_t *row)
+/* A row's bytes in the kernels' order; index: within its block. */
+static void pack_row(int format, int head_dim, bool key, int index, const uint8_t *codes, uint8_t *row)
 {
     memset(row, 0, (size_t)qf_kv_row_bytes(format, head_dim));
     for (int d = 0; d < head_dim; d++) {
-        int place = key ? qf_kv_key_place(format, head_dim, d) : qf_kv_value_place(head_dim, d);
+        int place = key ? qf_kv_key_place(format, head_dim, d) : qf_kv_value_place(format, head_dim, index, d);
         if (qf_kv_row_bytes(format, head_dim) == head_dim) {
             row[place] = qf_kv_stored(format, codes[d]);
         } else {
@@ -165,7 +165,7 @@ static void test_write(int format, int num_heads, int num_kv_heads, int head_dim
             uint8_t codes[128];
             uint16_t words[4];
             qf_kv_encode_row(codec_of(format), x, head_dim, codes, words);
-            pack_row(format, head_dim, !value, codes, &want[value][at.code_at(block, kv_head, offset)]);
+            pack_row(format, head_dim, !value, offset, codes, &want[value][at.code_at(block, kv_head, offset)]);
             memcpy(&want[value][at.word_at(block, kv_head, offset)], words, at.words() * 2);
         }
     }
@@ -335,7 +335,7 @@ struct World {
         std::vector<uint16_t> words[2];
         for (int value = 0; value < 2; value++) {
             decoded[value].resize((size_t)pool_rows * head_dim);
-            rows[value].resize((size_t)pool_rows * at.row_bytes());
+            rows[value].resize((size_t)pool_rows * 8 * at.row_bytes()); /* as they stand in rows i % 8 of a block */
             words[value].resize((size_t)pool_rows * at.words());
             for (int r = 0; r < pool_rows; r++) {
                 float x[128], size = powf(2.0f, 2.0f * random.uniform() - 1.0f);
@@ -346,7 +346,9 @@ struct World {
                 uint16_t *word = &words[value][(size_t)r * at.words()];
                 qf_kv_encode_row(codec_of(format), x, head_dim, codes, word);
                 qf_kv_decode_row(codec_of(format), codes, word, head_dim, &decoded[value][(size_t)r * head_dim]);
-                pack_row(format, head_dim, value == 0, codes, &rows[value][(size_t)r * at.row_bytes()]);
+                for (int i = 0; i < 8; i++) {
+                    pack_row(format, head_dim, value == 0, i, codes, &rows[value][(size_t)(8 * r + i) * at.row_bytes()]);
+                }
             }
         }
         num_blocks = 1;
@@ -377,7 +379,7 @@ struct World {
                     choice.push_back((uint16_t)r);
                     for (int value = 0; value < 2 && p >= unseen; value++) {
                         memcpy(&cache[value][at.code_at(block, h, p % block_size)],
-                               &rows[value][(size_t)r * at.row_bytes()], at.row_bytes());
+                               &rows[value][(size_t)(8 * r + p % 8) * at.row_bytes()], at.row_bytes());
                         memcpy(&cache[value][at.word_at(block, h, p % block_size)],
                                &words[value][(size_t)r * at.words()], at.words() * 2);
                     }

@@ -147,7 +147,8 @@ struct World {
         uint8_t *to = block + row * row_bytes;
         memset(to, 0, (size_t)row_bytes);
         for (int d = 0; d < c.head_dim; d++) {
-            const int place = key ? qf_kv_key_place(format.device, c.head_dim, d) : qf_kv_value_place(c.head_dim, d);
+            const int place = key ? qf_kv_key_place(format.device, c.head_dim, d)
+                                  : qf_kv_value_place(format.device, c.head_dim, position % c.block_size, d);
             if (row_bytes == c.head_dim) {
                 to[place] = qf_kv_stored(format.device, codes[d]);
             } else {

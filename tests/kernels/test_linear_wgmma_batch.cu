@@ -341,6 +341,7 @@ int main(int argc, char **argv)
     if (!check_brief) {
         check_shape(o, 4, 37888, 3584, true, {11, 32, 64}, 32, true);
         check_shape(o, 4, 3584, 18944, false, {11, 32, 64}, 16, true);
+        check_shape(o, 4, 16 * 1717, 1152, true, {17, 32}, 32, true); /* no even number of tiles a CTA */
     }
     if (o.bench && check_failures == 0) {
         bench(o);
