@@ -43,8 +43,8 @@ static __device__ __forceinline__ void wide_walk_units(const attention_params &p
             slot = slot == WIDE_DEPTH - 1 ? 0 : slot + 1;
             parity ^= slot == 0;
         }
-        wide_wait(w.barriers + slots[0] * 8, parities[0]);
-        wide_wait(w.barriers + slots[1] * 8, parities[1]);
+        qf_barrier_wait(w.barriers + slots[0] * 8, parities[0]);
+        qf_barrier_wait(w.barriers + slots[1] * 8, parities[1]);
         float x[4][4];
         uint32_t weights[4][2];
         const bool edge = position < w.begin || position + 64 > w.end_position;
@@ -76,8 +76,8 @@ static __device__ __forceinline__ void wide_walk_units(const attention_params &p
             places[h] = wide_locate<false>(p, w, next);
             wide_send<biased, 0>(p, w, places[h], next, slots[h]);
         }
-        wide_wait(w.barriers + (WIDE_DEPTH + slots[0]) * 8, parities[0]);
-        wide_wait(w.barriers + (WIDE_DEPTH + slots[1]) * 8, parities[1]);
+        qf_barrier_wait(w.barriers + (WIDE_DEPTH + slots[0]) * 8, parities[0]);
+        qf_barrier_wait(w.barriers + (WIDE_DEPTH + slots[1]) * 8, parities[1]);
         if (edge) {
             wide_clear(w, position, values);
 #pragma unroll
@@ -139,7 +139,7 @@ static __device__ __forceinline__ void wide_make_barriers(uint32_t barriers)
     if (threadIdx.x % 32 < 2 * WIDE_DEPTH) {
         const uint32_t barrier = barriers + threadIdx.x % 32 * 8;
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-        wide_fence();
+        qf_fence_async_shared();
     }
     __syncwarp();
 }
@@ -161,6 +161,7 @@ template <bool biased>
 static __global__ void __launch_bounds__(WIDE_THREADS, 1)
     attention_decode_wide_kernel(const __grid_constant__ attention_params p)
 {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) uint8_t dynamic[];
     __shared__ qf_cuda_attention_item item; /* registers are scarce: these are read anew where they are wanted */
     __shared__ int32_t unit, num_units, kv_head;
@@ -217,7 +218,7 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
             put_results<QF_CUDA_KV_INT4, 128>(state, shared);
             __syncthreads();
             merge_results<QF_CUDA_KV_INT4, 128, WIDE_WARPS>(p, item, kv_head, first_head, shared);
-            wide_fence();
+            qf_fence_async_shared();
             __syncthreads(); /* shared memory is written anew */
         }
         if (item.num_splits == 1) {
@@ -230,10 +231,11 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
         if (u >= num_units) {
             break;
         }
-        wide_fence();
+        qf_fence_async_shared();
         __syncthreads(); /* item is written anew */
     }
     qf_grid_dependency_wait(); /* a kernel's end implies its predecessor's, whether it had work or not */
+#endif
 }
 
 #endif

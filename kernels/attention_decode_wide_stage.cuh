@@ -48,60 +48,6 @@ struct wide_walk {
     uint32_t word_pieces;
 };
 
-/* Waits for the end of the barrier's phase of this parity. */
-static __device__ __forceinline__ void wide_wait(uint32_t barrier, uint32_t parity)
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    for (uint32_t tries = 0;; tries++) {
-        uint32_t done;
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(barrier), "r"(parity)
-                     : "memory");
-        if (done) {
-            return;
-        }
-        if (tries > (1u << 24)) {
-            __trap();
-        }
-    }
-#endif
-}
-
-static __device__ __forceinline__ void wide_expect(uint32_t barrier, uint32_t bytes)
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-#endif
-}
-
-static __device__ __forceinline__ void wide_copy(uint32_t to, const uint8_t *from, uint32_t bytes, uint32_t barrier)
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-#endif
-}
-
-/* True in one lane of the warp. */
-static __device__ __forceinline__ bool wide_elected()
-{
-    uint32_t elected = 0;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
-#endif
-    return elected != 0;
-}
-
-/* Ordinary writes to shared memory come before later bulk copies to it. */
-static __device__ __forceinline__ void wide_fence()
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 /* The 32 stages from `first` on; those that are not seen become ones that are, and are masked. */
 static __device__ __forceinline__ void wide_load_blocks(const attention_params &p, wide_walk &w, uint32_t first)
 {
@@ -159,14 +105,14 @@ static __device__ __forceinline__ void wide_send(const attention_params &p, cons
                                                  uint32_t s, uint32_t slot)
 {
     const uint32_t index = part * WIDE_DEPTH + slot, to = w.ring + index * WIDE_STAGE, barrier = w.barriers + index * 8;
-    if (s < 2 * w.end && wide_elected()) {
+    if (s < 2 * w.end && qf_elected()) {
         const uint8_t *from = part == 0 ? w.k : w.v;
         const bool coarse = biased && part == 0 && s % 2 == 0;
-        wide_expect(barrier, WIDE_STAGE + (coarse ? WIDE_COARSE : 0));
-        wide_copy(to, from + (uint64_t)place.codes * 16, WIDE_CODES, barrier);
-        wide_copy(to + WIDE_CODES, from + (uint64_t)place.words * 16 + w.words, WIDE_WORDS, barrier);
+        qf_barrier_expect(barrier, WIDE_STAGE + (coarse ? WIDE_COARSE : 0));
+        qf_bulk_copy_to(to, from + (uint64_t)place.codes * 16, WIDE_CODES, barrier);
+        qf_bulk_copy_to(to + WIDE_CODES, from + (uint64_t)place.words * 16 + w.words, WIDE_WORDS, barrier);
         if (coarse) {
-            wide_copy(w.ring + 2 * WIDE_DEPTH * WIDE_STAGE + s / 2 % 2 * WIDE_COARSE,
+            qf_bulk_copy_to(w.ring + 2 * WIDE_DEPTH * WIDE_STAGE + s / 2 % 2 * WIDE_COARSE,
                       reinterpret_cast<const uint8_t *>(p.a.bias_coarse + (uint64_t)(s / 2) * 128), WIDE_COARSE, barrier);
         }
     }
@@ -183,7 +129,7 @@ static __device__ __forceinline__ void wide_clear(const wide_walk &w, int32_t po
             reinterpret_cast<uint2 *>(stages[h] + WIDE_CODES)[w.lane] = make_uint2(0, 0);
         }
     }
-    wide_fence();
+    qf_fence_async_shared();
     __syncwarp();
 }
 

@@ -59,23 +59,6 @@ __device__ __forceinline__ void qf_stream_take(qf_stream_piece &piece, uint32_t 
     piece.scales[1] = qf_shared_load_4(scales + 32);
 }
 
-__device__ __forceinline__ void qf_stream_await(uint32_t barrier)
-{
-    for (uint32_t tries = 0;; tries++) {
-        uint32_t done;
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(barrier)
-                     : "memory");
-        if (done) {
-            return;
-        }
-        if (tries > (1u << 24)) { /* the copy cannot fail: an error of the kernel's, rather a trap than a hang */
-            __trap();
-        }
-    }
-}
-
 #endif
 
 /* As qf_linear_stream_kernel. */
@@ -142,7 +125,7 @@ static __global__ void __launch_bounds__(QF_STREAM_MAX_WARPS * 32, 1)
         qf_bulk_copy(shared, p.x + (int64_t)first_block * 256 * p.tile_tokens, x_bytes, barrier);
     }
     __syncwarp();
-    qf_stream_await(qf_shared_address(barrier));
+    qf_barrier_wait(qf_shared_address(barrier), 0);
 
     float *slots = reinterpret_cast<float *>(shared + p.slot_offset);
     const int slot_stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE;

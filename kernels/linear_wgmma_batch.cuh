@@ -56,23 +56,6 @@ template <int bits, int rows> struct qf_wb_feed {
     }
 };
 
-__device__ __forceinline__ void qf_wb_wait(uint32_t barrier, uint32_t parity)
-{
-    for (uint32_t tries = 0;; tries++) {
-        uint32_t done;
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(barrier), "r"(parity)
-                     : "memory");
-        if (done) {
-            return;
-        }
-        if (tries > (1u << 24)) {
-            __trap();
-        }
-    }
-}
-
 /* x, which the warps share, is in a ring of stages: shared addresses of its parts. */
 __device__ __forceinline__ uint32_t qf_wb_full(uint32_t shared, int slot) { return shared + slot * 8; }
 __device__ __forceinline__ uint32_t qf_wb_empty(uint32_t shared, int slot)
@@ -90,11 +73,8 @@ __device__ __forceinline__ void qf_wb_fill(const qf_wb_params &w, uint32_t share
     const int slot = stage % w.stages, first = w.p.share_begin[blockIdx.y] + stage * w.slices;
     const int blocks = min(w.slices, w.p.share_begin[blockIdx.y + 1] - first);
     const uint32_t bytes = blocks * w.block_bytes, barrier = qf_wb_full(shared, slot);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     qf_wb_stage(w, shared, slot)),
-                 "l"(w.p.x + (int64_t)first * w.block_bytes), "r"(bytes), "r"(barrier)
-                 : "memory");
+    qf_barrier_expect(barrier, bytes);
+    qf_bulk_copy_to(qf_wb_stage(w, shared, slot), w.p.x + (int64_t)first * w.block_bytes, bytes, barrier);
 }
 
 /* acc += scale * c */
@@ -180,7 +160,7 @@ __device__ __forceinline__ void qf_wb_multiply(float (&c)[tokens / 2], const uin
 __device__ __forceinline__ void qf_wb_refill(const qf_wb_params &w, uint32_t shared, int stage, int blocks)
 {
     if (stage >= 0 && stage + w.stages < blocks) {
-        qf_wb_wait(qf_wb_empty(shared, stage % w.stages), stage / w.stages & 1);
+        qf_barrier_wait(qf_wb_empty(shared, stage % w.stages), stage / w.stages & 1);
         qf_wb_fill(w, shared, stage + w.stages);
     }
 }
@@ -235,7 +215,7 @@ __device__ __forceinline__ void qf_wb_sum(float (&acc)[rows][tokens / 2], qf_wb_
                     }
                 }
                 __syncwarp();
-                qf_wb_wait(qf_wb_full(shared, slot), phase);
+                qf_barrier_wait(qf_wb_full(shared, slot), phase);
             }
             const uint32_t x =
                 (uint32_t)qf_wgmma_descriptor(qf_wb_stage(w, shared, slot) + slice * w.block_bytes);

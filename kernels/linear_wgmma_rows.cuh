@@ -117,11 +117,8 @@ __device__ __forceinline__ void qf_wr_fill(const qf_wr_params &w, uint32_t share
                                            const uint8_t *from)
 {
     const uint32_t full = qf_wr_full(shared, slice, slot);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(w.block_bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     qf_wr_stage(w, shared, slice, slot)),
-                 "l"(from), "r"(w.block_bytes), "r"(full)
-                 : "memory");
+    qf_barrier_expect(full, w.block_bytes);
+    qf_bulk_copy_to(qf_wr_stage(w, shared, slice, slot), from, w.block_bytes, full);
 }
 
 /* What a CTA computes. */
@@ -161,7 +158,7 @@ struct qf_wr_x {
             qf_wr_arrive(qf_wr_empty(shared, b.slice, slot == 0 ? w.stages - 1 : slot - 1));
             if (threadIdx.x % 128 == 0 && block > 1) {
                 if (block - 2 + w.stages < b.all) {
-                    qf_wb_wait(qf_wr_empty(shared, b.slice, refilled), refill_phase);
+                    qf_barrier_wait(qf_wr_empty(shared, b.slice, refilled), refill_phase);
                     ask(w, shared, b, refilled);
                 }
                 if (++refilled == w.stages) {
@@ -171,7 +168,7 @@ struct qf_wr_x {
             }
         }
         __syncwarp();
-        qf_wb_wait(qf_wr_full(shared, b.slice, slot), phase);
+        qf_barrier_wait(qf_wr_full(shared, b.slice, slot), phase);
     }
     __device__ __forceinline__ void advance(int stages)
     {

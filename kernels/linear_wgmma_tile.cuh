@@ -277,19 +277,7 @@ __device__ __forceinline__ void qf_wg_release_part(const qf_wg_place &at, int pa
 
 __device__ __forceinline__ void qf_wg_wait_part(const qf_wg_place &at, int part, uint32_t parity)
 {
-    for (uint32_t tries = 0;; tries++) {
-        uint32_t done;
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(at.full + part * 8), "r"(parity)
-                     : "memory");
-        if (done) {
-            return;
-        }
-        if (tries > (1u << 24)) {
-            __trap();
-        }
-    }
+    qf_barrier_wait(at.full + part * 8, parity);
 }
 
 /* The same in wide tiles, which have the SM to themselves: step i + 2 is unpacked between the starts of i and i + 1,

@@ -121,25 +121,64 @@ __device__ __forceinline__ void qf_mbarrier_wait(uint64_t *barrier, uint32_t par
                  : "memory");
 }
 
+/* By shared addresses: for kernels of sm_90 alone, whose bodies other devices leave out. */
+
+/* Waits for the end of the phase with this parity; a wait without end is an error of the kernel's, and traps rather
+ * than hang the device. */
+__device__ __forceinline__ void qf_barrier_wait(uint32_t barrier, uint32_t parity)
+{
+    for (uint32_t tries = 0;; tries++) {
+        uint32_t done;
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+        if (done) {
+            return;
+        }
+        if (tries > (1u << 24)) {
+            __trap();
+        }
+    }
+}
+
+/* One arrival, and `bytes` more to come from bulk copies. */
+__device__ __forceinline__ void qf_barrier_expect(uint32_t barrier, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+/* Contiguous copy, 16-byte aligned, a multiple of 16 bytes; completes on the barrier. */
+__device__ __forceinline__ void qf_bulk_copy_to(uint32_t shared, const void *global, uint32_t bytes, uint32_t barrier)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+                 "l"(global), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+/* True in one lane of the warp. */
+__device__ __forceinline__ bool qf_elected()
+{
+    uint32_t elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+    return elected != 0;
+}
+
+/* Orders this thread's ordinary accesses to shared memory before later ones by wgmma and the copy engine. */
+__device__ __forceinline__ void qf_fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 /* One arrival, and `bytes` more to come from bulk copies. */
 __device__ __forceinline__ void qf_mbarrier_arrive_expect(uint64_t *barrier, uint32_t bytes)
 {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(qf_shared_address(barrier)), "r"(bytes)
-                 : "memory");
+    qf_barrier_expect(qf_shared_address(barrier), bytes);
 }
 
 /* Contiguous copy, 16-byte aligned, a multiple of 16 bytes; completes on the barrier. */
 __device__ __forceinline__ void qf_bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *barrier)
 {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     qf_shared_address(shared)),
-                 "l"(global), "r"(bytes), "r"(qf_shared_address(barrier))
-                 : "memory");
+    qf_bulk_copy_to(qf_shared_address(shared), global, bytes, qf_shared_address(barrier));
 }
-
-/* Orders this thread's ordinary writes to shared memory before later reads by wgmma and the copy engine. */
-__device__ __forceinline__ void qf_fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 
 /* A barrier of `threads` threads of the block, by number (1 .. 15; 0 is __syncthreads). */

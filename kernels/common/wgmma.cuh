@@ -147,23 +147,10 @@ __device__ __forceinline__ void qf_bulk_copy_multicast(void *shared, const void 
                  : "memory");
 }
 
-/* Waits for the end of the phase with this parity; a wait without end is an error of the kernel's, and traps rather
- * than hang the device. */
+/* As qf_barrier_wait. */
 __device__ __forceinline__ void qf_mbarrier_wait_bounded(uint64_t *barrier, uint32_t parity)
 {
-    for (uint32_t tries = 0;; tries++) {
-        uint32_t done;
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(qf_shared_address(barrier)), "r"(parity)
-                     : "memory");
-        if (done) {
-            return;
-        }
-        if (tries > (1u << 24)) {
-            __trap();
-        }
-    }
+    qf_barrier_wait(qf_shared_address(barrier), parity);
 }
 
 #endif /* QF_SM90A */
