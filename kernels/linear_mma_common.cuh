@@ -38,24 +38,6 @@ __device__ __forceinline__ int qf_divide_small(int a, int b)
     return (int)__fdividef((float)a + 0.5f, (float)b);
 }
 
-/* 16 and 4 bytes from a shared address; volatile: they stay where they are written. */
-__device__ __forceinline__ uint4 qf_shared_load_16(uint32_t address)
-{
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ uint32_t qf_shared_load_4(uint32_t address)
-{
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-    return v;
-}
-
 /* Copies 16 bytes of weights to a shared address, bringing what stands beside them into L2. */
 __device__ __forceinline__ void qf_copy_16_stream(uint32_t shared, const void *global)
 {

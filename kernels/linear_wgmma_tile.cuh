@@ -8,22 +8,6 @@
 
 /* --- consumers: two or three warpgroups ----------------------------------------------------------------------- */
 
-__device__ __forceinline__ uint4 qf_wg_shared_16(uint32_t address)
-{
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-}
-__device__ __forceinline__ uint32_t qf_wg_shared_4(uint32_t address)
-{
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-    return v;
-}
-
 __device__ __forceinline__ uint32_t qf_wg_fma_bf16(uint32_t a, uint32_t b, uint32_t c)
 {
     uint32_t r;
@@ -125,8 +109,8 @@ template <typename shape> struct qf_wg_words {
 
     __device__ __forceinline__ void load_rows(int group)
     {
-        row[0] = qf_wg_shared_4(scales + group * 64);
-        row[1] = qf_wg_shared_4(scales + group * 64 + 32);
+        row[0] = qf_shared_load_4(scales + group * 64);
+        row[1] = qf_shared_load_4(scales + group * 64 + 32);
     }
     __device__ __forceinline__ void load(uint32_t from_slot, uint32_t from_scales)
     {
@@ -134,7 +118,7 @@ template <typename shape> struct qf_wg_words {
         if constexpr (shape::bits < 16) {
 #pragma unroll
             for (int i = 0; i < shape::bits / 2; i++) {
-                uint4 w = qf_wg_shared_16(slot + i * 512);
+                uint4 w = qf_shared_load_16(slot + i * 512);
                 word[4 * i] = w.x, word[4 * i + 1] = w.y, word[4 * i + 2] = w.z, word[4 * i + 3] = w.w;
             }
             load_rows(0);
@@ -144,7 +128,7 @@ template <typename shape> struct qf_wg_words {
     __device__ __forceinline__ void unpack(int step, int group_shift, uint32_t (&a)[4])
     {
         if constexpr (shape::bits == 16) {
-            uint4 w = qf_wg_shared_16(slot + step * 512);
+            uint4 w = qf_shared_load_16(slot + step * 512);
             a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
         } else {
             if ((step == 2 || step == 6) && group_shift == 5) {

@@ -88,6 +88,24 @@ template <int pending> __device__ __forceinline__ void qf_cp_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+/* 16 and 4 bytes from a shared address; volatile: they stay where they are written. */
+__device__ __forceinline__ uint4 qf_shared_load_16(uint32_t address)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint32_t qf_shared_load_4(uint32_t address)
+{
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+
 /* --- barriers in shared memory, bulk copies (sm_90) ---------------------------------------------------------- */
 
 __device__ __forceinline__ void qf_mbarrier_init(uint64_t *barrier, int count)
