@@ -390,13 +390,12 @@ static __global__ void __launch_bounds__(LOWBIT_THREADS, LOWBIT_CTAS)
                     middle[i] = __ldg(turn + 32 * i + threadIdx.x % 32);
                 }
             }
-            const int ahead = sizes::late ? depth - 1 : depth;
+            /* The last stage ahead is sent for when q has come, which waits behind copies otherwise. */
+            const int ahead = depth - 1;
             begin_walk<format, head_dim, biased>(p, w, unit == (int32_t)blockIdx.x && first_head == 0, ahead, shared);
             prepare_queries<format, head_dim>(p, item, kv_head, first_head, b, middle, shared);
-            if constexpr (sizes::late) {
-                copy_stage<format, head_dim, biased, true>(p, w, w.first + ahead, shared.stages + ahead * sizes::stage,
-                                                           shared.coarse);
-            }
+            copy_stage<format, head_dim, biased, true>(p, w, w.first + ahead, shared.stages + ahead * sizes::stage,
+                                                       shared.coarse);
             if (biased) { /* the fine table, which all threads have copied */
                 depth == lowbit_sizes<format, head_dim>::depth ? qf_cp_async_wait<lowbit_sizes<format, head_dim>::depth>()
                                                                : qf_cp_async_wait<lowbit_sizes<format, head_dim>::least_depth>();

@@ -53,9 +53,6 @@ template <int format, int head_dim> struct lowbit_sizes {
     static constexpr int tiles = row == 128 ? 1 : 2, positions = 16 * tiles; /* of a stage */
     static constexpr int stages = QF_CUDA_BIAS_TILE / positions;             /* of a unit */
     static constexpr int depth = row == 128 ? 3 : row == 64 ? 2 : 4, least_depth = 2;
-    /* The last stage ahead is sent for when q has come, which waits behind copies otherwise. int8 loses by it: 32 x 8,192
-     * took 71.8 us instead of 70.2. */
-    static constexpr bool late = format != QF_CUDA_KV_INT8;
     static constexpr int coarse_slots = (depth - 1) / stages + 2, coarse = coarse_slots * head_dim * 4; /* on their way */
     static constexpr int codes = positions * row, scales = positions * 2 * words;
     static constexpr int stage = 2 * (codes + scales);
