@@ -33,26 +33,60 @@ static __device__ __forceinline__ uint32_t magnitude_max(const float (&x)[4])
     return r;
 }
 
-/* The least bf16 not below max / limit; a NaN where there is none. */
-static __device__ __forceinline__ uint32_t scale_word(uint32_t max_bits, float limit)
+/* Groups whose largest magnitude is in 2^-40 .. 2^40, or zero, are usual: there is no overflow on the way to a quotient, and
+ * one that is not exact is too small to be seen. */
+static __device__ __forceinline__ bool is_usual(uint32_t max_bits)
 {
-    if (max_bits >= 0x7f800000u) {
-        return QF_KV_BF16_NAN_WORD;
-    }
-    const uint32_t word = (__float_as_uint(__fdiv_rn(__uint_as_float(max_bits), limit)) + 0xffffu) >> 16;
-    return word >= 0x7f80u ? QF_KV_BF16_NAN_WORD : word;
+    return max_bits - 0x2b800000u <= 0x53800000u - 0x2b800000u || max_bits == 0;
 }
 
-static __device__ __forceinline__ uint32_t encode_e4m3(float y)
+/* What x is divided by. */
+struct divisor {
+    float y, inverse;
+};
+
+/* The inverse is rounded correctly, for a y of 8 bits. */
+static __device__ __forceinline__ divisor divisor_of(float y)
 {
-    const uint32_t bits = __float_as_uint(y), magnitude = bits & 0x7fffffffu;
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(y));
+    return divisor{y, __fmaf_rn(r, __fmaf_rn(-y, r, 1.0f), r)};
+}
+
+/* x / y, rounded correctly. usual: by a divisor of 8 bits (all are, here) and without the branch that __fdiv_rn() has, so
+ * that several are made at a time; zero may lose its sign. */
+template <bool usual> static __device__ __forceinline__ float quotient(float x, divisor d)
+{
+    if constexpr (usual) {
+        const float q = __fmul_rn(x, d.inverse);
+        return __fmaf_rn(d.inverse, __fmaf_rn(-d.y, q, x), q);
+    } else {
+        return __fdiv_rn(x, d.y);
+    }
+}
+
+/* The least bf16 not below max / limit; a NaN where there is none. */
+template <bool usual> static __device__ __forceinline__ uint32_t scale_word(uint32_t max_bits, float limit)
+{
+    if (!usual && max_bits >= 0x7f800000u) {
+        return QF_KV_BF16_NAN_WORD;
+    }
+    const float exact = quotient<usual>(__uint_as_float(max_bits), divisor{limit, 1.0f / limit});
+    const uint32_t word = (__float_as_uint(exact) + 0xffffu) >> 16;
+    return !usual && word >= 0x7f80u ? QF_KV_BF16_NAN_WORD : word;
+}
+
+/* y, with the sign of x. */
+static __device__ __forceinline__ uint32_t encode_e4m3(float y, float x)
+{
+    const uint32_t magnitude = __float_as_uint(y) & 0x7fffffffu;
     uint32_t code;
     if (magnitude < 0x3c800000u) { /* below 2^-6: multiples of 2^-9 */
         code = (uint32_t)rintf(__uint_as_float(magnitude) * 512.0f);
     } else {
         code = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - (120u << 3);
     }
-    return ((bits >> 24) & 0x80u) | min(code, 0x7eu);
+    return ((__float_as_uint(x) >> 24) & 0x80u) | min(code, 0x7eu);
 }
 
 /* The number of middles of neighbouring levels that y is above. */
@@ -70,19 +104,21 @@ static __device__ __forceinline__ uint32_t encode_nf4(float y)
 }
 
 /* Four columns with a scale word: fp8, int8, nf4. */
-template <int format> static __device__ __forceinline__ uint32_t encode_scaled(const float (&x)[4], uint32_t word)
+template <int format, bool usual>
+static __device__ __forceinline__ uint32_t encode_scaled(const float (&x)[4], uint32_t word)
 {
-    if (word == 0 || word == QF_KV_BF16_NAN_WORD) {
-        return format == QF_CUDA_KV_NF4 && word == 0 ? NF4_ZERO_CODE * 0x01010101u : 0;
+    const uint32_t empty = format == QF_CUDA_KV_NF4 && word == 0 ? NF4_ZERO_CODE * 0x01010101u : 0;
+    if (!usual && (word == 0 || word == QF_KV_BF16_NAN_WORD)) {
+        return empty;
     }
-    const float scale = __uint_as_float(word << 16);
+    const divisor scale = divisor_of(__uint_as_float(word << 16));
     uint32_t codes = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const float y = __fdiv_rn(x[i], scale);
+        const float y = quotient<usual>(x[i], scale);
         uint32_t code;
         if constexpr (format == QF_CUDA_KV_FP8) {
-            code = encode_e4m3(y);
+            code = encode_e4m3(y, x[i]);
         } else if constexpr (format == QF_CUDA_KV_NF4) {
             code = encode_nf4(y);
         } else {
@@ -90,66 +126,100 @@ template <int format> static __device__ __forceinline__ uint32_t encode_scaled(c
         }
         codes |= code << (8 * i);
     }
-    return codes;
+    return word == 0 ? empty : codes;
 }
 
-/* Four columns of a group of eight lanes. */
-static __device__ __forceinline__ uint32_t encode_int4(const float (&x)[4], uint32_t &word)
+/* Of a group of eight lanes: the least and the greatest, zero among them, and the largest magnitude. */
+struct group_range {
+    float low, high;
+    uint32_t max_bits;
+};
+
+static __device__ __forceinline__ group_range range_of(const float (&x)[4])
 {
-    float low = 0.0f, high = 0.0f;
+    group_range r = {0.0f, 0.0f, magnitude_max(x)};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        low = fminf(low, x[i]);
-        high = fmaxf(high, x[i]);
+        r.low = fminf(r.low, x[i]);
+        r.high = fmaxf(r.high, x[i]);
     }
-#pragma unroll
-    for (int offset = 1; offset < 8; offset *= 2) {
-        low = fminf(low, __shfl_xor_sync(0xffffffffu, low, offset));
-        high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, offset));
-    }
-    const uint32_t max_bits = reduce_max(magnitude_max(x), 8);
-    const float exact = __fdiv_rn(__fsub_rn(high, low), 15.0f);
-    if (max_bits >= 0x7f800000u || (__float_as_uint(exact) & 0x7f800000u) == 0x7f800000u) {
+    return r;
+}
+
+static __device__ __forceinline__ void widen(group_range &r, int offset)
+{
+    r.low = fminf(r.low, __shfl_xor_sync(0xffffffffu, r.low, offset));
+    r.high = fmaxf(r.high, __shfl_xor_sync(0xffffffffu, r.high, offset));
+    r.max_bits = max(r.max_bits, __shfl_xor_sync(0xffffffffu, r.max_bits, offset));
+}
+
+/* Four columns of such a group. */
+template <bool usual>
+static __device__ __forceinline__ uint32_t encode_int4(const float (&x)[4], const group_range &r, uint32_t &word)
+{
+    const float exact = quotient<usual>(__fsub_rn(r.high, r.low), divisor{15.0f, 1.0f / 15.0f});
+    if (!usual && (r.max_bits >= 0x7f800000u || (__float_as_uint(exact) & 0x7f800000u) == 0x7f800000u)) {
         word = QF_KV_INT4_NAN_WORD;
         return 0;
     }
     const uint32_t bits = (__float_as_uint(exact) + 0x7ffffu) & 0xfff80000u;
     word = 0;
-    if (bits < 0x00800000u) {
+    if (!usual && bits < 0x00800000u) {
         return 0;
     }
-    const float step = __uint_as_float(bits);
-    const float zero = fminf(fmaxf(rintf(__fdiv_rn(-low, step)), 0.0f), 15.0f);
+    const divisor step = divisor_of(__uint_as_float(bits));
+    const float zero = fminf(fmaxf(rintf(quotient<usual>(-r.low, step)), 0.0f), 15.0f);
     uint32_t codes = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const float code = __fadd_rn(rintf(__fdiv_rn(x[i], step)), zero);
+        const float code = __fadd_rn(rintf(quotient<usual>(x[i], step)), zero);
         codes |= (uint32_t)fminf(fmaxf(code, 0.0f), 15.0f) << (8 * i);
     }
-    word = (bits >> 19 & 0xfffu) << 4 | (uint32_t)zero;
-    return codes;
+    const bool empty = usual && r.max_bits == 0;
+    word = empty ? 0 : (bits >> 19 & 0xfffu) << 4 | (uint32_t)zero;
+    return empty ? 0 : codes;
+}
+
+template <int format, bool usual>
+static __device__ __forceinline__ kv_codes encode_groups(const float (&low)[4], const float (&high)[4],
+                                                         const group_range (&r)[2])
+{
+    kv_codes c;
+    if constexpr (format == QF_CUDA_KV_INT4) {
+        c.low = encode_int4<usual>(low, r[0], c.low_word);
+        c.high = encode_int4<usual>(high, r[1], c.high_word);
+    } else {
+        const float limit = format == QF_CUDA_KV_FP8 ? 448.0f : format == QF_CUDA_KV_INT8 ? 127.0f : 1.0f;
+        c.low_word = scale_word<usual>(r[0].max_bits, limit);
+        c.high_word = format == QF_CUDA_KV_NF4 ? scale_word<usual>(r[1].max_bits, limit) : c.low_word;
+        c.low = encode_scaled<format, usual>(low, c.low_word);
+        c.high = encode_scaled<format, usual>(high, c.high_word);
+    }
+    return c;
 }
 
 /* A lane's eight columns; row_lanes = head_dim / 8. */
 template <int format>
 static __device__ __forceinline__ kv_codes encode_columns(const float (&low)[4], const float (&high)[4], int row_lanes)
 {
-    kv_codes r;
+    group_range r[2] = {};
     if constexpr (format == QF_CUDA_KV_INT4) {
-        r.low = encode_int4(low, r.low_word);
-        r.high = encode_int4(high, r.high_word);
-        return r;
-    }
-    if constexpr (format == QF_CUDA_KV_NF4) {
-        r.low_word = scale_word(reduce_max(magnitude_max(low), 8), 1.0f);
-        r.high_word = scale_word(reduce_max(magnitude_max(high), 8), 1.0f);
+        r[0] = range_of(low);
+        r[1] = range_of(high);
+#pragma unroll
+        for (int offset = 1; offset < 8; offset *= 2) {
+            widen(r[0], offset);
+            widen(r[1], offset);
+        }
+    } else if constexpr (format == QF_CUDA_KV_NF4) {
+        r[0].max_bits = reduce_max(magnitude_max(low), 8);
+        r[1].max_bits = reduce_max(magnitude_max(high), 8);
     } else {
-        const uint32_t max_bits = reduce_max(max(magnitude_max(low), magnitude_max(high)), row_lanes);
-        r.low_word = r.high_word = scale_word(max_bits, format == QF_CUDA_KV_FP8 ? 448.0f : 127.0f);
+        r[0].max_bits = r[1].max_bits = reduce_max(max(magnitude_max(low), magnitude_max(high)), row_lanes);
     }
-    r.low = encode_scaled<format>(low, r.low_word);
-    r.high = encode_scaled<format>(high, r.high_word);
-    return r;
+    return __all_sync(0xffffffffu, is_usual(r[0].max_bits) && is_usual(r[1].max_bits)) != 0
+               ? encode_groups<format, true>(low, high, r)
+               : encode_groups<format, false>(low, high, r);
 }
 
 /* --- codes to their places ------------------------------------------------------------------------------------- */

@@ -64,6 +64,8 @@ static float sample(Random &random, int style)
     case 5: return fabsf(x) + 0.5f;
     case 6: return -fabsf(x) - 0.5f;
     case 7: return x * 1e-4f;
+    case 9: return x * 0x1p-40f; /* on either side of where quotients are made another way */
+    case 10: return x * 0x1p39f;
     default: return x * 3.0f;
     }
 }
@@ -90,7 +92,7 @@ static void test_write(int format, int num_heads, int num_kv_heads, int head_dim
     std::vector<float> qkv((size_t)num_splits * num_tokens * stride), cos_sin((size_t)num_tokens * head_dim);
     for (int t = 0; t < num_tokens; t++) {
         for (int h = 0; h < width / head_dim; h++) {
-            int style = random.below(9);
+            int style = random.below(11);
             for (int d = 0; d < head_dim; d++) {
                 for (int s = 0; s < num_splits; s++) {
                     qkv[((size_t)s * num_tokens + t) * stride + h * head_dim + d] = sample(random, style);
@@ -856,6 +858,49 @@ static void bench_one(const int *model, int num_seqs, int length, int format, bo
            2 * bytes * 1e-6, 2 * bytes / us * 1e-6 / 4.4, plan.num_decode_items);
 }
 
+/* Rotation and the write, one kernel after the other. */
+static void bench_writes()
+{
+    printf("rope_kv_write, 28 / 4 heads of 128, 3 splits: us of 1, 32 and 2,048 tokens\n");
+    for (int format : formats) {
+        printf("  %-4s", format_names[format]);
+        for (int tokens : {1, 32, 2048}) {
+            const int splits = tokens > 32 ? 1 : 3, stride = 36 * 128, block_size = 32;
+            const size_t bytes = (size_t)(tokens / block_size + 1) *
+                                 (size_t)qf_cuda_kv_block_bytes((qf_cuda_kv_format)format, 4, block_size, 128);
+            Random random(3);
+            std::vector<float> x((size_t)splits * tokens * stride);
+            for (float &y : x) {
+                y = random.normal();
+            }
+            std::vector<int32_t> slots;
+            for (int t = 0; t < tokens; t++) {
+                slots.push_back(t);
+            }
+            Device<float> qkv(x), cos_sin(std::vector<float>((size_t)tokens * 128, 0.7f));
+            Device<int32_t> device_slots(slots);
+            Device<uint16_t> q((size_t)tokens * 28 * 128);
+            Device<uint8_t> k(bytes), v(bytes);
+            qf_cuda_rope_kv_write_args args = {};
+            args.qkv = qkv.data;
+            args.num_splits = splits;
+            args.qkv_stride = stride;
+            args.cos_sin = cos_sin.data;
+            args.slot_mapping = device_slots.data;
+            args.q = q.data;
+            args.kv = {k.data, v.data, block_size, 4, 128, false, (qf_cuda_kv_format)format, NULL};
+            args.num_tokens = tokens;
+            args.num_heads = 28;
+            printf(" %8.2f", time_us(
+                                 [&](cudaStream_t stream, int) {
+                                     CHECK_OK(qf_cuda_rope_kv_write(&args, &options.device, stream, &check_error));
+                                 },
+                                 50, 15));
+        }
+        printf("\n");
+    }
+}
+
 static void bench()
 {
     const int shapes[][3] = {{0, 32, 8192}, {0, 1, 131072}, {0, 64, 2048}, {0, 8, 32768}, {1, 64, 2048}, {0, 1, 8192}};
@@ -904,6 +949,7 @@ int main(int argc, char **argv)
     test_biases();
     test_little_shared_memory();
     if (options.bench) {
+        bench_writes();
         bench();
     }
     return check_report("attention_lowbit");
