@@ -74,6 +74,9 @@ extern "C" int32_t qf_cuda_linear_splits(const qf_cuda_device *device, int32_t n
 extern "C" qf_status qf_cuda_linear(const qf_cuda_linear_args *args, const qf_cuda_device *device, cudaStream_t stream,
                                     qf_error *err)
 {
+    if (args->norm.residual != NULL || args->squares != NULL) {
+        return qf_cuda_linear_mma(args, device, stream, err); /* the only one that makes norms, or says why not */
+    }
     if (args->weight.group_size == 128 && qf_linear_takes_batch(device, args->weight.n, args->weight.k,
                                                                 args->weight.bits, args->num_tokens,
                                                                 args->batch_invariant)) {

@@ -21,13 +21,14 @@
  *           +-------------------+-------------------+
  *           | CTA 1,0           | CTA 1,1           |
  *
- *   Every warp keeps a ring of 4 pieces in registers (or of 6 in shared memory: linear_mma_stream_ring.cuh), filled before the wait for the kernel before this
- *   one; then x goes to shared memory as it is, once, behind the only barrier of the prologue. Where a warp's run
- *   leaves a row tile it puts its 16 x 8 sums into slot (row tile + warp): each step along the staircase of (row tile,
- *   warp) pairs has its own. After a barrier the slots of a row tile are added in the order of k and written. What
- *   that end needs (biases, which warps have shares of a row tile) is in tables made before the wait: between the wait
- *   and the exit nothing hides latency. At most 80 registers a thread, so that with 12 warps the next kernel's CTA fits
- *   beside this one and its first weights arrive while this one ends.
+ *   Every warp keeps a ring of 4 pieces in registers (or of 6 in shared memory: linear_mma_stream_ring.cuh), filled
+ *   before the wait for the kernel before this one; then x goes to shared memory as it is, once, behind the only barrier
+ *   of the prologue. Where a warp's run leaves a row tile it puts its 16 x 8 sums into slot (row tile + warp): each step
+ *   along the staircase of (row tile, warp) pairs has its own. After a barrier the slots of a row tile are added in the
+ *   order of k and written. What that end needs (biases, which warps have shares of a row tile) is in tables made before
+ *   the wait: between the wait and the exit nothing hides latency. At most 80 registers a thread, so that with 12 warps
+ *   the next kernel's CTA fits beside this one and its first weights arrive while this one ends. The norm behind it and
+ *   the one before it can be part of it: linear_mma_stream_norm.cuh.
  *
  * batch (9 to 32 tokens; linear_mma_batch.cuh). Grid (row_groups, num_splits), one CTA an SM.
  *
@@ -81,18 +82,22 @@
  * instructions in a row on one warp; gate_up then took 1.2 us longer than other matrices of its size. The RMS norm
  * before a linear layer made by every CTA of "stream" for itself, all rows read from L2 (us of linear, norm, linear as
  * three kernels | as two, H200, 4 bits, 1 token: 0.5B o + gate_up 6.5 | 6.2, 2 tokens 6.7 | 7.1, 4 tokens 7.1 | 8.6;
- * 0.5B down + qkv 5.3 | 5.1; 7B o + gate_up 26.7 | 27.8, 2 tokens 26.9 | 29.1). */
+ * 0.5B down + qkv 5.3 | 5.1; 7B o + gate_up 26.7 | 27.8, 2 tokens 26.9 | 29.1). Two chains
+ * of products a warp in "stream", for less latency: no difference in a layer. Products without unpacking at 2 to 4 tokens
+ * as at one (4 tokens, 7B: gate_up 20.1 us for 19.4, o 4.5 for 3.9: scaling x takes longer than it saves). Weights of
+ * gate_up brought to L2 while qkv and o run, 10 to 47 MB of them (7B, 1 token, a layer: 0 to 2 us longer).
+ */
 #include "linear_mma_plan.cuh"
 
 typedef void (*qf_linear_mma_kernel)(qf_linear_mma_params);
 
 /* ---- dispatch ------------------------------------------------------------------------------------------------- */
 
-static qf_linear_mma_kernel qf_stream_ring_kernel_of(int32_t group_size)
+static qf_linear_mma_kernel qf_stream_ring_kernel_of(int32_t group_size, bool one)
 {
-    return group_size == 128  ? qf_linear_stream_ring_kernel<1>
-           : group_size == 64 ? qf_linear_stream_ring_kernel<2>
-                              : qf_linear_stream_ring_kernel<4>;
+    return group_size == 128  ? one ? qf_linear_stream_ring_kernel<1, true> : qf_linear_stream_ring_kernel<1, false>
+           : group_size == 64 ? qf_linear_stream_ring_kernel<2, false>
+                              : qf_linear_stream_ring_kernel<4, false>;
 }
 
 static qf_linear_mma_kernel qf_stream_kernel_of(int32_t bits, int32_t group_size)
@@ -150,7 +155,46 @@ static qf_linear_mma_kernel qf_tile_kernel_of(int32_t bits, int32_t tokens)
 
 /* ---- launcher ------------------------------------------------------------------------------------------------- */
 
-static qf_status qf_linear_mma_check(const qf_cuda_linear_args *args, qf_error *err)
+/* Where norms made by linears win, and can be. */
+extern "C" bool qf_cuda_linear_norm_fits(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits,
+                                         int32_t num_tokens, int32_t num_splits, bool batch_invariant)
+{
+    qf_stream_plan plan;
+    return !batch_invariant && bits == 4 && num_tokens <= QF_CUDA_NORM_TOKENS &&
+           qf_stream_plan_make(device, n / 16, k / 128, bits, num_tokens, num_splits, true, &plan) && plan.resident;
+}
+
+static qf_status qf_linear_mma_check_norm(const qf_cuda_linear_args *args, const qf_cuda_device *device, qf_error *err)
+{
+    const qf_cuda_linear_norm *norm = &args->norm;
+    const qf_cuda_weight *w = &args->weight;
+    if ((norm->residual != NULL || args->squares != NULL) &&
+        !qf_cuda_linear_norm_fits(device, w->n, w->k, w->bits, args->num_tokens, args->num_splits,
+                                  args->batch_invariant)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: no norm beside %d x %d of %d bits, %d tokens", w->n,
+                       w->k, w->bits, args->num_tokens);
+    }
+    if (args->squares != NULL && (args->weight.k > QF_CUDA_MAX_SQUARES || (uintptr_t)args->squares % 16 != 0)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: squares at %p of %d columns; at most %d, aligned",
+                       (const void *)args->squares, args->weight.k, QF_CUDA_MAX_SQUARES);
+    }
+    if (norm->residual == NULL) {
+        return QF_OK;
+    }
+    if (args->epilogue != QF_CUDA_STORE || args->weight.n % 128 != 0 || norm->weight == NULL || norm->x == NULL ||
+        norm->squares == NULL || (args->num_splits > 1 && norm->exchange == NULL)) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "linear_mma: a norm behind it: n = %d (a multiple of 128), epilogue %d, or a null pointer",
+                       args->weight.n, (int)args->epilogue);
+    }
+    const uintptr_t all = (uintptr_t)norm->residual | (uintptr_t)norm->weight | (uintptr_t)norm->x;
+    if (all % 16 != 0) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: a pointer of the norm is not aligned to 16 bytes");
+    }
+    return QF_OK;
+}
+
+static qf_status qf_linear_mma_check(const qf_cuda_linear_args *args, const qf_cuda_device *device, qf_error *err)
 {
     const qf_cuda_weight *w = &args->weight;
     if (w->bits != 4 && w->bits != 8 && w->bits != 16) {
@@ -178,7 +222,9 @@ static qf_status qf_linear_mma_check(const qf_cuda_linear_args *args, qf_error *
     if (args->epilogue != QF_CUDA_STORE && args->epilogue != QF_CUDA_SILU_MUL) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: unknown epilogue %d", (int)args->epilogue);
     }
-    const void *output = args->epilogue == QF_CUDA_STORE ? (const void *)args->out : (const void *)args->act;
+    const bool adds = args->norm.residual != NULL;
+    const void *output = adds ? args->norm.residual
+                         : args->epilogue == QF_CUDA_STORE ? (const void *)args->out : (const void *)args->act;
     const void *x = args->x;
     if (w->data == nullptr || x == nullptr || output == nullptr || (w->bits != 16 && w->scales == nullptr)) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: null pointer: data %p, scales %p, x %p, output %p",
@@ -190,7 +236,7 @@ static qf_status qf_linear_mma_check(const qf_cuda_linear_args *args, qf_error *
                        "linear_mma: data %p, scales %p, bias %p, x %p and output %p have to be aligned to 16 bytes",
                        w->data, (const void *)w->scales, (const void *)w->bias, x, output);
     }
-    return QF_OK;
+    return qf_linear_mma_check_norm(args, device, err);
 }
 
 static qf_linear_mma_params qf_linear_mma_params_of(const qf_cuda_linear_args *args)
@@ -234,11 +280,14 @@ static qf_status qf_linear_mma_prepare(qf_linear_mma_kernel kernel, const qf_cud
 static qf_status qf_stream_launch(qf_linear_mma_params *p, const qf_stream_plan *plan, int32_t bits,
                                   int32_t num_splits, const qf_cuda_device *device, cudaStream_t stream, qf_error *err)
 {
-    qf_linear_mma_kernel kernel = plan->ring ? qf_stream_ring_kernel_of(p->group_size)
+    const bool one = plan->ring && p->num_tokens == 1 && p->group_size == 128;
+    qf_linear_mma_kernel kernel = plan->ring ? qf_stream_ring_kernel_of(p->group_size, one)
                                              : qf_stream_kernel_of(bits, p->group_size);
+    p->multiplier *= one ? 137438953472.0f : 1.0f; /* 2^37: QF_STREAM_SUM_SCALE */
     p->group_tiles = p->row_tiles / plan->row_groups;
     p->larger_groups = p->row_tiles % plan->row_groups;
     p->table_offset = plan->table_offset;
+    p->norm_offset = plan->norm_offset;
     p->slot_offset = plan->slot_offset;
     p->ring_offset = plan->ring_offset;
     QF_TRY(qf_linear_mma_prepare(kernel, device, err));
@@ -249,12 +298,16 @@ static qf_status qf_stream_launch(qf_linear_mma_params *p, const qf_stream_plan 
 extern "C" qf_status qf_cuda_linear_mma(const qf_cuda_linear_args *args, const qf_cuda_device *device,
                                         cudaStream_t stream, qf_error *err)
 {
-    QF_TRY(qf_linear_mma_check(args, err));
+    QF_TRY(qf_linear_mma_check(args, device, err));
     qf_linear_mma_params p = qf_linear_mma_params_of(args);
     const int32_t bits = args->weight.bits;
+    p.norm = args->norm;
+    p.squares = args->squares;
+    p.eps = args->eps;
     qf_stream_plan streaming;
     if (!args->batch_invariant && p.num_tokens <= 8 &&
-        qf_stream_plan_make(device, p.row_tiles, p.blocks, bits, p.num_tokens, args->num_splits, &streaming)) {
+        qf_stream_plan_make(device, p.row_tiles, p.blocks, bits, p.num_tokens, args->num_splits,
+                            args->norm.residual != NULL, &streaming)) {
         qf_stream_plan_ring(device, bits, p.group_size, p.num_tokens, &streaming);
         return qf_stream_launch(&p, &streaming, bits, args->num_splits, device, stream, err);
     }

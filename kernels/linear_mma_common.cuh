@@ -30,6 +30,12 @@ struct qf_linear_mma_params {
     int32_t resident; /* batch kernel: x stays in shared memory */
     int32_t token_warps; /* tile kernel: warps side by side along the tokens */
     float multiplier;
+    /* stream kernel: the norm before this layer, whose division is left to its end; the norm behind it, which its last
+     * share of k makes (linear_mma_stream_norm.cuh) */
+    const float *squares;
+    float eps;
+    qf_cuda_linear_norm norm;
+    int32_t norm_offset; /* bytes of shared memory before the norms' tables */
 };
 
 /* a / b for 0 <= a < 2^20, 0 < b: the rounding of the float quotient cannot reach the next integer. */

@@ -8,8 +8,9 @@
 
 typedef struct qf_stream_plan {
     int32_t row_groups, warps, ctas_per_sm;
-    int32_t table_offset, slot_offset, ring_offset, shared_bytes;
+    int32_t table_offset, norm_offset, slot_offset, ring_offset, shared_bytes;
     bool ring; /* weights in flight to shared memory */
+    bool resident; /* all CTAs are on the device at once */
 } qf_stream_plan;
 
 typedef struct qf_batch_plan {
@@ -62,13 +63,14 @@ static void qf_stream_plan_ring(const qf_cuda_device *device, int32_t bits, int3
     }
 }
 
-/* False if it does not fit shared memory. */
+/* False if it does not fit shared memory. adds: the norm behind the layer is made in it. */
 static bool qf_stream_plan_make(const qf_cuda_device *device, int32_t row_tiles, int32_t blocks, int32_t bits,
-                                int32_t num_tokens, int32_t num_splits, qf_stream_plan *plan)
+                                int32_t num_tokens, int32_t num_splits, bool adds, qf_stream_plan *plan)
 {
     const double kilobytes = (double)row_tiles * blocks * (bits / 4) / device->sm_count; /* of weights an SM */
     const int32_t share = qf_ceil_div(blocks, num_splits);
-    plan->table_offset = (share * 256 * qf_cuda_tile_tokens(num_tokens) + 16 + 127) / 128 * 128;
+    /* Behind x 16 bytes of zeros, a barrier, and one token's sums of blocks. */
+    plan->table_offset = (share * (256 * qf_cuda_tile_tokens(num_tokens) + 4) + 32 + 127) / 128 * 128;
     const bool two = kilobytes >= 128 && bits == 4 && num_tokens <= 4 &&
                      2 * plan->table_offset <= device->max_shared_bytes * 3 / 4;
     plan->ctas_per_sm = two ? 2 : 1;
@@ -80,7 +82,9 @@ static bool qf_stream_plan_make(const qf_cuda_device *device, int32_t row_tiles,
         int32_t tiles = qf_ceil_div(row_tiles, plan->row_groups), pieces = tiles * share * (bits / 4);
         plan->warps = two ? 12 : qf_stream_warps(kilobytes, pieces, tiles, num_tokens, num_splits);
         const int32_t table_bytes = (row_tiles / plan->row_groups + 1) * 68;
-        plan->slot_offset = (plan->table_offset + table_bytes + 127) / 128 * 128;
+        plan->norm_offset = (plan->table_offset + table_bytes + 15) / 16 * 16;
+        plan->slot_offset = (plan->norm_offset + qf_stream_norm_bytes(tiles, num_tokens, adds) + 127) / 128 * 128;
+        plan->resident = waves == 1;
         const int32_t bytes = (tiles + plan->warps) * num_tokens * QF_STREAM_TOKEN_STRIDE * 4;
         plan->shared_bytes = plan->slot_offset + bytes;
         if (qf_stream_fits(device, plan)) {
@@ -205,7 +209,7 @@ static int32_t qf_stream_splits(const qf_cuda_device *device, int32_t row_tiles,
     qf_stream_plan plan;
     splits = splits < limit ? splits : limit;
     while (splits < limit &&
-           !qf_stream_plan_make(device, row_tiles, blocks, bits, num_tokens, splits, &plan)) {
+           !qf_stream_plan_make(device, row_tiles, blocks, bits, num_tokens, splits, false, &plan)) {
         splits++;
     }
     return splits;

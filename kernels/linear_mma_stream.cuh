@@ -2,7 +2,7 @@
 #ifndef QF_LINEAR_MMA_STREAM_CUH
 #define QF_LINEAR_MMA_STREAM_CUH
 
-#include "linear_mma_common.cuh"
+#include "linear_mma_stream_norm.cuh"
 
 #define QF_STREAM_MAX_WARPS 24
 #define QF_STREAM_PIECE_BYTES 1024
@@ -200,7 +200,8 @@ static __device__ __forceinline__ float qf_stream_sum(const float *slots, int sl
 /* A warp has 16 rows of two tokens at a time, one element a lane: this is all latency, so few dependent steps and
  * little code (each warp runs it once: it comes from far). */
 static __device__ __forceinline__ void qf_stream_finish(const qf_linear_mma_params &p, const qf_stream_tables &tables,
-                                                        const float *slots, int first_tile, int tiles)
+                                                        const qf_stream_norm &norm, const float *slots, int first_tile,
+                                                        int tiles)
 {
     const int lane = threadIdx.x % 32, row = lane % 16, stride = p.num_tokens * QF_STREAM_TOKEN_STRIDE;
     const int shift = p.tile_tokens > 4 ? 2 : p.tile_tokens > 2 ? 1 : 0; /* log2 of the pairs of tokens */
@@ -212,8 +213,11 @@ static __device__ __forceinline__ void qf_stream_finish(const qf_linear_mma_para
         if (real) {
             sum = qf_stream_sum(slots + r * stride + token * QF_STREAM_TOKEN_STRIDE + row, stride, tables.ranges[r]);
         }
-        sum = qf_finish(sum, p.multiplier, p.bias == nullptr ? nullptr : tables.bias, r * 16 + row, blockIdx.y == 0);
-        if (p.act == nullptr) {
+        sum = qf_finish(sum, norm.inverse[token % 8], p.bias == nullptr ? nullptr : tables.bias, r * 16 + row,
+                        blockIdx.y == 0);
+        if (p.norm.residual != nullptr) {
+            qf_stream_norm_finish(p, norm, sum, first_tile, tiles, r, token, real);
+        } else if (p.act == nullptr) {
             if (real) {
                 p.out[((int64_t)blockIdx.y * p.num_tokens + token) * (p.row_tiles * 16) + (first_tile + r) * 16 + row] =
                     sum;
@@ -283,12 +287,14 @@ static __global__ void __launch_bounds__(QF_STREAM_MAX_WARPS * 32, 1)
     tables.bias = reinterpret_cast<float *>(shared + p.table_offset);
     tables.ranges = reinterpret_cast<int *>(tables.bias + (p.group_tiles + 1) * 16);
     qf_stream_make_tables(p, tables, split, first_tile, tiles);
+    const qf_stream_norm norm = qf_stream_norm_begin(p, shared, first_tile, tiles);
     qf_grid_dependency_wait();
     const uint8_t *x = p.x + (int64_t)first_block * 256 * p.tile_tokens;
 #pragma unroll 1
     for (int i = threadIdx.x * 16; i < x_bytes; i += blockDim.x * 16) {
         qf_cp_async_16(shared + i, x + i);
     }
+    qf_stream_norm_load(p, norm, first_tile, tiles);
     qf_cp_async_commit();
     qf_cp_async_wait<0>();
     __syncthreads();
@@ -315,8 +321,11 @@ static __global__ void __launch_bounds__(QF_STREAM_MAX_WARPS * 32, 1)
             }
         }
     }
+    qf_stream_squares squares; /* late: the ring has the registers until here */
+    squares.load(p, warp, lane);
+    squares.put(p, norm, lane);
     __syncthreads();
-    qf_stream_finish(p, tables, slots, first_tile, tiles);
+    qf_stream_finish(p, tables, norm, slots, first_tile, tiles);
 }
 
 #endif

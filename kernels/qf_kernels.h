@@ -152,6 +152,17 @@ typedef enum qf_cuda_epilogue {
     QF_CUDA_SILU_MUL   /* gate_up: tiled bf16 of silu(gate) * up; num_splits must be 1 */
 } qf_cuda_epilogue;
 
+/* An RMS norm between two linear layers of few tokens, without a kernel of its own. The first one adds its sums to the
+ * residual and leaves the second one residual * weight, with the sums of squares by which the second divides what it
+ * makes of them. */
+typedef struct qf_cuda_linear_norm {
+    float *residual;     /* (num_tokens, n): += out; NULL: no norm */
+    const float *weight; /* (n) */
+    uint16_t *x;         /* tiled (n, num_tokens) */
+    float *squares;      /* (num_tokens, n / 16) */
+    float *exchange;     /* num_splits > 1: (num_splits - 1, num_tokens, n), all zero before and behind */
+} qf_cuda_linear_norm;
+
 /* out = x W^T + bias. The order of the sum over k is fixed by (n, k, bits, group_size, num_splits) and, unless
  * `batch_invariant`, by the kernel that num_tokens chooses. */
 typedef struct qf_cuda_linear_args {
@@ -163,6 +174,10 @@ typedef struct qf_cuda_linear_args {
     int32_t num_tokens;
     int32_t num_splits; /* shares of k, each a run of k blocks: the kernel says which */
     bool batch_invariant; /* one order of sums for every num_tokens */
+    /* STORE, where qf_cuda_linear_norm_fits: out is not written */
+    qf_cuda_linear_norm norm;
+    const float *squares; /* where it fits: (num_tokens, weight.k / 16), of the norm that x is of; NULL: x is normed */
+    float eps;            /* of that norm */
 } qf_cuda_linear_args;
 
 /* mma.sync: every GPU; the GEMV of 1 to 8 rows, the GEMM up to 32, and all sizes before Hopper. */
@@ -186,6 +201,11 @@ qf_status qf_cuda_linear(const qf_cuda_linear_args *args, const qf_cuda_device *
 int32_t qf_cuda_linear_splits(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits, int32_t num_tokens,
                               qf_cuda_epilogue epilogue, bool batch_invariant);
 #define QF_CUDA_MAX_SPLITS 8
+#define QF_CUDA_NORM_TOKENS 8     /* norms made by linears: tokens, at most */
+#define QF_CUDA_MAX_SQUARES 8192 /* the same: hidden_size */
+/* Whether the kernel that qf_cuda_linear chooses takes `norm` (n = hidden_size) or `squares` (k = hidden_size). */
+bool qf_cuda_linear_norm_fits(const qf_cuda_device *device, int32_t n, int32_t k, int32_t bits, int32_t num_tokens,
+                              int32_t num_splits, bool batch_invariant);
 
 /* ---- attention ------------------------------------------------------------------------------------------- */
 

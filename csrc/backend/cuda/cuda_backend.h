@@ -35,6 +35,8 @@ typedef struct qf_cuda_workspace {
     void *q;              /* (tokens, num_heads, head_dim) bf16; float32 in the reference */
     float *delta;         /* (splits, tokens, n of o or down) */
     uint16_t *x;          /* tiled (hidden, tokens) */
+    float *squares;       /* (QF_CUDA_NORM_TOKENS, hidden / 16): norms that the linears make; NULL: none, as exchange */
+    float *exchange;      /* (QF_CUDA_MAX_SPLITS - 1, QF_CUDA_NORM_TOKENS, hidden), zero between kernels */
     uint16_t *attn;       /* tiled (num_heads * head_dim, tokens) */
     uint16_t *act;        /* tiled (intermediate, tokens) */
     uint16_t *permuted;   /* tiled, for act-order linears; NULL if there are none */

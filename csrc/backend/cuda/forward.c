@@ -11,9 +11,15 @@
 
 #include "backend/cuda/cuda_backend.h"
 
+/* Of a linear whose x or whose sums belong to a norm that is made beside it (qf_cuda_linear_norm). */
+typedef struct linear_norms {
+    bool before;         /* x is not divided by its root mean square */
+    const float *behind; /* the weight of the norm of the sums, or NULL */
+} linear_norms;
+
 /* across: its sums are to be added over the ranks. */
 static qf_status linear(qf_cuda_backend *self, const qf_cuda_weight *weight, const uint16_t *x, int32_t num_tokens,
-                        bool across, float *out, int32_t *num_splits, qf_error *err)
+                        bool across, linear_norms norms, float *out, int32_t *num_splits, qf_error *err)
 {
     if (weight->perm != NULL) {
         QF_TRY(qf_cuda_permute(x, weight->perm, self->ws.permuted, weight->k, num_tokens, self->stream, err));
@@ -30,12 +36,23 @@ static qf_status linear(qf_cuda_backend *self, const qf_cuda_weight *weight, con
                                 .out = out,
                                 .num_tokens = num_tokens,
                                 .num_splits = *num_splits,
-                                .batch_invariant = self->options.batch_invariant};
+                                .batch_invariant = self->options.batch_invariant,
+                                .squares = norms.before ? self->ws.squares : NULL,
+                                .eps = self->config.rms_norm_eps};
+    if (norms.behind != NULL) {
+        args.norm = (qf_cuda_linear_norm){.residual = self->ws.residual,
+                                          .weight = norms.behind,
+                                          .x = self->ws.x,
+                                          .squares = self->ws.squares,
+                                          .exchange = self->ws.exchange};
+        *num_splits = 0;
+    }
     return qf_cuda_linear(&args, &self->device, self->stream, err);
 }
 
 /* act = silu(gate) * up */
-static qf_status gate_up(qf_cuda_backend *self, const qf_cuda_weight *weight, int32_t num_tokens, qf_error *err)
+static qf_status gate_up(qf_cuda_backend *self, const qf_cuda_weight *weight, int32_t num_tokens, bool norm_before,
+                         qf_error *err)
 {
     const uint16_t *x = self->ws.x;
     if (weight->perm != NULL) {
@@ -48,8 +65,31 @@ static qf_status gate_up(qf_cuda_backend *self, const qf_cuda_weight *weight, in
                                 .act = self->ws.act,
                                 .num_tokens = num_tokens,
                                 .num_splits = 1,
-                                .batch_invariant = self->options.batch_invariant};
+                                .batch_invariant = self->options.batch_invariant,
+                                .squares = norm_before ? self->ws.squares : NULL,
+                                .eps = self->config.rms_norm_eps};
     return qf_cuda_linear(&args, &self->device, self->stream, err);
+}
+
+static bool norm_fits(const qf_cuda_backend *self, const qf_cuda_weight *w, int32_t num_tokens, qf_cuda_epilogue epilogue)
+{
+    const bool invariant = self->options.batch_invariant;
+    const int32_t splits = qf_cuda_linear_splits(&self->device, w->n, w->k, w->bits, num_tokens, epilogue, invariant);
+    return qf_cuda_linear_norm_fits(&self->device, w->n, w->k, w->bits, num_tokens, splits, invariant);
+}
+
+/* Whether the linears make the norms of these layers, which are on the device: few rows of one rank, with nobody to see x
+ * in between. */
+static bool norms_inside(const qf_cuda_backend *self, int32_t num_tokens, int32_t first, int32_t last, qf_tap_fn tap)
+{
+    bool fit = tap == NULL && self->ws.exchange != NULL;
+    for (int32_t i = first; i < last && fit; i++) {
+        const qf_cuda_layer *l = &self->weights.layers[i];
+        fit = norm_fits(self, &l->qkv, num_tokens, QF_CUDA_STORE) && norm_fits(self, &l->o, num_tokens, QF_CUDA_STORE) &&
+              norm_fits(self, &l->gate_up, num_tokens, QF_CUDA_SILU_MUL) &&
+              norm_fits(self, &l->down, num_tokens, QF_CUDA_STORE);
+    }
+    return fit;
 }
 
 /* x = norm(residual += delta) */
@@ -213,27 +253,36 @@ static bool on_host(const qf_cuda_backend *self, int32_t layer)
     return layer < self->config.num_layers && self->weights.layers[layer].host_blob != NULL;
 }
 
+/* next_norm: the weight of the norm behind this layer if the linears make norms, else NULL; normed: x is made. */
 static qf_status layer_forward(qf_cuda_backend *self, const qf_cuda_forward *f, const qf_cuda_layer *layer,
-                               int32_t index, qf_tap_fn tap, void *tap_arg, int32_t *splits, qf_error *err)
+                               const float *next_norm, bool normed, int32_t index, qf_tap_fn tap, void *tap_arg,
+                               int32_t *splits, qf_error *err)
 {
     const qf_model_config *config = &self->config;
     int32_t num_tokens = f->meta->num_tokens;
     int32_t qkv_splits;
-    QF_TRY(norm(self, layer->input_norm, num_tokens, *splits, self->ws.x, err));
+    const bool inside = next_norm != NULL;
+    const linear_norms qkv_norms = {.before = normed}, down_norms = {.behind = next_norm};
+    const linear_norms o_norms = {.behind = inside ? layer->post_attention_norm : NULL};
+    if (!normed) {
+        QF_TRY(norm(self, layer->input_norm, num_tokens, *splits, self->ws.x, err));
+    }
     QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_Q_PROJ, 3, self->ws.x, true, config->hidden_size, self->hidden_k,
                        num_tokens, err));
-    QF_TRY(linear(self, &layer->qkv, self->ws.x, num_tokens, false, self->ws.qkv, &qkv_splits, err));
+    QF_TRY(linear(self, &layer->qkv, self->ws.x, num_tokens, false, qkv_norms, self->ws.qkv, &qkv_splits, err));
     QF_TRY(attention(self, f, layer, index, qkv_splits, err));
     QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_O_PROJ, 1, self->ws.attn, true, self->q_width, self->q_k,
                        num_tokens, err));
-    QF_TRY(linear(self, &layer->o, self->ws.attn, num_tokens, true, self->ws.delta, splits, err));
-    QF_TRY(norm(self, layer->post_attention_norm, num_tokens, *splits, self->ws.x, err));
+    QF_TRY(linear(self, &layer->o, self->ws.attn, num_tokens, true, o_norms, self->ws.delta, splits, err));
+    if (!inside) {
+        QF_TRY(norm(self, layer->post_attention_norm, num_tokens, *splits, self->ws.x, err));
+    }
     QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_GATE_PROJ, 2, self->ws.x, true, config->hidden_size,
                        self->hidden_k, num_tokens, err));
-    QF_TRY(gate_up(self, &layer->gate_up, num_tokens, err));
+    QF_TRY(gate_up(self, &layer->gate_up, num_tokens, inside, err));
     QF_TRY(qf_cuda_tap(self, tap, tap_arg, index, QF_DOWN_PROJ, 1, self->ws.act, true, config->intermediate_size,
                        layer->down.k, num_tokens, err));
-    return linear(self, &layer->down, self->ws.act, num_tokens, true, self->ws.delta, splits, err);
+    return linear(self, &layer->down, self->ws.act, num_tokens, true, down_norms, self->ws.delta, splits, err);
 }
 
 qf_status qf_cuda_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_t first, int32_t last, qf_tap_fn tap,
@@ -241,6 +290,7 @@ qf_status qf_cuda_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_
 {
     qf_cuda_layer next = {0};
     bool fetched = false;
+    const bool inside = norms_inside(self, f->meta->num_tokens, first, last, tap);
     *delta_splits = 0;
     QF_TRY(begin_fetching(self, first, err));
     for (int32_t i = first; i < last; i++) {
@@ -255,7 +305,9 @@ qf_status qf_cuda_layers(qf_cuda_backend *self, const qf_cuda_forward *f, int32_
         if (on_host(self, i)) {
             QF_CUDA_CHECK(cudaStreamWaitEvent(self->stream, self->slot_ready[i & 1], 0));
         }
-        QF_TRY(layer_forward(self, f, &layer, i, tap, tap_arg, delta_splits, err));
+        const float *next_norm = fetched ? next.input_norm : self->weights.final_norm;
+        QF_TRY(layer_forward(self, f, &layer, inside ? next_norm : NULL, inside && i > first, i, tap, tap_arg,
+                             delta_splits, err));
         if (on_host(self, i)) {
             QF_CUDA_CHECK(cudaEventRecord(self->slot_free[i & 1], self->stream));
         }

@@ -70,6 +70,14 @@ static size_t layers_partial_words(const qf_cuda_backend *self, bool qkv)
     return most;
 }
 
+/* Whether the linears may make the norms of few rows. */
+static bool makes_norms_inside(const qf_cuda_backend *self)
+{
+    const int32_t hidden = self->config.hidden_size;
+    return !self->options.float32 && !self->options.batch_invariant && self->shard.size == 1 &&
+           self->layout.num_host_layers == 0 && hidden % 128 == 0 && hidden <= QF_CUDA_MAX_SQUARES;
+}
+
 /* Reserves bytes at *offset and returns where they are; NULL while only sizes are counted. */
 static void *carve(char *storage, size_t *offset, size_t bytes)
 {
@@ -109,6 +117,9 @@ static void carve_activations(qf_cuda_backend *self, char *storage, size_t *at)
     ws->q = carve(storage, at, tokens * q_width * sizeof(uint16_t));
     ws->delta = carve(storage, at, layers_partial_words(self, false) * sizeof(float));
     ws->x = carve(storage, at, tiled_bytes(self->hidden_k, num_tokens));
+    if (makes_norms_inside(self)) {
+        ws->squares = carve(storage, at, QF_CUDA_NORM_TOKENS * hidden / 16 * sizeof(float));
+    }
     ws->attn = carve(storage, at, tiled_bytes(self->q_k, num_tokens));
     ws->act = carve(storage, at, tiled_bytes(inter_k, num_tokens));
     ws->logit_x = carve(storage, at, tiled_bytes(self->hidden_k, self->logit_rows));
@@ -187,6 +198,10 @@ qf_status qf_cuda_workspace_layout(qf_cuda_backend *self, char *storage, size_t 
     ws->last_token = carve(storage, &at, seqs * sizeof(int32_t));
     ws->step_state = carve(storage, &at, sizeof *ws->step_state);
     ws->counts = carve(storage, &at, seqs * sampled * sizeof(uint16_t));
+    if (makes_norms_inside(self)) {
+        ws->exchange = carve(storage, &at, (QF_CUDA_MAX_SPLITS - 1) * QF_CUDA_NORM_TOKENS *
+                                               (size_t)self->config.hidden_size * sizeof(float));
+    }
     ws->attention = carve(storage, &at,
                           options->float32 ? 0
                                            : qf_cuda_attention_workspace_bytes(&shape, options->max_num_seqs,
