@@ -112,7 +112,7 @@ static qf_status check_shape(const qf_cuda_attention_args *a, qf_error *err)
 
 static qf_status check_args(const qf_cuda_attention_args *a, qf_error *err)
 {
-    if (a->kv.k == NULL || a->kv.v == NULL || a->q == NULL || a->out == NULL || a->items == NULL ||
+    if (a->kv.k == NULL || a->kv.v == NULL || (a->q == NULL && a->qkv == NULL) || a->out == NULL || a->items == NULL ||
         a->num_items == NULL || a->block_tables == NULL || a->block_table_start == NULL || a->workspace == NULL) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: a null pointer");
     }
@@ -134,6 +134,29 @@ static qf_status check_args(const qf_cuda_attention_args *a, qf_error *err)
     }
     if (!(a->scale > 0.0f)) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "attention: scale %g is not positive", (double)a->scale);
+    }
+    return QF_OK;
+}
+
+/* Decode rows that come straight from the QKV linear. */
+static qf_status check_own_rows(const qf_cuda_attention_args *a, const qf_cuda_device *device, qf_error *err)
+{
+    const int32_t width = (a->shape.num_heads + 2 * a->shape.num_kv_heads) * a->shape.head_dim;
+    if (a->qkv == NULL) {
+        return QF_OK;
+    }
+    if (!qf_cuda_attention_takes_rows(device, &a->kv) || a->window_tokens > 0 || a->max_prefill_items > 0) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "attention: rows of qkv are for decode items alone, without a window, where the kernel takes them "
+                       "(format %d of %d in blocks of %d, window %d, %d prefill items)",
+                       (int)a->kv.format, a->kv.head_dim, a->kv.block_size, a->window_tokens, a->max_prefill_items);
+    }
+    if (a->cos_sin == NULL || a->slot_mapping == NULL || ((uintptr_t)a->qkv | (uintptr_t)a->cos_sin) % 16 != 0 ||
+        a->qkv_splits <= 0 || a->qkv_stride < width || a->qkv_stride % 4 != 0) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
+                       "attention: rows of qkv need cos_sin and slot_mapping, 16-byte alignment, splits (%d) and a stride "
+                       "(%d) that holds %d, a multiple of 4",
+                       a->qkv_splits, a->qkv_stride, width);
     }
     return QF_OK;
 }
@@ -247,6 +270,9 @@ extern "C" qf_status qf_cuda_attention(const qf_cuda_attention_args *args, const
     }
     if (status == QF_OK) {
         status = check_low_bit(args, err);
+    }
+    if (status == QF_OK) {
+        status = check_own_rows(args, device, err);
     }
     if (status != QF_OK) {
         return status;

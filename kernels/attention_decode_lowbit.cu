@@ -1,5 +1,6 @@
 /* Attention of single rows over a low-bit cache: dispatch and launch. The kernel is in attention_decode_lowbit.cuh;
- * shapes, items and checks are attention.cu's.
+ * shapes, items and checks are attention.cu's. The one of attention_decode_wide.cuh can take its rows from what the QKV linear
+ * made, and write their keys and values to the cache itself: a kernel less between two that wait for each other.
  *
  *   out[row][head] = sum over j of softmax_j(scale q[row][head] . (k[j] + R_j b)) v[j],   R_j b: the rotated bias of k_proj
  *
@@ -95,10 +96,24 @@ extern "C" bool qf_cuda_attention_decode_fits(const qf_cuda_device *device, qf_c
            choose(device, format, head_dim, true).bytes + STATIC_BYTES <= (size_t)device->max_shared_bytes;
 }
 
+/* The kernel of attention_decode_wide.cuh: bulk copies, and stages of 32 positions in one block. */
+static bool is_wide(const qf_cuda_device *device, const qf_cuda_kv *kv)
+{
+    return device->hopper && kv->format == QF_CUDA_KV_INT4 && kv->head_dim == 128 && kv->block_size >= 32 &&
+           WIDE_SHARED + STATIC_BYTES <= device->max_shared_bytes;
+}
+
+extern "C" bool qf_cuda_attention_takes_rows(const qf_cuda_device *device, const qf_cuda_kv *kv)
+{
+    return is_wide(device, kv);
+}
+
 static qf_status launch_wide(const attention_params *p, const qf_cuda_device *device, cudaStream_t stream, qf_error *err)
 {
-    void (*const kernel)(attention_params) =
-        p->a.kv.k_bias != NULL ? attention_decode_wide_kernel<true> : attention_decode_wide_kernel<false>;
+    void (*const kernels[2][2])(attention_params) = {
+        {attention_decode_wide_kernel<false, false>, attention_decode_wide_kernel<false, true>},
+        {attention_decode_wide_kernel<true, false>, attention_decode_wide_kernel<true, true>}};
+    void (*const kernel)(attention_params) = kernels[p->a.kv.k_bias != NULL][p->a.qkv != NULL];
     qf_status status = qf_allow_shared("attention (low-bit decode)", kernel, WIDE_SHARED, err);
     if (status != QF_OK) {
         return status;
@@ -116,8 +131,7 @@ extern "C" qf_status qf_attention_decode_lowbit(const attention_params *p, const
 {
     const qf_cuda_kv_format format = p->a.kv.format;
     const bool biased = p->a.kv.k_bias != NULL;
-    if (device->hopper && format == QF_CUDA_KV_INT4 && p->a.shape.head_dim == 128 && p->block_shift >= 5 &&
-        WIDE_SHARED + STATIC_BYTES <= device->max_shared_bytes) {
+    if (is_wide(device, &p->a.kv)) {
         return launch_wide(p, device, stream, err);
     }
     const lowbit_choice choice = choose(device, format, p->a.shape.head_dim, biased);

@@ -113,24 +113,14 @@ static __device__ __forceinline__ void prepare_operand(const float (&x)[head_dim
     }
 }
 
-/* Operands made of up to 8 queries: warp w makes head w's. Rows of heads that there are not are zero. */
+/* Operands made of the query of head `warp`, below 8. x: columns 32 i + lane. */
 template <int format, int head_dim>
-static __device__ __forceinline__ void prepare_queries(const attention_params &p, const qf_cuda_attention_item &item,
-                                                       int32_t kv_head, int32_t first_head, const float (&b)[head_dim / 32],
-                                                       const float (&middle)[head_dim / 32],
-                                                       const lowbit_shared<format, head_dim> &shared)
+static __device__ __forceinline__ void prepare_head(const attention_params &p, const float (&x)[head_dim / 32],
+                                                    const float (&b)[head_dim / 32], const float (&middle)[head_dim / 32],
+                                                    const lowbit_shared<format, head_dim> &shared)
 {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num = p.group - first_head;
-    if (warp >= LOWBIT_HEADS) {
-        return;
-    }
-    const uint16_t *q = static_cast<const uint16_t *>(p.a.q) +
-                        ((int64_t)item.first_row * p.a.shape.num_heads + kv_head * p.group + first_head) * head_dim;
-    float x[head_dim / 32], c[head_dim / 64], d[head_dim / 64], largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < head_dim / 32; i++) { /* columns 32 i + lane */
-        x[i] = warp < num ? __uint_as_float((uint32_t)__ldcg(q + warp * head_dim + 32 * i + lane) << 16) : 0.0f;
-    }
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float c[head_dim / 64], d[head_dim / 64], largest = 0.0f;
     prepare_operand<format, head_dim>(x, p.scale_log2, shared);
 #pragma unroll
     for (int i = 0; i < head_dim / 64; i++) {
@@ -152,6 +142,27 @@ static __device__ __forceinline__ void prepare_queries(const attention_params &p
     if (lane == 0) {
         shared.inverse[warp] = __uint_as_float((254 - exponent) << 23);
     }
+}
+
+/* Operands made of up to 8 queries: warp w makes head w's. Rows of heads that there are not are zero. */
+template <int format, int head_dim>
+static __device__ __forceinline__ void prepare_queries(const attention_params &p, const qf_cuda_attention_item &item,
+                                                       int32_t kv_head, int32_t first_head, const float (&b)[head_dim / 32],
+                                                       const float (&middle)[head_dim / 32],
+                                                       const lowbit_shared<format, head_dim> &shared)
+{
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num = p.group - first_head;
+    if (warp >= LOWBIT_HEADS) {
+        return;
+    }
+    const uint16_t *q = static_cast<const uint16_t *>(p.a.q) +
+                        ((int64_t)item.first_row * p.a.shape.num_heads + kv_head * p.group + first_head) * head_dim;
+    float x[head_dim / 32];
+#pragma unroll
+    for (int i = 0; i < head_dim / 32; i++) {
+        x[i] = warp < num ? __uint_as_float((uint32_t)__ldcg(q + warp * head_dim + 32 * i + lane) << 16) : 0.0f;
+    }
+    prepare_head<format, head_dim>(p, x, b, middle, shared);
 }
 
 /* The first `depth` stages are sent for: before the wait for the kernel before, as decode_warp() in attention_decode.cuh says,

@@ -9,9 +9,10 @@
 #ifndef QF_ATTENTION_DECODE_WIDE_CUH
 #define QF_ATTENTION_DECODE_WIDE_CUH
 
+#include "attention_decode_wide_row.cuh"
 #include "attention_decode_wide_tile.cuh"
 
-template <bool biased>
+template <bool biased, bool own>
 static __device__ __forceinline__ void wide_walk_units(const attention_params &p, wide_walk &w, const wide_shared &shared,
                                                        wide_state &state)
 {
@@ -47,8 +48,11 @@ static __device__ __forceinline__ void wide_walk_units(const attention_params &p
         qf_barrier_wait(w.barriers + slots[1] * 8, parities[1]);
         float x[4][4];
         uint32_t weights[4][2];
-        const bool edge = position < w.begin || position + 64 > w.end_position;
+        const bool edge = position < w.begin || position + 64 > w.end_position - own;
         if (edge) {
+            if constexpr (own) {
+                put_own_row(0, position, keys);
+            }
             wide_clear(w, position, keys);
         }
         if constexpr (biased) {
@@ -73,12 +77,15 @@ static __device__ __forceinline__ void wide_walk_units(const attention_params &p
             const uint32_t next = 2 * unit + WIDE_DEPTH + h;
             wide_scores(keys[h], lane, queries, q, x, 2 * h);
             __syncwarp(); /* all have read what is written anew */
-            places[h] = wide_locate<false>(p, w, next);
+            places[h] = wide_locate<WALKING>(p, w, next);
             wide_send<biased, 0>(p, w, places[h], next, slots[h]);
         }
         qf_barrier_wait(w.barriers + (WIDE_DEPTH + slots[0]) * 8, parities[0]);
         qf_barrier_wait(w.barriers + (WIDE_DEPTH + slots[1]) * 8, parities[1]);
         if (edge) {
+            if constexpr (own) {
+                put_own_row(1, position, values);
+            }
             wide_clear(w, position, values);
 #pragma unroll
             for (int m = 0; m < 4; m++) {
@@ -124,7 +131,7 @@ static __device__ __forceinline__ void wide_begin(const attention_params &p, wid
             qf_grid_dependency_wait();
             waited = true;
         }
-        const wide_place place = wide_locate<true>(p, w, 2 * w.first + s);
+        const wide_place place = wide_locate<AHEAD>(p, w, 2 * w.first + s);
         wide_send<biased, 0>(p, w, place, 2 * w.first + s, s);
         wide_send<biased, 1>(p, w, place, 2 * w.first + s, s);
     }
@@ -157,7 +164,7 @@ static __device__ __forceinline__ void wide_prefetch_queries(const attention_par
     }
 }
 
-template <bool biased>
+template <bool biased, bool own>
 static __global__ void __launch_bounds__(WIDE_THREADS, 1)
     attention_decode_wide_kernel(const __grid_constant__ attention_params p)
 {
@@ -165,26 +172,33 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
     extern __shared__ __align__(128) uint8_t dynamic[];
     __shared__ qf_cuda_attention_item item; /* registers are scarce: these are read anew where they are wanted */
     __shared__ int32_t unit, num_units, kv_head;
+    __shared__ int32_t starts[own ? WIDE_THREADS : 1];
     qf_grid_launch_dependents();
     const uint32_t warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0);
     wide_shared shared = lay_out<QF_CUDA_KV_INT4, 128>(dynamic, 0);
-    const uint32_t own = WIDE_FIXED + warp * WIDE_OWN;
+    const uint32_t place = WIDE_FIXED + warp * WIDE_OWN;
     const uint32_t barriers = qf_shared_address(dynamic) + wide_sizes::fixed + warp * (16 * WIDE_DEPTH);
-    shared.stages = dynamic + own;
+    shared.stages = dynamic + place;
     shared.coarse = shared.stages + 2 * WIDE_DEPTH * WIDE_STAGE;
     shared.decoded = shared.coarse + 2 * WIDE_COARSE;
     shared.values = reinterpret_cast<float *>(dynamic + WIDE_FIXED);
     shared.maximum = shared.values + WIDE_WARPS * LOWBIT_HEADS * wide_sizes::result_row;
     shared.sum = shared.maximum + WIDE_WARPS * LOWBIT_HEADS;
     if constexpr (biased) { /* no kernel of the step writes it */
-        for (int32_t i = threadIdx.x; i < wide_sizes::fine / 16; i += WIDE_THREADS) {
+        constexpr int32_t first = own ? 32 : 0; /* the first warp loads the item */
+        for (int32_t i = (int32_t)threadIdx.x - first; i >= 0 && i < wide_sizes::fine / 16; i += WIDE_THREADS - first) {
             qf_cp_async_16(shared.fine + i, reinterpret_cast<const uint4 *>(p.a.bias_fine) + i);
         }
         qf_cp_async_commit();
     }
     for (int32_t u = blockIdx.x;;) {
+        /* Where the first sequences' block tables start comes with the item: a trip to memory less. Rows are of a sequence each. */
+        const int32_t start = own && (int32_t)threadIdx.x < p.a.num_tokens ? __ldcg(p.a.block_table_start + threadIdx.x) : 0;
         if (threadIdx.x < 32) {
             load_unit(p, u, item, unit, num_units, kv_head);
+        }
+        if constexpr (own) {
+            starts[threadIdx.x] = start;
         }
         __syncthreads();
         if (u >= num_units) {
@@ -192,9 +206,17 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
         }
 #pragma unroll 1
         for (int32_t first_head = 0; first_head < p.group; first_head += LOWBIT_HEADS) {
-            wide_prefetch_queries(p, item, kv_head, first_head);
+            if constexpr (!own) {
+                wide_prefetch_queries(p, item, kv_head, first_head);
+            }
             wide_state state;
-            wide_walk w = wide_start(p, item, kv_head, barriers, qf_shared_address(shared.stages));
+            wide_walk w = wide_start(p, item, kv_head, barriers, qf_shared_address(shared.stages),
+                                     own && item.seq < WIDE_THREADS
+                                         ? starts[item.seq]
+                                         : __ldcg(p.a.block_table_start + item.seq));
+            if constexpr (own) {
+                wide_load_blocks(p, w, 2 * w.first & ~31u);
+            }
             float b[4] = {}, middle[4] = {}; /* sent for before the wait for the kernel before */
             if constexpr (biased) {
                 const float *turn = reinterpret_cast<const float *>(p.a.bias_fine + QF_CUDA_BIAS_TILE / 2 * 128);
@@ -205,15 +227,35 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
                 }
             }
             wide_make_barriers(barriers);
-            wide_begin<biased>(p, w, unit == (int32_t)blockIdx.x && first_head == 0);
-            prepare_queries<QF_CUDA_KV_INT4, 128>(p, item, kv_head, first_head, b, middle, shared);
-            const uint32_t last = 2 * w.first + WIDE_DEPTH - 1;
-            const wide_place place = wide_locate<true>(p, w, last);
-            wide_send<biased, 0>(p, w, place, last, WIDE_DEPTH - 1);
-            wide_send<biased, 1>(p, w, place, last, WIDE_DEPTH - 1);
+            if constexpr (own) {
+                const int32_t slot = own_slot(p, item, first_head);
+                const own_columns columns = own_columns_of(p, item, kv_head, first_head);
+                qf_grid_dependency_wait();
+                const own_parts parts = send_for_own(p, columns);
+#pragma unroll 1
+                for (uint32_t s = 0; s < WIDE_DEPTH; s++) {
+                    const wide_place place = wide_locate<LOCATED>(p, w, 2 * w.first + s);
+                    wide_send<biased, 0>(p, w, place, 2 * w.first + s, s);
+                    wide_send<biased, 1>(p, w, place, 2 * w.first + s, s);
+                }
+                if (warp < LOWBIT_HEADS) {
+                    float x[4];
+                    turn_query(p, columns, parts, x);
+                    prepare_head<QF_CUDA_KV_INT4, 128>(p, x, b, middle, shared);
+                } else if (warp == WIDE_WARPS - 1 && first_head == 0) {
+                    make_own_row(p, item, kv_head, slot, columns, parts);
+                }
+            } else {
+                wide_begin<biased>(p, w, unit == (int32_t)blockIdx.x && first_head == 0);
+                prepare_queries<QF_CUDA_KV_INT4, 128>(p, item, kv_head, first_head, b, middle, shared);
+                const uint32_t last = 2 * w.first + WIDE_DEPTH - 1;
+                const wide_place place = wide_locate<AHEAD>(p, w, last);
+                wide_send<biased, 0>(p, w, place, last, WIDE_DEPTH - 1);
+                wide_send<biased, 1>(p, w, place, last, WIDE_DEPTH - 1);
+            }
             qf_cp_async_wait<0>(); /* the fine table, which all threads have copied */
             __syncthreads();
-            wide_walk_units<biased>(p, w, shared, state);
+            wide_walk_units<biased, own>(p, w, shared, state);
             __syncthreads(); /* results stand where stages were */
             put_results<QF_CUDA_KV_INT4, 128>(state, shared);
             __syncthreads();

@@ -61,7 +61,8 @@ static __device__ __forceinline__ void wide_load_blocks(const attention_params &
 }
 
 static __device__ __forceinline__ wide_walk wide_start(const attention_params &p, const qf_cuda_attention_item &item,
-                                                       int32_t kv_head, uint32_t barriers, uint32_t ring)
+                                                       int32_t kv_head, uint32_t barriers, uint32_t ring,
+                                                       int32_t table_start)
 {
     wide_walk w;
     const uint32_t warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0), first = (uint32_t)item.kv_begin / 64;
@@ -78,7 +79,7 @@ static __device__ __forceinline__ wide_walk wide_start(const attention_params &p
     w.words = (uint32_t)(rows * WIDE_ROW - row * (WIDE_ROW - 8));
     w.barriers = barriers;
     w.ring = ring;
-    w.table = p.a.block_tables + __ldcg(p.a.block_table_start + item.seq);
+    w.table = p.a.block_tables + table_start;
     w.code_pieces = w.word_pieces = 0;
     return w;
 }
@@ -88,11 +89,13 @@ struct wide_place {
     uint32_t codes, words;
 };
 
-/* Stages are located in order, each once; ahead: before the walk, perhaps the first. */
-template <bool ahead>
+/* Stages are located in order, each once. AHEAD: before the walk, perhaps the first; LOCATED: that one's blocks are known. */
+enum wide_time { WALKING, AHEAD, LOCATED };
+
+template <wide_time time>
 static __device__ __forceinline__ wide_place wide_locate(const attention_params &p, wide_walk &w, uint32_t s)
 {
-    if (s < 2 * w.end && (s % 32 == 0 || (ahead && s == 2 * w.first))) {
+    if (s < 2 * w.end && (s == 2 * w.first && time != WALKING ? time == AHEAD : s % 32 == 0)) {
         wide_load_blocks(p, w, s & ~31u);
     }
     return {__shfl_sync(ALL_LANES, w.code_pieces, s % 32), __shfl_sync(ALL_LANES, w.word_pieces, s % 32)};

@@ -255,6 +255,9 @@ typedef struct qf_cuda_attention_plan {
 /* Whether the decode kernel for a cache of this format fits the device's shared memory: see decode_ctas. */
 bool qf_cuda_attention_decode_fits(const qf_cuda_device *device, qf_cuda_kv_format format, int32_t head_dim);
 
+/* Whether decode items over such a cache can take their rows from what the QKV linear made: qf_cuda_attention_args.qkv. */
+bool qf_cuda_attention_takes_rows(const qf_cuda_device *device, const qf_cuda_kv *kv);
+
 /* Host, pure. query_start_loc (num_seqs + 1), seq_lens (num_seqs): host. items: room for qf_cuda_attention_max_items.
  * With shape.kv_window single rows are prefill items, as with batch_invariant. */
 void qf_cuda_attention_plan_make(const qf_cuda_attention_shape *shape, int32_t num_seqs,
@@ -278,6 +281,11 @@ typedef struct qf_cuda_attention_args {
     qf_cuda_attention_shape shape;
     qf_cuda_kv kv;
     const void *q;                       /* (num_tokens, num_heads, head_dim) bf16 */
+    /* qkv not NULL, where qf_cuda_attention_takes_rows and there are decode items alone: q comes from here, and each row's own
+     * key and value go to the cache, as qf_cuda_rope_kv_write would have it (its fields of these names); q is not read. */
+    const float *qkv, *cos_sin;
+    const int32_t *slot_mapping;
+    int32_t qkv_splits, qkv_stride;
     uint16_t *out;                       /* tiled (out_k, num_tokens) */
     int32_t out_k;                       /* num_heads * head_dim up to the next 128; zeros beyond */
     const qf_cuda_attention_item *items; /* decode items (room for max_decode_items), prefill: + prefill_offset */

@@ -21,34 +21,10 @@
  *
  * Measured: see PERF.md. */
 #include "common/launch.cuh"
-#include "common/ptx.cuh"
-#include "kv_encode.cuh"
+#include "kv_row.cuh"
 
 #define THREADS 128 /* few: what they have in flight lands in an L1 that is small beside the linears */
 #define SPLIT_BATCH 8
-
-template <int width> struct floats {
-    float v[width];
-};
-
-/* Plain loads, 16 bytes for width 4. Volatile: they stay behind the dependency wait, and all go out before their use.
- * */
-static __device__ __forceinline__ floats<4> load_floats(const float *p, floats<4>)
-{
-    floats<4> r;
-    asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(r.v[0]), "=f"(r.v[1]), "=f"(r.v[2]), "=f"(r.v[3])
-                 : "l"(p)
-                 : "memory");
-    return r;
-}
-
-static __device__ __forceinline__ floats<1> load_floats(const float *p, floats<1>)
-{
-    floats<1> r;
-    asm volatile("ld.global.f32 %0, [%1];" : "=f"(r.v[0]) : "l"(p) : "memory");
-    return r;
-}
 
 /* low and high: the sums over splits of the two halves' vectors at `p`. */
 template <int width>
@@ -84,18 +60,6 @@ static __device__ __forceinline__ void store_vector(float *p, const floats<1> &x
 static __device__ __forceinline__ void store_vector(uint16_t *p, const floats<4> &x)
 {
     *reinterpret_cast<uint2 *>(p) = make_uint2(qf_pack_bf16(x.v[0], x.v[1]), qf_pack_bf16(x.v[2], x.v[3]));
-}
-
-template <int width>
-static __device__ __forceinline__ void rotate(const floats<width> &c, const floats<width> &s, floats<width> &low,
-                                              floats<width> &high)
-{
-#pragma unroll
-    for (int i = 0; i < width; i++) {
-        const float x = low.v[i], y = high.v[i];
-        low.v[i] = __fmaf_rn(x, c.v[i], -__fmul_rn(y, s.v[i]));
-        high.v[i] = __fmaf_rn(y, c.v[i], __fmul_rn(x, s.v[i]));
-    }
 }
 
 template <int width, typename T>
@@ -134,29 +98,6 @@ static __global__ void __launch_bounds__(THREADS) rope_kv_write_kernel(qf_cuda_r
     }
     store_vector(to + j, low);
     store_vector(to + half + j, high);
-}
-
-/* Codes and words of a row's eight columns j .. and half + j .., which this thread has. */
-template <int format>
-static __device__ __forceinline__ void store_low_bit(const qf_cuda_kv &kv, bool key, int32_t slot, int32_t kv_head,
-                                                     int32_t j, const floats<4> &low, const floats<4> &high, bool store)
-{
-    const int32_t head_dim = kv.head_dim, half = head_dim / 2;
-    const int32_t words = qf_kv_words(format, head_dim);
-    const int32_t row_bytes = qf_kv_row_bytes(format, head_dim);
-    const int32_t block = slot / kv.block_size, row = kv_head * kv.block_size + (slot - block * kv.block_size);
-    const int64_t rows = (int64_t)kv.num_kv_heads * kv.block_size;
-    uint8_t *base = static_cast<uint8_t *>(key ? kv.k : kv.v) + block * rows * (row_bytes + 2 * words);
-    const kv_codes c = encode_columns<format>(low.v, high.v, head_dim / 8);
-    store_codes<format>(base + (int64_t)row * row_bytes, row, c.low, head_dim, j, key, store);
-    store_codes<format>(base + (int64_t)row * row_bytes, row, c.high, head_dim, half + j, key, store);
-    uint16_t *to = reinterpret_cast<uint16_t *>(base + rows * row_bytes) + (int64_t)row * words;
-    if (store && (words == 1 ? j == 0 : j % 32 == 0)) {
-        to[words == 1 ? 0 : j / 32] = (uint16_t)c.low_word;
-        if (words > 1) {
-            to[(half + j) / 32] = (uint16_t)c.high_word;
-        }
-    }
 }
 
 static __device__ __forceinline__ uint16_t *row_of_16_bits(const qf_cuda_kv &kv, bool key, int32_t slot, int32_t kv_head)
@@ -228,7 +169,8 @@ static __global__ void __launch_bounds__(THREADS) rope_kv_write_low_bit_kernel(q
         store_vector(to + half + j, high);
     }
     if (__any_sync(0xffffffffu, slot >= 0)) {
-        store_low_bit<format>(a.kv, rotated, max(slot, 0), kv_head, j, low, high, slot >= 0);
+        store_low_bit<format>(find_low_bit<format>(a.kv, rotated, max(slot, 0), kv_head), head_dim, rotated, j, low, high,
+                              slot >= 0);
     }
 }
 

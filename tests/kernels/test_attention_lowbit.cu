@@ -4,6 +4,8 @@
 #include "check_cuda.cuh"
 
 #include "common/kv_codec.cuh"
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
 
 extern "C" {
 #include "kv/format.h"
@@ -509,8 +511,90 @@ static qf_cuda_attention_args attention_args(const qf_cuda_attention_shape &shap
     return args;
 }
 
-/* One query a sequence: rows (num_seqs, num_heads * head_dim). in_16_bits: over restored. sign: of the bias given. */
-static std::vector<float> attend(const World &w, bool in_16_bits = false, float sign = 1.0f)
+/* What the QKV linear made of each sequence's last token, and the caches in the end. */
+struct OwnRows {
+    int num_splits, stride;
+    std::vector<float> qkv, cos_sin;
+    std::vector<int32_t> slots;
+    std::vector<uint8_t> cache[2];
+    OwnRows(const World &w, int splits, uint64_t seed)
+        : num_splits(splits), stride((w.shape.num_heads + 2 * w.shape.num_kv_heads) * w.shape.head_dim + 16)
+    {
+        Random random(seed);
+        const int num = (int)w.lengths.size(), head_dim = w.shape.head_dim, block_size = w.shape.block_size;
+        for (int s = 0; s < splits * num; s++) {
+            for (int h = 0; h < stride / 16; h++) {
+                const int style = random.below(12) == 0 ? 1 + random.below(2) : 8; /* zero, an outlier, or usual */
+                for (int d = 0; d < 16; d++) {
+                    qkv.push_back(sample(random, style));
+                }
+            }
+        }
+        for (int t = 0; t < num; t++) {
+            std::vector<float> sines;
+            for (int j = 0; j < head_dim / 2; j++) {
+                const float angle = random.uniform() * 6.2831853f;
+                cos_sin.push_back(cosf(angle));
+                sines.push_back(sinf(angle));
+            }
+            cos_sin.insert(cos_sin.end(), sines.begin(), sines.end());
+            const int position = w.lengths[(size_t)t] - 1;
+            const int block = w.tables[(size_t)(w.table_start[(size_t)t] + position / block_size)];
+            slots.push_back(t % 4 == 2 ? -1 : block * block_size + position % block_size); /* -1: it stays as it is */
+        }
+    }
+};
+
+/* Takes its time, and lets the next kernel start at once. */
+static __global__ void copy_late(float *to, const float *from, int64_t count, int64_t wait)
+{
+    qf_grid_launch_dependents();
+    qf_grid_dependency_wait();
+    const int64_t start = clock64();
+    while (clock64() - start < wait) {
+    }
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
+        to[i] = from[i];
+    }
+}
+
+/* Rows of `own` to attention, by a kernel of their own or by attention itself. Both kernels start before what they read is
+ * there, if the device can do that. */
+static void give_rows(const World &w, const OwnRows &own, bool in_kernel, float *qkv, const float *source, float *cos_sin,
+                      const int32_t *slots, uint16_t *q, qf_cuda_attention_args *args)
+{
+    CHECK_CUDA(cudaMemset(qkv, 0xff, own.qkv.size() * sizeof(float)));
+    CHECK_CUDA(cudaMemset(cos_sin, 0xff, own.cos_sin.size() * sizeof(float)));
+    const bool dependent = options.device.dependent_launch;
+    CHECK_OK(qf_launch("copy_late", copy_late, dim3(3), dim3(256), 0, false, 0, &check_error, cos_sin,
+                       source + own.qkv.size(), (int64_t)own.cos_sin.size(), (int64_t)0));
+    CHECK_OK(qf_launch("copy_late", copy_late, dim3(8), dim3(256), 0, dependent, 0, &check_error, qkv, source,
+                       (int64_t)own.qkv.size(), (int64_t)20000));
+    if (in_kernel) {
+        args->qkv = qkv;
+        args->qkv_splits = own.num_splits;
+        args->qkv_stride = own.stride;
+        args->cos_sin = cos_sin;
+        args->slot_mapping = slots;
+        return;
+    }
+    qf_cuda_rope_kv_write_args rope = {};
+    rope.qkv = qkv;
+    rope.num_splits = own.num_splits;
+    rope.qkv_stride = own.stride;
+    rope.cos_sin = cos_sin;
+    rope.slot_mapping = slots;
+    rope.q = q;
+    rope.kv = args->kv;
+    rope.num_tokens = (int)w.lengths.size();
+    rope.num_heads = w.shape.num_heads;
+    CHECK_OK(qf_cuda_rope_kv_write(&rope, &options.device, 0, &check_error));
+}
+
+/* One query a sequence: rows (num_seqs, num_heads * head_dim). in_16_bits: over restored. sign: of the bias given. own:
+ * where queries and last rows come from, if not from the world. */
+static std::vector<float> attend(const World &w, bool in_16_bits = false, float sign = 1.0f, OwnRows *own = NULL,
+                                 bool in_kernel = false)
 {
     const qf_cuda_attention_shape &shape = w.shape;
     int num = (int)w.lengths.size(), longest = *std::max_element(w.lengths.begin(), w.lengths.end());
@@ -569,14 +653,29 @@ static std::vector<float> attend(const World &w, bool in_16_bits = false, float 
         args.bias_fine = tables.fine.data;
         args.bias_rotation = tables.rotation.data;
     }
+    std::vector<float> rows_of_own(16);
+    if (own != NULL) {
+        rows_of_own = own->qkv;
+        rows_of_own.insert(rows_of_own.end(), own->cos_sin.begin(), own->cos_sin.end());
+        q.poison();
+    }
+    Device<float> source(rows_of_own), qkv(own != NULL ? own->qkv.size() : 16), cos_sin(own != NULL ? own->cos_sin.size() : 16);
+    Device<int32_t> slots(own != NULL ? own->slots : std::vector<int32_t>(4));
     std::vector<uint16_t> tiled[2];
     for (std::vector<uint16_t> &to : tiled) {
         out.poison();
+        if (own != NULL) {
+            give_rows(w, *own, in_kernel, qkv.data, source.data, cos_sin.data, slots.data, q.data, &args);
+        }
         CHECK_OK(qf_cuda_attention(&args, &options.device, 0, &check_error));
         CHECK_CUDA(cudaDeviceSynchronize());
         to = out.get();
     }
     CHECK(tiled[0] == tiled[1]); /* also: the counters were left at zero */
+    if (own != NULL) {
+        own->cache[0] = k.get();
+        own->cache[1] = v.get();
+    }
     int width = shape.num_heads * shape.head_dim, nonzero = 0;
     std::vector<float> rows((size_t)num * width);
     for (int t = 0; t < num; t++) {
@@ -750,6 +849,99 @@ static void test_little_shared_memory()
     options.device.max_shared_bytes = bytes;
 }
 
+/* Attention that takes its rows from the QKV linear against a kernel for each: the same bits, in the cache too. */
+static void check_own_rows(int format, const int *model, int block_size, int window, const std::vector<int> &lens,
+                           int splits, uint64_t seed)
+{
+    World w(format, model, block_size, window, lens, seed % 4 == 3 ? NO_BIAS : SPREAD, 2.0f, 1.0, seed);
+    OwnRows own(w, splits, seed);
+    const std::vector<float> want = attend(w, false, 1.0f, &own, false);
+    const std::vector<uint8_t> cache[2] = {own.cache[0], own.cache[1]};
+    CHECK(cache[0] != w.cache[0] && cache[1] != w.cache[1]);
+    const bool same = attend(w, false, 1.0f, &own, true) == want;
+    if (!same || own.cache[0] != cache[0] || own.cache[1] != cache[1]) {
+        fprintf(stderr, "own rows: %s, heads %d / %d of %d, blocks of %d, window %d, %zu sequences from %d, %d splits: %s\n",
+                format_names[format], model[0], model[1], model[2], block_size, window, lens.size(), lens[0], splits,
+                same ? "the cache differs" : "results differ");
+    }
+    CHECK(same && own.cache[0] == cache[0] && own.cache[1] == cache[1]);
+}
+
+static void test_own_rows()
+{
+    const int wide[][3] = {{28, 4, 128}, {40, 8, 128}, {12, 2, 128}, {16, 1, 128}, {2, 2, 128}, {16, 2, 128}, {32, 8, 128}};
+    const qf_cuda_kv kv = {NULL, NULL, 32, 4, 128, false, QF_CUDA_KV_INT4, NULL};
+    if (!qf_cuda_attention_takes_rows(&options.device, &kv)) {
+        CHECK(!options.device.hopper);
+        return;
+    }
+    std::vector<int> many;
+    Random random(7);
+    for (int i = 0; i < 33; i++) {
+        many.push_back(1 + random.below(i % 8 == 0 ? 3000 : 200));
+    }
+    uint64_t seed = 1200;
+    for (const auto &model : wide) {
+        for (int block_size : {32, 64, 128}) {
+            for (const std::vector<int> &lens : {std::vector<int>{1, 33, 64}, many, std::vector<int>{9000}}) {
+                const int number = (int)seed++;
+                check_own_rows(QF_CUDA_KV_INT4, model, block_size, number % 7 == 3 ? 100 : 0, lens, 1 + number % 5, seed);
+            }
+        }
+    }
+    for (int length : {1, 2, 31, 32, 33, 63, 64, 65, 96, 97, 127, 128, 129, 2048, 2049}) { /* one row, at all borders */
+        for (int splits = 1; splits <= (check_brief ? 1 : 5); splits++) {
+            check_own_rows(QF_CUDA_KV_INT4, models[0], length % 3 == 0 ? 64 : 32, 0, {length}, splits, seed++);
+        }
+    }
+    if (!check_brief) {
+        for (int i = 0; i < 4; i++) { /* CTAs with several items */
+            check_own_rows(QF_CUDA_KV_INT4, models[0], 32, 0, {70001 + 64 * i, 5, 64, 33000 + i}, 1 + i, seed++);
+        }
+        std::vector<int> more;
+        for (int i = 0; i < 400; i++) {
+            more.push_back(many[(size_t)(i % 33)]);
+        }
+        check_own_rows(QF_CUDA_KV_INT4, models[0], 32, 0, more, 2, seed++); /* more rows than threads */
+    }
+}
+
+/* What attention refuses of rows from the QKV linear. Nothing is launched. */
+static void test_own_refusals()
+{
+    const qf_cuda_attention_shape shape = {28, 4, 128, 32, 0};
+    qf_cuda_attention_args good = attention_args(shape, 1);
+    void *const somewhere = (void *)4096;
+    good.kv = {somewhere, somewhere, 32, 4, 128, false, QF_CUDA_KV_INT4, NULL};
+    good.out = (uint16_t *)somewhere;
+    good.items = (const qf_cuda_attention_item *)somewhere;
+    good.num_items = good.block_tables = good.block_table_start = good.slot_mapping = (const int32_t *)somewhere;
+    good.workspace = somewhere;
+    good.qkv = good.cos_sin = (const float *)somewhere;
+    good.qkv_splits = 1;
+    good.qkv_stride = (28 + 8) * 128;
+    qf_error error;
+    const bool takes = qf_cuda_attention_takes_rows(&options.device, &good.kv);
+    CHECK((qf_cuda_attention(&good, &options.device, 0, &error) == QF_OK) == takes);
+    for (int i = 0; i < 9; i++) {
+        qf_cuda_attention_args bad = good;
+        switch (i) {
+        case 0: bad.kv.format = QF_CUDA_KV_16; break;
+        case 1: bad.max_prefill_items = 1; break;
+        case 2: bad.cos_sin = NULL; break;
+        case 3: bad.slot_mapping = NULL; break;
+        case 4: bad.qkv = good.qkv + 1; break;
+        case 5: bad.qkv_splits = 0; break;
+        case 6: bad.qkv_stride -= 4; break;
+        case 7: bad.kv.format = QF_CUDA_KV_FP8; break;
+        default: bad.qkv_stride += 2; break;
+        }
+        CHECK(qf_cuda_attention(&bad, &options.device, 0, &error) == QF_ERROR_INVALID_ARGUMENT);
+    }
+    good.qkv = NULL; /* and no q either */
+    CHECK(qf_cuda_attention(&good, &options.device, 0, &error) == QF_ERROR_INVALID_ARGUMENT);
+}
+
 /* --- timing ------------------------------------------------------------------------------------------------------- */
 
 /* Random codes; scale words of one usual size. */
@@ -777,8 +969,26 @@ static int even_items(std::vector<qf_cuda_attention_item> &items, int num_seqs, 
     return (int)items.size();
 }
 
+/* What is timed: attention; after a kernel that stands for the QKV linear, which is timed too: that and attention with a
+ * kernel for rotation and the write before it, or with its own rows. */
+enum Chain { ALONE, ROPE_BEFORE, OWN_ROWS };
+
+/* 3 us after the kernel before, with a multiprocessor's shared memory to itself. */
+static __global__ void __launch_bounds__(256) stand_in_linear(float *to, int64_t count)
+{
+    qf_grid_launch_dependents();
+    qf_grid_dependency_wait();
+    const int64_t start = clock64();
+    while (clock64() - start < 5000) {
+    }
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
+        to[i] = (float)(i % 37 - 18) * 0.1f;
+    }
+}
+
 /* splits: of every row, or 0: the plan's. */
-static void bench_one(const int *model, int num_seqs, int length, int format, bool biased, int splits = 0)
+static double bench_one(const int *model, int num_seqs, int length, int format, bool biased, int splits = 0,
+                        Chain chain = ALONE)
 {
     qf_cuda_attention_shape shape = {model[0], model[1], model[2], 32, 0};
     const int head_dim = shape.head_dim;
@@ -843,19 +1053,72 @@ static void bench_one(const int *model, int num_seqs, int length, int format, bo
     args.bias_coarse = tables.coarse.data;
     args.bias_fine = tables.fine.data;
     args.bias_rotation = tables.rotation.data;
+    const int n = (shape.num_heads + 2 * shape.num_kv_heads) * head_dim;
+    const int qkv_splits = qf_cuda_linear_splits(&options.device, n, shape.num_heads * head_dim, 4, num_seqs, QF_CUDA_STORE,
+                                                 false);
+    Device<float> qkv((size_t)qkv_splits * num_seqs * n), cos_sin(std::vector<float>((size_t)num_seqs * head_dim, 0.7f));
+    std::vector<int32_t> slots;
+    for (int s = 0; s < num_seqs; s++) {
+        slots.push_back(table[(size_t)((s + 1) * (length / 32) - 1)] * 32 + 31);
+    }
+    Device<int32_t> device_slots(slots);
+    qf_cuda_rope_kv_write_args rope = {};
+    rope.qkv = qkv.data;
+    rope.num_splits = qkv_splits;
+    rope.qkv_stride = n;
+    rope.cos_sin = cos_sin.data;
+    rope.slot_mapping = device_slots.data;
+    rope.q = q.data;
+    rope.num_tokens = num_seqs;
+    rope.num_heads = shape.num_heads;
+    const size_t shared_bytes = 160 * 1024;
+    CHECK_OK(qf_allow_shared("stand-in", stand_in_linear, shared_bytes, &check_error));
     double us = time_us(
         [&](cudaStream_t stream, int i) {
             qf_cuda_attention_args a = args;
             uint8_t *k = cache.data + (int64_t)(i % copies) * 2 * bytes;
             a.kv = {k, k + bytes, 32, shape.num_kv_heads, head_dim, false, (qf_cuda_kv_format)format,
                     format != QF_CUDA_KV_16 && biased ? device_bias.data : NULL};
+            if (chain != ALONE) {
+                CHECK_OK(qf_launch("stand-in", stand_in_linear, dim3((unsigned)options.device.sm_count), dim3(256),
+                                   shared_bytes, options.device.dependent_launch, stream, &check_error, qkv.data,
+                                   (int64_t)qkv.size));
+            }
+            if (chain == ROPE_BEFORE) {
+                rope.kv = a.kv;
+                CHECK_OK(qf_cuda_rope_kv_write(&rope, &options.device, stream, &check_error));
+            } else if (chain == OWN_ROWS) {
+                a.qkv = qkv.data;
+                a.qkv_splits = qkv_splits;
+                a.qkv_stride = n;
+                a.cos_sin = cos_sin.data;
+                a.slot_mapping = device_slots.data;
+            }
             CHECK_OK(qf_cuda_attention(&a, &options.device, stream, &check_error));
         },
         std::max(copies, 12), 9);
     CHECK_CUDA(cudaGetLastError());
+    if (chain != ALONE) {
+        return us;
+    }
     printf("  %2d / %d of %3d, %3d x %6d  %-4s%s %9.1f us %7.1f MB %6.3f of 4.4 TB/s  (%d items)\n", shape.num_heads,
            shape.num_kv_heads, head_dim, num_seqs, length, format_names[format], biased ? "     " : " (nb)", us,
            2 * bytes * 1e-6, 2 * bytes / us * 1e-6 / 4.4, plan.num_decode_items);
+    return us;
+}
+
+static void bench_own_rows()
+{
+    const int shapes[][2] = {{1, 131072}, {32, 8192}, {8, 32768}, {1, 32768}, {1, 8192}, {8, 1024}, {32, 512}};
+    printf("int4 of 128: stand-in for the QKV linear, rope_kv_write, attention | the first, attention with its own rows\n");
+    for (const auto &s : shapes) {
+        double best[2] = {1e9, 1e9};
+        for (int i = 0; i < 6; i++) {
+            best[i % 2] = std::min(best[i % 2], bench_one(models[0], s[0], s[1], QF_CUDA_KV_INT4, true, 0,
+                                                          i % 2 == 0 ? ROPE_BEFORE : OWN_ROWS));
+        }
+        printf("  %3d x %6d %8.2f | %8.2f us: %5.2f less\n", s[0], s[1], best[0], best[1], best[0] - best[1]);
+    }
 }
 
 /* Rotation and the write, one kernel after the other. */
@@ -936,6 +1199,14 @@ int main(int argc, char **argv)
             bench_one(models[0], 32, 8192, QF_CUDA_KV_FP8, true);
             return 0;
         }
+        if (strcmp(argv[i], "--own") == 0) {
+            test_own_rows();
+            test_own_refusals();
+            if (options.bench && options.device.hopper) {
+                bench_own_rows();
+            }
+            return check_report("attention_lowbit, own rows");
+        }
         if (strcmp(argv[i], "--sweep") == 0) {
             sweep();
             return 0;
@@ -948,9 +1219,14 @@ int main(int argc, char **argv)
     test_long();
     test_biases();
     test_little_shared_memory();
+    test_own_rows();
+    test_own_refusals();
     if (options.bench) {
         bench_writes();
         bench();
+        if (options.device.hopper) {
+            bench_own_rows();
+        }
     }
     return check_report("attention_lowbit");
 }

@@ -169,7 +169,12 @@ static qf_status attention(qf_cuda_backend *self, const qf_cuda_forward *f, cons
     if (window) {
         rope.window = self->windows[layer];
     }
-    QF_TRY(qf_cuda_rope_kv_write(&rope, &self->device, self->stream, err));
+    /* Decode rows alone: attention rotates and writes them itself, where it can. */
+    bool alone = !window && plan->num_decode_items > 0 && plan->num_prefill_items == 0 &&
+                 qf_cuda_attention_takes_rows(&self->device, &kv);
+    if (!alone) {
+        QF_TRY(qf_cuda_rope_kv_write(&rope, &self->device, self->stream, err));
+    }
     qf_cuda_attention_args args = {.shape = {.num_heads = config->num_heads,
                                              .num_kv_heads = config->num_kv_heads,
                                              .head_dim = config->head_dim,
@@ -194,6 +199,13 @@ static qf_status attention(qf_cuda_backend *self, const qf_cuda_forward *f, cons
                                    .bias_coarse = self->ws.bias_coarse,
                                    .bias_fine = self->ws.bias_fine,
                                    .bias_rotation = self->ws.bias_rotation};
+    if (alone) {
+        args.qkv = rope.qkv;
+        args.qkv_splits = rope.num_splits;
+        args.qkv_stride = rope.qkv_stride;
+        args.cos_sin = rope.cos_sin;
+        args.slot_mapping = rope.slot_mapping;
+    }
     if (window) {
         args.window_kv = self->windows[layer];
         args.window_tokens = self->kv_window;
