@@ -257,6 +257,7 @@ bool qf_cuda_attention_decode_fits(const qf_cuda_device *device, qf_cuda_kv_form
 
 /* Whether decode items over such a cache can take their rows from what the QKV linear made: qf_cuda_attention_args.qkv. */
 bool qf_cuda_attention_takes_rows(const qf_cuda_device *device, const qf_cuda_kv *kv);
+#define QF_CUDA_ATTENTION_FEW_ROWS 16 /* up to so many rows it pays */
 
 /* Host, pure. query_start_loc (num_seqs + 1), seq_lens (num_seqs): host. items: room for qf_cuda_attention_max_items.
  * With shape.kv_window single rows are prefill items, as with batch_invariant. */

@@ -169,9 +169,9 @@ static qf_status attention(qf_cuda_backend *self, const qf_cuda_forward *f, cons
     if (window) {
         rope.window = self->windows[layer];
     }
-    /* Decode rows alone: attention rotates and writes them itself, where it can. */
+    /* Few decode rows alone: attention rotates and writes them itself, where it can. */
     bool alone = !window && plan->num_decode_items > 0 && plan->num_prefill_items == 0 &&
-                 qf_cuda_attention_takes_rows(&self->device, &kv);
+                 meta->num_tokens <= QF_CUDA_ATTENTION_FEW_ROWS && qf_cuda_attention_takes_rows(&self->device, &kv);
     if (!alone) {
         QF_TRY(qf_cuda_rope_kv_write(&rope, &self->device, self->stream, err));
     }
