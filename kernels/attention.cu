@@ -145,11 +145,13 @@ static qf_status check_own_rows(const qf_cuda_attention_args *a, const qf_cuda_d
     if (a->qkv == NULL) {
         return QF_OK;
     }
-    if (!qf_cuda_attention_takes_rows(device, &a->kv) || a->window_tokens > 0 || a->max_prefill_items > 0) {
+    if (!qf_cuda_attention_takes_rows(device, &a->kv) || a->window_tokens > 0 || a->shape.kv_window > 0 ||
+        a->max_prefill_items > 0) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT,
                        "attention: rows of qkv are for decode items alone, without a window, where the kernel takes them "
                        "(format %d of %d in blocks of %d, window %d, %d prefill items)",
-                       (int)a->kv.format, a->kv.head_dim, a->kv.block_size, a->window_tokens, a->max_prefill_items);
+                       (int)a->kv.format, a->kv.head_dim, a->kv.block_size,
+                       a->window_tokens > 0 ? a->window_tokens : a->shape.kv_window, a->max_prefill_items);
     }
     if (a->cos_sin == NULL || a->slot_mapping == NULL || ((uintptr_t)a->qkv | (uintptr_t)a->cos_sin) % 16 != 0 ||
         a->qkv_splits <= 0 || a->qkv_stride < width || a->qkv_stride % 4 != 0) {

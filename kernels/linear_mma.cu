@@ -191,6 +191,10 @@ static qf_status qf_linear_mma_check_norm(const qf_cuda_linear_args *args, const
     if (all % 16 != 0) {
         return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: a pointer of the norm is not aligned to 16 bytes");
     }
+    if (norm->squares == args->squares || norm->x == args->x) {
+        return QF_FAIL(err, QF_ERROR_INVALID_ARGUMENT, "linear_mma: the norm behind it would write what it reads: %s",
+                       norm->x == args->x ? "x" : "squares");
+    }
     return QF_OK;
 }
 
