@@ -42,6 +42,10 @@
  *   the maximum found by shuffles in every stage: 24 instructions and three latencies; now only when a weight would exceed 2^6.
  *   the merge of splits spread over all CTAs of an item, each waiting for the others: the last one ends 1.7 us sooner, but
  *     none makes room before for the next kernel, which begins that much later.
+ *   partial results handed to a CTA that polls for them, by counters or by words that are zero until they come: 1.3 to 5 us
+ *     more at 1 x 131,072; four CTAs that share the columns, or a kernel of its own for the merge: 0.4 and 0.9 us less at
+ *     1 x 8,192, 1 to 2 more at 1 x 131,072, no difference in the engine.
+ *   rows taken from the QKV linear's sums by the 16-warp kernels as well: fp8 1 us more, at 32 x 8,192 3.
  *   the next linears' weights brought to L2, 12 to 25 MB: during the walk it takes longer by what is saved after it; at its
  *     end 0.5 us of 43 are saved, since L2 gives them hardly faster than memory does.
  *   codes marked as the first to leave L2 (evict_first): 8 bits won 2 us of 73, int4 lost 1 of 50; and for head_dim 64 ptxas

@@ -5,6 +5,7 @@
 #include "attention_limits.h"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
+#include "qf_attention.h"
 
 #define ATTENTION_THREADS 128
 #define ATTENTION_WARPS (ATTENTION_THREADS / 32)

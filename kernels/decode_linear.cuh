@@ -45,7 +45,7 @@ __device__ __forceinline__ void qf_decode_close(const qf_decode_params &p, qf_de
 __device__ __forceinline__ void qf_decode_load(uint32_t unit, uint32_t (&words)[8])
 {
     const uint32_t at = unit + (threadIdx.x & 31) * 16;
-    const uint4 low = qf_lds_128(at), high = qf_lds_128(at + 512);
+    const uint4 low = qf_shared_load_16(at), high = qf_shared_load_16(at + 512);
     words[0] = low.x, words[1] = low.y, words[2] = low.z, words[3] = low.w;
     words[4] = high.x, words[5] = high.y, words[6] = high.z, words[7] = high.w;
 }
@@ -141,9 +141,9 @@ __device__ __forceinline__ void qf_decode_close(const qf_decode_params &p, qf_de
 
 __device__ __forceinline__ void qf_decode_load(qf_decode_run &run)
 {
-    const uint4 low = qf_lds_128(run.data), high = qf_lds_128(run.data + 512);
-    run.low_row = qf_lds_32(run.scales);
-    run.high_row = qf_lds_32(run.scales + 32);
+    const uint4 low = qf_shared_load_16(run.data), high = qf_shared_load_16(run.data + 512);
+    run.low_row = qf_shared_load_4(run.scales);
+    run.high_row = qf_shared_load_4(run.scales + 32);
     run.words[0] = low.x, run.words[1] = low.y, run.words[2] = low.z, run.words[3] = low.w;
     run.words[4] = high.x, run.words[5] = high.y, run.words[6] = high.z, run.words[7] = high.w;
 }
@@ -189,7 +189,7 @@ __device__ __forceinline__ void qf_decode_consume(const qf_decode_params &p, qf_
         qf_decode_close(p, ring, run);
         return;
     }
-    float acc[2] = {}, sum = __uint_as_float(qf_lds_32(sums + run.k * 4)), c[4][4], scale[2], zero[2];
+    float acc[2] = {}, sum = __uint_as_float(qf_shared_load_4(sums + run.k * 4)), c[4][4], scale[2], zero[2];
     uint4 b[4] = {}; /* most lanes load nothing */
     int tile;
     qf_decode_load_x<4>(x + run.k * 256, b);
@@ -216,7 +216,7 @@ __device__ __forceinline__ void qf_decode_consume(const qf_decode_params &p, qf_
         }
         qf_decode_load(run);
         qf_decode_load_x<4>(x + run.k * 256, b);
-        sum = __uint_as_float(qf_lds_32(sums + run.k * 4));
+        sum = __uint_as_float(qf_shared_load_4(sums + run.k * 4));
         acc[0] += scale[0] * (qf_decode_unit_sum<4>(c, 0) - zero[0]);
         acc[1] += scale[1] * (qf_decode_unit_sum<4>(c, 2) - zero[1]);
         if (run.tile != tile) {
@@ -255,8 +255,8 @@ __device__ __forceinline__ void qf_decode_place(const qf_decode_params &p, const
 __device__ __forceinline__ void qf_decode_take_saved(qf_decode_result &result)
 {
     if (result.adds) {
-        result.low = __uint_as_float(qf_lds_32(result.saved));
-        result.high = __uint_as_float(qf_lds_32(result.saved + 32));
+        result.low = __uint_as_float(qf_shared_load_4(result.saved));
+        result.high = __uint_as_float(qf_shared_load_4(result.saved + 32));
     }
 }
 
@@ -266,7 +266,7 @@ template <bool ranks>
 __device__ __forceinline__ void qf_decode_store(const qf_decode_params &p, int kind, uint32_t epoch,
                                                 const qf_decode_result &result)
 {
-    const float scale = __uint_as_float(qf_lds_32(result.scale));
+    const float scale = __uint_as_float(qf_shared_load_4(result.scale));
     const float2 sum = qf_decode_add_up(result.red);
     const float low = sum.x * scale, high = sum.y * (scale * 0.0625f); /* see qf_raw_4 */
     if (kind == QF_DECODE_GATE_UP) {
@@ -360,7 +360,7 @@ static __device__ __noinline__ void qf_decode_head(const qf_decode_params &p, qf
                 } else { /* a block's sum of x counts once, with its last unit */
                     const uint32_t scales = stage + QF_DECODE_CHUNK_UNITS * 1024 + block * 64 + (lane >> 2) * 4;
                     const float sum = part == (1 << unit_shift) - 1 ? qf_block_sums(p)[k] : 0.0f;
-                    qf_apply_scales<bits>(qf_lds_32(scales), qf_lds_32(scales + 32), sum, low, high, walk.acc);
+                    qf_apply_scales<bits>(qf_shared_load_4(scales), qf_shared_load_4(scales + 32), sum, low, high, walk.acc);
                 }
             }
             if (walk.unit < walk.end) {

@@ -70,7 +70,7 @@ __device__ __forceinline__ void qf_decode_make_scale(const qf_decode_params &p, 
     if (normed) {
 #pragma unroll 1
         for (int i = lane; i < blocks; i += 32) {
-            sum += __uint_as_float(qf_lds_32(at - (blocks - i) * 4));
+            sum += __uint_as_float(qf_shared_load_4(at - (blocks - i) * 4));
         }
 #pragma unroll
         for (int mask = 16; mask != 0; mask >>= 1) {

@@ -6,23 +6,6 @@
 #include "common/ptx.cuh"
 #include "decode_plan.cuh"
 
-__device__ __forceinline__ uint4 qf_lds_128(uint32_t address)
-{
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ uint32_t qf_lds_32(uint32_t address)
-{
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-    return v;
-}
-
 __device__ __forceinline__ float2 qf_lds_64(uint32_t address)
 {
     float2 v;

@@ -29,6 +29,7 @@
  * Measured: see PERF.md. */
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
+#include "qf_attention.h"
 
 #define FULL_WARP 0xffffffffu
 

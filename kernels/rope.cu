@@ -22,6 +22,7 @@
  * Measured: see PERF.md. */
 #include "common/launch.cuh"
 #include "kv_row.cuh"
+#include "qf_attention.h"
 
 #define THREADS 128 /* few: what they have in flight lands in an L1 that is small beside the linears */
 #define SPLIT_BATCH 8

@@ -46,7 +46,15 @@ MAY_INCLUDE = {
     "python": {"include"},
 }
 # Of the kernels only these are for others to include.
-KERNEL_INTERFACES = {"qf_kernels.h", "qf_kv_cache.h", "qf_all_reduce.h", "qf_decode.h", "qf_repack.h", "attention_limits.h"}
+KERNEL_INTERFACES = {
+    "qf_kernels.h",
+    "qf_attention.h",
+    "qf_kv_cache.h",
+    "qf_all_reduce.h",
+    "qf_decode.h",
+    "qf_repack.h",
+    "attention_limits.h",
+}
 # Headers of a folder that only one file may include: the engine's device choice alone knows a backend by name.
 ONLY_FROM = {"backend/cpu/cpu.h": "csrc/engine/devices.c", "backend/cuda/cuda.h": "csrc/engine/devices.c"}
 CUDA_HEADERS = re.compile(

@@ -1,6 +1,7 @@
 /* sources: base/status.c backend/cuda/attention_plan.c */
 /* Attention, its plan, and the write of keys and values, against plain host loops in float64. */
 #include "check_cuda.cuh"
+#include "qf_attention.h"
 
 static Options options;
 

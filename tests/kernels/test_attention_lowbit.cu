@@ -6,6 +6,7 @@
 #include "common/kv_codec.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
+#include "qf_attention.h"
 
 extern "C" {
 #include "kv/format.h"

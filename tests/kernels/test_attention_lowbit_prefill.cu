@@ -4,6 +4,7 @@
 #include "attention_limits.h"
 #include "check_cuda.cuh"
 #include "common/kv_codec.cuh"
+#include "qf_attention.h"
 
 extern "C" {
 #include "kv/format.h"

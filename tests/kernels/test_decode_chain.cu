@@ -7,6 +7,7 @@
 #include <string>
 
 #include "check_cuda.cuh"
+#include "qf_attention.h"
 
 static Options options;
 

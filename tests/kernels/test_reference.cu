@@ -4,6 +4,7 @@
 /* sources: backend/cpu/kernels_avx2.c backend/cpu/kernels_avx512.c backend/cpu/kernels_avx512_vnni.c */
 /* The float32 reference kernels against float64 on the host, and against the CPU backend's scalar reference. */
 #include "check_cuda.cuh"
+#include "qf_attention.h"
 
 extern "C" {
 #include "backend/cpu/cpu.h"

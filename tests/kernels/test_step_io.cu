@@ -7,6 +7,7 @@
 #include <chrono>
 
 #include "check_cuda.cuh"
+#include "qf_attention.h"
 
 #define CAPACITY (1 << 20) /* bytes of a staging buffer */
 #define NUM_SLOTS 5

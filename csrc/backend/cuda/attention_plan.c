@@ -22,7 +22,7 @@
 #include <stddef.h>
 
 #include "attention_limits.h"
-#include "qf_kernels.h"
+#include "qf_attention.h"
 
 #define WORK_ITEMS 264      /* CTAs that keep a large device busy: two on each of 132 multiprocessors */
 #define MAX_WAVE 768        /* bound of decode_ctas: SPARE_UNITS holds that many items and more */

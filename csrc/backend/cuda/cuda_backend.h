@@ -7,8 +7,8 @@
 #include "backend/cuda/weights.h"
 #include "base/threads.h"
 #include "model/parallel.h"
+#include "qf_attention.h"
 #include "qf_decode.h"
-#include "qf_kernels.h"
 
 #define QF_CUDA_STEPS_IN_FLIGHT 2
 #define QF_CUDA_MAX_GRAPHS 64 /* more than the ladder has sizes, greedy and not */
@@ -257,6 +257,9 @@ qf_status qf_cuda_sample_rows(qf_cuda_backend *self, const qf_cuda_forward *f, i
 qf_status qf_cuda_decode_forward(qf_cuda_backend *self, const qf_cuda_forward *f, qf_error *err);
 /* All but the step's own pointers. */
 void qf_cuda_decode_fill(const qf_cuda_backend *self, int32_t num_seqs, qf_cuda_decode_args *out);
+/* attention.c: of a layer, from ws.qkv, partial sums of num_splits, to ws.attn. */
+qf_status qf_cuda_attention_forward(qf_cuda_backend *self, const qf_cuda_forward *f, const qf_cuda_layer *weights,
+                                    int32_t layer, int32_t num_splits, qf_error *err);
 /* ranks.c: the collectives of a step; what the single kernel would do where there is one rank.
  * qf_cuda_rmsnorm, of the sum over ranks: of deltas (of one split if NCCL adds them up), or of a fresh residual. */
 qf_status qf_cuda_reduce_norm(qf_cuda_backend *self, const qf_cuda_rmsnorm_args *args, qf_error *err);
